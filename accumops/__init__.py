@@ -1,0 +1,24 @@
+"""Training with large batches on small memory in TensorFlow and Keras 3."""
+
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
+from importlib.metadata import version as _version
+
+from accumops import ops
+from accumops.accumulator import GradientAccumulator
+from accumops.ops import LibraryError, build_info, get_backend, set_backend
+from accumops.optimizer import GradientAccumulateOptimizer
+
+try:
+    __version__ = _version("accumops")
+except _PackageNotFoundError:  # imported from a source tree that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "GradientAccumulateOptimizer",
+    "GradientAccumulator",
+    "LibraryError",
+    "build_info",
+    "get_backend",
+    "ops",
+    "set_backend",
+]

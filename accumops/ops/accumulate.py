@@ -1,0 +1,193 @@
+"""The accumulate op: `acc <- (overwrite ? 0 : acc) + scale * gradient` over a list of variables."""
+
+import numbers
+import types
+from collections.abc import Sequence
+
+import keras
+import tensorflow as tf
+
+from accumops.ops import library, reference
+
+_GRADIENT_DTYPES = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
+_ACCUMULATOR_DTYPES = (tf.float32, tf.float64)
+
+
+def accumulate(
+    accumulators: Sequence[tf.Variable],
+    gradients: Sequence[tf.Tensor | tf.IndexedSlices],
+    *,
+    scale: float | tf.Tensor = 1.0,
+    overwrite: bool | tf.Tensor = False,
+    touched_rows: Sequence[tf.Variable | None] | None = None,
+    check_finite: bool = False,
+) -> tf.Tensor | None:
+    """Adds scaled gradients to accumulators in place: `acc <- (overwrite ? 0 : acc) + scale * gradient`.
+
+    One op for the whole list. `accumops.ops.reference.accumulate` is the same in plain TensorFlow. Gradient and scale
+    are converted to the accumulator's dtype, where product and sum are rounded separately. The fused op gives the same
+    bits on every run, device and number of threads, except within functions that XLA compiles.
+
+    Args:
+        accumulators: Variables (`tf.Variable` or `keras.Variable`), each once; float32, or float64, which float64
+            gradients need.
+        gradients: One for each accumulator, of its shape: tensors of float16, bfloat16, float32 or float64, mixed as you
+            like, or `tf.IndexedSlices`, whose rows add up, duplicates in their order. On a GPU, as in TensorFlow's own
+            scatters, a row with an index outside the accumulator is skipped; on a CPU it is an error.
+        scale: A factor for all gradients: a number or a floating-point scalar tensor.
+        overwrite: Whether to start from zero instead of what the accumulators hold, NaN included: a bool or a scalar
+            bool tensor. This starts a window without a pass that clears.
+        touched_rows: For each accumulator None or, where its gradient is `tf.IndexedSlices`, a bool variable of shape
+            `[rows]`. The op sets the flags of the rows it adds to; `overwrite` then clears the flagged rows and no others.
+            The rest of the accumulator has to be zero. Without it, `overwrite` clears all rows.
+        check_finite: Whether to report if every gradient was finite, found in the same pass.
+
+    Returns:
+        None, or with `check_finite` a scalar bool tensor.
+
+    Raises:
+        ValueError: If lengths, shapes or dtypes do not fit, or a variable is given twice.
+        TypeError: If an accumulator is not a variable, or a gradient not a tensor or `tf.IndexedSlices`.
+        tf.errors.InvalidArgumentError: If a shape that was unknown when a graph was built does not fit, or an index is
+            not a row of its accumulator. Nothing has been added then.
+        tf.errors.FailedPreconditionError: If a variable is uninitialized.
+
+    Example:
+
+    >>> acc = tf.Variable([10.0, 20.0])
+    >>> accumops.ops.accumulate([acc], [tf.constant([1.0, 2.0])], scale=0.5)
+    >>> acc.numpy()
+    array([10.5, 21. ], dtype=float32)
+    >>> accumops.ops.accumulate([acc], [tf.constant([1.0, 2.0])], overwrite=True)
+    >>> acc.numpy()
+    array([1., 2.], dtype=float32)
+    """
+    variables = [_as_variable(v, f"accumulators[{i}]") for i, v in enumerate(accumulators)]
+    checked = [_as_gradient(g, i) for i, g in enumerate(gradients)]
+    flags = None if touched_rows is None else [None if v is None else _as_variable(v, "touched_rows") for v in touched_rows]
+    _check_lists(variables, checked, flags)
+    factor = _as_scale(scale, variables)
+    start = _as_overwrite(overwrite)
+    fused = library.fused_ops(variables)
+    if fused is None:
+        return reference.accumulate(
+            variables, checked, scale=factor, overwrite=start, touched_rows=flags, check_finite=check_finite
+        )
+    return _accumulate_fused(fused, variables, checked, factor, start, flags, check_finite)
+
+
+def _accumulate_fused(
+    ops: types.ModuleType,
+    variables: list[tf.Variable],
+    gradients: list[tf.Tensor | tf.IndexedSlices],
+    scale: tf.Tensor,
+    overwrite: tf.Tensor,
+    touched_rows: list[tf.Variable | None] | None,
+    check_finite: bool,
+) -> tf.Tensor | None:
+    flags = touched_rows or [None] * len(variables)
+    sparse = [i for i, g in enumerate(gradients) if isinstance(g, tf.IndexedSlices)]
+    sparse.sort(key=lambda i: flags[i] is not None)
+    tracked = [i for i in sparse if flags[i] is not None]
+    # The op takes dense gradients first, and the sparse ones with touched rows last.
+    order = [i for i in range(len(variables)) if i not in set(sparse)] + sparse
+    finite = ops.accum_ops_accumulate(
+        accumulators=[variables[i].handle for i in order],
+        gradients=[g.values if isinstance(g, tf.IndexedSlices) else g for g in (gradients[i] for i in order)],
+        indices=[gradients[i].indices for i in sparse],
+        touched_rows=[flags[i].handle for i in tracked],  # type: ignore[union-attr]
+        scale=scale,
+        overwrite=overwrite,
+        check_finite=int(check_finite),
+    )
+    return finite[0] if check_finite else None
+
+
+def _as_variable(value: tf.Variable | keras.Variable, name: str) -> tf.Variable:
+    variable = value.value if isinstance(value, keras.Variable) else value
+    if not hasattr(variable, "handle"):
+        raise TypeError(f"`{name}` must be a tf.Variable or keras.Variable. Received: {value!r}")
+    return variable
+
+
+def _as_gradient(value: tf.Tensor | tf.IndexedSlices, i: int) -> tf.Tensor | tf.IndexedSlices:
+    if isinstance(value, tf.IndexedSlices):
+        return value
+    if value is None:
+        raise TypeError(f"`gradients[{i}]` is None: leave out the variables that have no gradient.")
+    try:
+        return tf.convert_to_tensor(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`gradients[{i}]` must be a tensor or tf.IndexedSlices. Received: {value!r}") from error
+
+
+def _check_lists(
+    variables: list[tf.Variable],
+    gradients: list[tf.Tensor | tf.IndexedSlices],
+    touched_rows: list[tf.Variable | None] | None,
+) -> None:
+    if len(gradients) != len(variables):
+        raise ValueError(
+            f"There must be one gradient for each accumulator. Received: {len(variables)} accumulators and "
+            f"{len(gradients)} gradients."
+        )
+    if touched_rows is not None and len(touched_rows) != len(variables):
+        raise ValueError(
+            f"`touched_rows` must have one item for each accumulator, a variable or None. Received: {len(touched_rows)} "
+            f"for {len(variables)} accumulators."
+        )
+    names: dict[int, str] = {}
+    for i, (variable, gradient) in enumerate(zip(variables, gradients, strict=True)):
+        name = f"accumulators[{i}] ('{variable.name}')"
+        if id(variable) in names:
+            raise ValueError(f"{names[id(variable)]} and {name} are the same variable; give it once.")
+        names[id(variable)] = name
+        _check_pair(variable, gradient, name, i)
+        touched = touched_rows[i] if touched_rows is not None else None
+        if touched is not None and (touched.dtype != tf.bool or touched.shape != variable.shape[:1]):
+            raise ValueError(
+                f"`touched_rows[{i}]` must be bool of shape {variable.shape[:1]}, one flag for each row of {name}. "
+                f"Received: {touched.dtype.name} of shape {touched.shape}."
+            )
+
+
+def _check_pair(variable: tf.Variable, gradient: tf.Tensor | tf.IndexedSlices, name: str, i: int) -> None:
+    if variable.dtype not in _ACCUMULATOR_DTYPES:
+        raise ValueError(f"{name} must be float32 or float64. Received: {variable.dtype.name}.")
+    if gradient.dtype not in _GRADIENT_DTYPES:
+        raise ValueError(
+            f"`gradients[{i}]`, for {name}, must be float16, bfloat16, float32 or float64. "
+            f"Received: {gradient.dtype.name}."
+        )
+    if gradient.dtype == tf.float64 and variable.dtype != tf.float64:
+        raise ValueError(f"`gradients[{i}]` is float64: {name} must be float64 too. Received: {variable.dtype.name}.")
+    if isinstance(gradient, tf.IndexedSlices):
+        values, expected = gradient.values.shape, tf.TensorShape([None]).concatenate(variable.shape[1:])
+        if variable.shape.rank == 0:
+            raise ValueError(f"{name} is a scalar and cannot take tf.IndexedSlices.")
+        if not gradient.indices.shape.is_compatible_with(values[:1]) or gradient.indices.shape.rank not in (None, 1):
+            raise ValueError(
+                f"`gradients[{i}]` must have one index for each of its values. Received: indices of shape "
+                f"{gradient.indices.shape} and values of shape {values}."
+            )
+    else:
+        values, expected = gradient.shape, variable.shape
+    if not values.is_compatible_with(expected):
+        raise ValueError(f"`gradients[{i}]` must have the shape {expected} of {name}. Received: {values}.")
+
+
+def _as_scale(scale: float | tf.Tensor, variables: list[tf.Variable]) -> tf.Tensor:
+    wide = any(variable.dtype == tf.float64 for variable in variables)
+    if isinstance(scale, numbers.Real):
+        return tf.constant(scale, tf.float64 if wide else tf.float32)
+    tensor = tf.convert_to_tensor(scale)
+    if not tensor.dtype.is_floating or tensor.shape.rank not in (0, None):
+        raise ValueError(f"`scale` must be a number or a floating-point scalar tensor. Received: {scale!r}")
+    return tensor if tensor.dtype in (tf.float32, tf.float64) else tf.cast(tensor, tf.float32)
+
+
+def _as_overwrite(overwrite: bool | tf.Tensor) -> tf.Tensor:
+    tensor = tf.convert_to_tensor(overwrite)
+    if tensor.dtype != tf.bool or tensor.shape.rank not in (0, None):
+        raise ValueError(f"`overwrite` must be a bool or a scalar bool tensor. Received: {overwrite!r}")
+    return tensor

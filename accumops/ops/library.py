@@ -1,0 +1,200 @@
+"""Finds, checks and loads the compiled ops, and decides between them and the reference.
+
+Fused means the compiled op, reference the same function in plain TensorFlow. In the default ``"auto"`` mode the
+fused ops are used where they can run; where they cannot, the reference is, with one warning that says why.
+"""
+
+import functools
+import importlib
+import json
+import os
+import pathlib
+import types
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import tensorflow as tf
+
+_DIRECTORY = pathlib.Path(__file__).resolve().parent
+_REBUILD = "`pip install --no-build-isolation --force-reinstall --no-deps accumops` builds it for the installed one"
+_BACKENDS = ("auto", "fused", "reference")
+
+_backend: str | None = None
+_warned: set[str] = set()
+
+
+class LibraryError(RuntimeError):
+    """The compiled ops were asked for with ``set_backend("fused")`` and cannot run here."""
+
+
+def set_backend(backend: str) -> None:
+    """Chooses what accumops' ops run from now on, for the whole process.
+
+    A `tf.function` keeps what was chosen when it was traced.
+
+    Args:
+        backend: `"auto"` (the fused ops where they can run, the reference elsewhere), `"fused"` (the fused ops, or an
+            error) or `"reference"` (plain TensorFlow). The environment variable `ACCUMOPS_BACKEND` sets the same
+            before the first call.
+
+    Raises:
+        ValueError: If `backend` is none of the three.
+        LibraryError: If `backend` is `"fused"` and the compiled ops cannot be loaded.
+
+    Example:
+
+    >>> accumops.set_backend("reference")
+    >>> accumops.get_backend()
+    'reference'
+    >>> accumops.set_backend("auto")
+    """
+    global _backend
+    _check_backend(backend, "set_backend")
+    if backend == "fused":
+        _, problem = load()
+        if problem:
+            raise LibraryError(f"The fused ops cannot be used: {problem}.")
+    _backend = backend
+
+
+def get_backend() -> str:
+    """Returns the backend that was chosen: `"auto"`, `"fused"` or `"reference"`.
+
+    Example:
+
+    >>> accumops.get_backend()
+    'auto'
+    """
+    if _backend is not None:
+        return _backend
+    backend = os.environ.get("ACCUMOPS_BACKEND", "auto")
+    _check_backend(backend, "ACCUMOPS_BACKEND")
+    return backend
+
+
+def _check_backend(backend: str, source: str) -> None:
+    if backend not in _BACKENDS:
+        raise ValueError(f"{source}: the backend must be 'auto', 'fused' or 'reference'. Received: {backend!r}")
+
+
+def build_info() -> dict[str, Any]:
+    """Returns what the compiled libraries were built with, and whether they are in use.
+
+    Returns:
+        A dict: `version` of accumops; `tensorflow` and `cuda` (the versions built for, `cuda` is None in a build without
+        CUDA kernels, for which `cuda_reason` says why), `cuda_architectures` and `instruction_sets` (what there are
+        kernels for), `compiler`; `loaded` (bool) and `reason` (None, or why the fused ops are not loaded). In a source
+        tree that was not built the first six are None.
+
+    Example:
+
+    >>> info = accumops.build_info()
+    >>> sorted(info)
+    ['compiler', 'cuda', 'cuda_architectures', 'cuda_reason', 'instruction_sets', 'loaded', 'reason', 'tensorflow',
+     'version']
+    """
+    ops, problem = load()
+    recorded = _recorded_build() or {}
+    return {
+        "version": recorded.get("version"),
+        "tensorflow": recorded.get("tensorflow"),
+        "cuda": recorded.get("cuda") or None,
+        "cuda_architectures": _split(recorded.get("cuda_architectures")),
+        "cuda_reason": recorded.get("cuda_reason") or None,
+        "instruction_sets": _split(recorded.get("instruction_sets")),
+        "compiler": recorded.get("compiler"),
+        "loaded": ops is not None,
+        "reason": problem,
+    }
+
+
+def _split(text: str | None) -> list[str] | None:
+    return None if text is None else [item for item in text.split(";") if item]
+
+
+def _recorded_build() -> dict[str, str] | None:
+    path = _DIRECTORY / "_build_info.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+@functools.cache
+def load() -> tuple[types.ModuleType | None, str | None]:
+    """Loads the compiled ops, once. Returns their module and None, or None and why they cannot be loaded."""
+    recorded = _recorded_build()
+    path = _DIRECTORY / "_tensorflow_ops.so"
+    if recorded is None or not path.exists():
+        return None, "this installation has no compiled ops; `pip install .` in the source tree builds them"
+    if _minor(recorded["tensorflow"]) != _minor(tf.__version__):
+        return None, (
+            f"they were built for TensorFlow {recorded['tensorflow']} and TensorFlow {tf.__version__} is installed; "
+            + _REBUILD
+        )
+    try:
+        return tf.load_op_library(str(path)), None
+    except (tf.errors.OpError, OSError) as error:
+        return None, f"the dynamic linker refused {path.name}: {str(error).splitlines()[0]}; {_REBUILD}"
+
+
+def _minor(version: str) -> list[str]:
+    return version.split(".")[:2]
+
+
+@functools.cache
+def load_kernels() -> types.ModuleType | None:
+    """Imports the module of the kernels on arrays, which needs no TensorFlow. Returns None where it was not built."""
+    try:
+        return importlib.import_module("accumops.ops._kernels")
+    except ImportError:
+        return None
+
+
+@functools.cache
+def gpu_problem() -> str | None:
+    """Says why the CUDA kernels cannot run on the GPUs that TensorFlow sees, or returns None."""
+    recorded = _recorded_build() or {}
+    kernels = load_kernels()
+    if not recorded.get("cuda") or kernels is None:
+        return f"they were built without CUDA kernels ({recorded.get('cuda_reason') or 'no build found'})"
+    status = kernels.cuda_status()
+    if status["error"]:
+        return (
+            f"the CUDA {recorded['cuda']} runtime they were built with does not work with this machine's driver "
+            f"(version {status['driver_version']}): {status['error']}; update the driver, or build with an older nvcc"
+        )
+    oldest = min(int(name.split("-")[0]) for name in _split(recorded["cuda_architectures"]) or ["0"])
+    for device in tf.config.list_physical_devices("GPU"):
+        major, minor = tf.config.experimental.get_device_details(device).get("compute_capability", (0, 0))
+        if 10 * major + minor < oldest:
+            return f"{device.name} has compute capability {major}.{minor} and they start at {oldest / 10}"
+    return None
+
+
+def fused_ops(variables: Iterable[tf.Variable]) -> types.ModuleType | None:
+    """Returns the module of fused ops if they are to work on `variables`, or None for the reference.
+
+    Warns, once for each reason, where `"auto"` falls back to the reference.
+
+    Raises:
+        LibraryError: If the backend is `"fused"` and the fused ops cannot work on these variables.
+    """
+    backend = get_backend()
+    if backend == "reference":
+        return None
+    ops, problem = load()
+    if ops is not None:
+        on_gpu = any("GPU" in (variable.device or "") for variable in variables)
+        problem = gpu_problem() if on_gpu else None
+        if problem is None:
+            return ops
+    if backend == "fused":
+        raise LibraryError(f"The fused ops cannot be used: {problem}.")
+    if problem not in _warned:
+        _warned.add(str(problem))
+        warnings.warn(
+            f"accumops runs in plain TensorFlow, slower and with the same results: its fused ops cannot be used, as "
+            f"{problem}. Silence this with accumops.set_backend('reference').",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return None

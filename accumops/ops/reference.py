@@ -1,0 +1,50 @@
+"""Every op in plain TensorFlow: the definition of what the kernels compute, and what runs where they cannot."""
+
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+
+def accumulate(
+    accumulators: Sequence[tf.Variable],
+    gradients: Sequence[tf.Tensor | tf.IndexedSlices],
+    *,
+    scale: float | tf.Tensor = 1.0,
+    overwrite: bool | tf.Tensor = False,
+    touched_rows: Sequence[tf.Variable | None] | None = None,
+    check_finite: bool = False,
+) -> tf.Tensor | None:
+    """The definition of `accumops.ops.accumulate`, with the same arguments; it trusts them."""
+    touched_rows = touched_rows or [None] * len(accumulators)
+    finite = []
+    for accumulator, gradient, touched in zip(accumulators, gradients, touched_rows, strict=True):
+        values = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
+        if check_finite:
+            finite.append(tf.reduce_all(tf.math.is_finite(values)))
+        product = tf.cast(values, accumulator.dtype) * tf.cast(scale, accumulator.dtype)
+        if isinstance(gradient, tf.IndexedSlices):
+            _accumulate_rows(accumulator, product, gradient.indices, overwrite, touched)
+        else:
+            accumulator.assign(tf.where(overwrite, product, accumulator + product))
+    if not check_finite:
+        return None
+    return tf.reduce_all(tf.stack(finite)) if finite else tf.constant(True)
+
+
+def _accumulate_rows(
+    accumulator: tf.Variable,
+    values: tf.Tensor,
+    indices: tf.Tensor,
+    overwrite: bool | tf.Tensor,
+    touched: tf.Variable | None,
+) -> None:
+    def clear() -> tf.Tensor:
+        accumulator.assign(tf.zeros_like(accumulator))
+        if touched is not None:
+            touched.assign(tf.zeros_like(touched))
+        return tf.constant(0)
+
+    tf.cond(tf.convert_to_tensor(overwrite), clear, lambda: tf.constant(0))
+    accumulator.scatter_add(tf.IndexedSlices(values, indices))
+    if touched is not None:
+        touched.scatter_update(tf.IndexedSlices(tf.ones_like(indices, dtype=tf.bool), indices))

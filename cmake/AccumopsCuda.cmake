@@ -1,0 +1,44 @@
+# Decides whether the CUDA kernels are built and for which architectures.
+# Sets ACCUMOPS_WITH_CUDA, ACCUMOPS_CUDA_REASON (why not) and, unless it is given, CMAKE_CUDA_ARCHITECTURES.
+
+set(ACCUMOPS_WITH_CUDA OFF)
+set(ACCUMOPS_CUDA_VERSION "")
+set(ACCUMOPS_CUDA_REASON "")
+
+if(NOT ACCUMOPS_CUDA)
+  set(ACCUMOPS_CUDA_REASON "switched off with ACCUMOPS_CUDA=OFF")
+  return()
+endif()
+
+if(NOT CMAKE_CUDA_COMPILER)
+  find_program(ACCUMOPS_NVCC nvcc HINTS ENV CUDACXX ENV CUDA_HOME ENV CUDA_PATH
+    PATHS /usr/local/cuda PATH_SUFFIXES bin)
+  if(NOT ACCUMOPS_NVCC)
+    if(NOT ACCUMOPS_CUDA STREQUAL "AUTO")
+      message(FATAL_ERROR "ACCUMOPS_CUDA=ON, but nvcc was not found. Put it on PATH or set CUDACXX.")
+    endif()
+    set(ACCUMOPS_CUDA_REASON "nvcc was not found at build time")
+    return()
+  endif()
+  set(CMAKE_CUDA_COMPILER "${ACCUMOPS_NVCC}")
+endif()
+
+# Machine code for everything from sm_70 on that this compiler knows, and PTX of the newest for what comes after it.
+if(NOT CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
+  execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch
+    OUTPUT_VARIABLE listed OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
+  string(REGEX MATCHALL "[0-9]+" numbers "${listed}")
+  list(SORT numbers COMPARE NATURAL)
+  list(FILTER numbers EXCLUDE REGEX "^([0-9]|[1-6][0-9])$")
+  list(POP_BACK numbers newest)
+  list(TRANSFORM numbers APPEND "-real")
+  set(CMAKE_CUDA_ARCHITECTURES ${numbers} ${newest})
+endif()
+
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+set(ACCUMOPS_WITH_CUDA ON)
+set(ACCUMOPS_CUDA_VERSION "${CUDAToolkit_VERSION_MAJOR}.${CUDAToolkit_VERSION_MINOR}")

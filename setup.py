@@ -1,0 +1,58 @@
+"""Builds the compiled libraries with CMake; everything else is in pyproject.toml."""
+
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake for all libraries at once.
+
+    The build tree stays in ``build/``, so that a second build only compiles what has changed. What a user may set:
+    ``CMAKE_ARGS`` (any CMake argument), ``CMAKE_CUDA_ARCHITECTURES`` (such as ``80;90``) and CMake's own ``CUDACXX``.
+    """
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        tree = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        arguments = [
+            "-GNinja",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DACCUMOPS_VERSION={self.distribution.get_version()}",
+            # Given anew each time: pip's isolated environments come and go, a path cached from one does not exist later.
+            f"-DCMAKE_MAKE_PROGRAM={self._find_ninja()}",
+            f"-Dpybind11_DIR={self._find_pybind11()}",
+        ]
+        architectures = os.environ.get("CMAKE_CUDA_ARCHITECTURES")
+        if architectures:
+            arguments.append(f"-DCMAKE_CUDA_ARCHITECTURES={architectures}")
+        arguments += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        subprocess.run(["cmake", "-S", str(ROOT), "-B", str(tree), *arguments], check=True)
+        subprocess.run(["cmake", "--build", str(tree)], check=True)
+        subprocess.run(["cmake", "--install", str(tree), "--prefix", str(target)], check=True)
+
+    @staticmethod
+    def _find_ninja() -> str:
+        import ninja
+
+        return str(Path(ninja.BIN_DIR) / "ninja")
+
+    @staticmethod
+    def _find_pybind11() -> str:
+        import pybind11
+
+        return pybind11.get_cmake_dir()
+
+
+setup(
+    ext_modules=[Extension("accumops.ops._kernels", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

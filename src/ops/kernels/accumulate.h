@@ -1,0 +1,44 @@
+// acc <- (overwrite ? 0 : acc) + scale * gradient, element by element, over a list of tensors, in
+// place.
+//
+// The gradient and the scale are converted to the accumulator's type; product and sum are rounded
+// separately there, never contracted into one FMA, so every instruction set and every device
+// returns the same bits. With `overwrite` the accumulator is written and not read: what it held,
+// NaN included, has no influence.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "dtype.h"
+#include "parallel_for.h"
+
+struct CUstream_st;
+
+namespace accumops {
+
+struct AccumulateItem {
+  void* accumulator;
+  const void* gradient;
+  std::int64_t size;  // elements
+  DType accumulator_dtype;
+  DType gradient_dtype;
+};
+
+// `all_finite`, where it is not null, becomes false if a gradient holds Inf or NaN; it is never set
+// to true.
+void AccumulateCpu(const AccumulateItem* items, std::size_t count, double scale, bool overwrite,
+                   bool* all_finite, Executor& executor);
+
+// A scalar that the kernel reads from device memory.
+struct DeviceScalar {
+  const void* data;
+  DType dtype;  // kFloat32 or kFloat64
+};
+
+// All pointers within the items, `overwrite` and `all_finite` are device memory; the item list
+// itself is read before the call returns. Returns null, or the text of the CUDA error.
+const char* AccumulateCuda(const AccumulateItem* items, std::size_t count, DeviceScalar scale,
+                           const bool* overwrite, bool* all_finite, CUstream_st* stream);
+
+}  // namespace accumops

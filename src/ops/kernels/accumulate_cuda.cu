@@ -1,0 +1,317 @@
+// Hundreds of tensors in one launch. Why it is built this way:
+//
+// - The tensor table travels as a kernel parameter: no copy to the device, no buffer to keep alive,
+//   and the launch can be captured in a graph.
+// - One block does one chunk of 16 KiB of accumulator and ends. The hardware's scheduler balances
+//   tensors of every size, which fixed shares per block do not; and a chunk is just what 256
+//   threads hold in registers at 4 packs each, so all of a chunk's loads are in flight together:
+//   some 100 KiB an SM, a few times what latency times bandwidth asks for.
+// - A block finds its tensor by binary search in the parameter bank. That is some ten cached loads,
+//   hidden behind the other blocks' traffic; a map from block to tensor would not fit.
+#include <climits>
+
+#include "accumulate.h"
+#include "cuda_common.cuh"
+
+namespace accumops {
+namespace {
+
+using cuda::kPackSize;
+using cuda::Pack;
+
+constexpr int kThreads = 256;
+constexpr int kPacksPerThread = 4;
+constexpr int kScalarsPerThread = 8;
+constexpr int kChunkBytes = kThreads * kPacksPerThread * cuda::kVectorBytes;  // of accumulator
+
+template <class Acc>
+constexpr int kChunkSize = kChunkBytes / static_cast<int>(sizeof(Acc));  // elements
+
+// Pointers are at least aligned to their elements.
+template <int kTableCapacity>
+struct AccumulateParams {
+  static constexpr int kCapacity = kTableCapacity;
+
+  void* accumulator[kCapacity];
+  const void* gradient[kCapacity];
+  std::int64_t size[kCapacity];
+  std::uint32_t first_chunk[kCapacity];  // ascending; chunks are counted through the table
+  std::uint8_t kind[kCapacity];
+  DeviceScalar scale;
+  const bool* overwrite;
+  bool* all_finite;
+  int count;
+};
+
+// All of a table is copied at each launch, so a list gets the smallest that holds it.
+using SmallParams = AccumulateParams<136>;  // what every CUDA version accepts
+static_assert(sizeof(SmallParams) <= 4096, "too large for a kernel parameter");
+#if CUDART_VERSION >= 12010
+using MediumParams = AccumulateParams<416>;
+using LargeParams = AccumulateParams<1120>;
+static_assert(sizeof(LargeParams) <= 32764, "too large for a kernel parameter");
+#endif
+
+constexpr std::uint8_t Kind(DType accumulator, DType gradient) {
+  return static_cast<std::uint8_t>(static_cast<int>(accumulator) * 4 + static_cast<int>(gradient));
+}
+
+// The last entry whose first chunk is not beyond `chunk`.
+__host__ __device__ inline int FindEntry(const std::uint32_t* first_chunk, int count,
+                                         std::uint32_t chunk) {
+  int low = 0;
+  int high = count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (first_chunk[middle] <= chunk) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// A chunk is `head` scalars, `packs` packs at aligned addresses, and scalars to the end.
+struct ChunkParts {
+  int head;
+  int packs;
+  bool aligned;  // whether the gradient is aligned where the accumulator is
+};
+
+template <class Acc, class Grad>
+__host__ __device__ ChunkParts SplitChunk(std::uintptr_t accumulator, std::uintptr_t gradient,
+                                          int size) {
+  const int misaligned = static_cast<int>(accumulator % cuda::kVectorBytes / sizeof(Acc));
+  const int to_boundary = (kPackSize<Acc> - misaligned) % kPackSize<Acc>;
+  const int head = to_boundary < size ? to_boundary : size;
+  return {head, (size - head) / kPackSize<Acc>,
+          (gradient + head * sizeof(Grad)) % (kPackSize<Acc> * sizeof(Grad)) == 0};
+}
+
+// One chunk's work. Gradients are read first: they need not wait for `overwrite` to arrive.
+template <class Acc, class Grad>
+class ChunkAccumulator {
+ public:
+  __device__ ChunkAccumulator(Acc scale, bool overwrite) : scale_(scale), overwrite_(overwrite) {}
+
+  __device__ void Run(Acc* accumulator, const Grad* gradient, int size) {
+    const ChunkParts parts =
+        SplitChunk<Acc, Grad>(reinterpret_cast<std::uintptr_t>(accumulator),
+                              reinterpret_cast<std::uintptr_t>(gradient), size);
+    if (!parts.aligned) {
+      AccumulateScalars(accumulator, gradient, size);
+      return;
+    }
+    AccumulatePacks(reinterpret_cast<AccPack*>(accumulator + parts.head),
+                    reinterpret_cast<const GradPack*>(gradient + parts.head), parts.packs);
+    // By the last threads: in a small tensor the first ones are waiting for their packs.
+    const int edge = kThreads - 1 - static_cast<int>(threadIdx.x);
+    const int i = edge < parts.head ? edge : edge + parts.packs * kPackSize<Acc>;
+    if (i < size) {
+      accumulator[i] = Sum(overwrite_ ? kZero : accumulator[i], gradient[i]);
+    }
+  }
+
+  __device__ bool finite() const { return finite_; }
+
+ private:
+  using AccPack = Pack<Acc, kPackSize<Acc>>;
+  using GradPack = Pack<Grad, kPackSize<Acc>>;
+
+  // What to add to so that every product remains as it is; +0 would lose the sign of -0.
+  static constexpr Acc kZero = static_cast<Acc>(-0.0);
+
+  __device__ void AccumulatePacks(AccPack* accumulator, const GradPack* gradient, int packs) {
+    AccPack acc[kPacksPerThread];
+    GradPack grad[kPacksPerThread];
+#pragma unroll
+    for (int k = 0; k < kPacksPerThread; ++k) {
+      const int i = k * kThreads + static_cast<int>(threadIdx.x);
+      if (i < packs) grad[k] = cuda::LoadPackOnce(gradient + i);
+    }
+#pragma unroll
+    for (int k = 0; k < kPacksPerThread; ++k) {
+      const int i = k * kThreads + static_cast<int>(threadIdx.x);
+#pragma unroll
+      for (Acc& value : acc[k].value) value = kZero;
+      if (i < packs && !overwrite_) acc[k] = cuda::LoadPack(accumulator + i);
+    }
+#pragma unroll
+    for (int k = 0; k < kPacksPerThread; ++k) {
+      const int i = k * kThreads + static_cast<int>(threadIdx.x);
+      if (i >= packs) continue;
+#pragma unroll
+      for (int j = 0; j < kPackSize<Acc>; ++j) {
+        acc[k].value[j] = Sum(acc[k].value[j], grad[k].value[j]);
+      }
+      cuda::StorePack(accumulator + i, acc[k]);
+    }
+  }
+
+  __device__ void AccumulateScalars(Acc* accumulator, const Grad* gradient, int size) {
+    for (int first = static_cast<int>(threadIdx.x); first < size;
+         first += kScalarsPerThread * kThreads) {
+      Acc acc[kScalarsPerThread];
+      Grad grad[kScalarsPerThread];
+#pragma unroll
+      for (int k = 0; k < kScalarsPerThread; ++k) {
+        const int i = first + k * kThreads;
+        if (i < size) grad[k] = gradient[i];
+      }
+#pragma unroll
+      for (int k = 0; k < kScalarsPerThread; ++k) {
+        const int i = first + k * kThreads;
+        acc[k] = kZero;
+        if (i < size && !overwrite_) acc[k] = accumulator[i];
+      }
+#pragma unroll
+      for (int k = 0; k < kScalarsPerThread; ++k) {
+        const int i = first + k * kThreads;
+        if (i < size) accumulator[i] = Sum(acc[k], grad[k]);
+      }
+    }
+  }
+
+  // Checks in passing, wanted or not: the kernel waits for memory anyway.
+  __device__ Acc Sum(Acc acc, Grad grad) {
+    const Acc x = static_cast<Acc>(cuda::ToFloat(grad));
+    finite_ = finite_ && cuda::IsFinite(x);
+    return cuda::Add(acc, cuda::Multiply(scale_, x));
+  }
+
+  const Acc scale_;
+  const bool overwrite_;
+  bool finite_ = true;
+};
+
+// Returns whether the gradients this thread saw were finite.
+template <class Acc, class Grad>
+__device__ bool AccumulateChunk(void* accumulator, const void* gradient, std::int64_t size,
+                                std::uint32_t chunk, double scale, bool overwrite) {
+  const std::int64_t begin = static_cast<std::int64_t>(chunk) * kChunkSize<Acc>;
+  const std::int64_t left = size - begin;
+  ChunkAccumulator<Acc, Grad> chunk_accumulator(static_cast<Acc>(scale), overwrite);
+  chunk_accumulator.Run(static_cast<Acc*>(accumulator) + begin,
+                        static_cast<const Grad*>(gradient) + begin,
+                        static_cast<int>(left < kChunkSize<Acc> ? left : kChunkSize<Acc>));
+  return chunk_accumulator.finite();
+}
+
+template <class Params>
+__global__ void __launch_bounds__(kThreads, 4)
+    AccumulateKernel(const __grid_constant__ Params params) {
+  const bool overwrite = *params.overwrite;
+  const double scale = cuda::ReadScale(params.scale);
+  const int entry = FindEntry(params.first_chunk, params.count, blockIdx.x);
+  const auto accumulate = [&](auto* function) {
+    return function(params.accumulator[entry], params.gradient[entry], params.size[entry],
+                    blockIdx.x - params.first_chunk[entry], scale, overwrite);
+  };
+  bool finite = true;
+  switch (params.kind[entry]) {
+    case Kind(DType::kFloat32, DType::kFloat32):
+      finite = accumulate(AccumulateChunk<float, float>);
+      break;
+    case Kind(DType::kFloat32, DType::kFloat16):
+      finite = accumulate(AccumulateChunk<float, cuda::Float16>);
+      break;
+    case Kind(DType::kFloat32, DType::kBFloat16):
+      finite = accumulate(AccumulateChunk<float, cuda::BFloat16>);
+      break;
+    case Kind(DType::kFloat64, DType::kFloat64):
+      finite = accumulate(AccumulateChunk<double, double>);
+      break;
+    case Kind(DType::kFloat64, DType::kFloat32):
+      finite = accumulate(AccumulateChunk<double, float>);
+      break;
+    case Kind(DType::kFloat64, DType::kFloat16):
+      finite = accumulate(AccumulateChunk<double, cuda::Float16>);
+      break;
+    case Kind(DType::kFloat64, DType::kBFloat16):
+      finite = accumulate(AccumulateChunk<double, cuda::BFloat16>);
+      break;
+  }
+  // Threads may race here, but all store the same value.
+  if (!finite && params.all_finite != nullptr) *params.all_finite = false;
+}
+
+// Fills tables with the list, in order, and hands each to `launch(params, chunks)`. A tensor with
+// more chunks than a grid has blocks is spread over tables.
+template <class Params, class Launcher>
+cudaError_t ForEachTable(const AccumulateItem* items, std::size_t count, std::int64_t max_chunks,
+                         Params& params, Launcher launch) {
+  std::int64_t chunks = 0;
+  params.count = 0;
+  const auto flush = [&] {
+    const cudaError_t error = params.count == 0 ? cudaSuccess : launch(params, chunks);
+    params.count = 0;
+    chunks = 0;
+    return error;
+  };
+  for (const AccumulateItem* item = items; item != items + count; ++item) {
+    const std::size_t acc_bytes = SizeOf(item->accumulator_dtype);
+    const std::size_t grad_bytes = SizeOf(item->gradient_dtype);
+    const std::int64_t chunk_size = kChunkBytes / static_cast<std::int64_t>(acc_bytes);
+    for (std::int64_t begin = 0; begin < item->size;) {
+      if (params.count == Params::kCapacity || chunks == max_chunks) {
+        const cudaError_t error = flush();
+        if (error != cudaSuccess) return error;
+      }
+      const std::int64_t left = item->size - begin;
+      const std::int64_t room = max_chunks - chunks;
+      const std::int64_t needed = (left - 1) / chunk_size + 1;
+      const std::int64_t taken = needed < room ? needed : room;
+      const std::int64_t size = needed <= room ? left : taken * chunk_size;
+      const int entry = params.count++;
+      params.accumulator[entry] = static_cast<char*>(item->accumulator) + begin * acc_bytes;
+      params.gradient[entry] = static_cast<const char*>(item->gradient) + begin * grad_bytes;
+      params.size[entry] = size;
+      params.first_chunk[entry] = static_cast<std::uint32_t>(chunks);
+      params.kind[entry] = Kind(item->accumulator_dtype, item->gradient_dtype);
+      chunks += taken;
+      begin += size;
+    }
+  }
+  return flush();
+}
+
+template <class Params>
+cudaError_t LaunchTables(const AccumulateItem* items, std::size_t count, DeviceScalar scale,
+                         const bool* overwrite, bool* all_finite, cudaStream_t stream) {
+  Params params;
+  params.scale = scale;
+  params.overwrite = overwrite;
+  params.all_finite = all_finite;
+  return ForEachTable(
+      items, count, INT_MAX, params, [stream](const Params& filled, std::int64_t chunks) {
+        return cuda::Launch(AccumulateKernel<Params>, chunks, kThreads, filled, stream);
+      });
+}
+
+#if CUDART_VERSION >= 12010
+bool DriverTakesLargeParams() {
+  static const bool result = [] {
+    int version = 0;
+    return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12010;
+  }();
+  return result;
+}
+#endif
+
+}  // namespace
+
+const char* AccumulateCuda(const AccumulateItem* items, std::size_t count, DeviceScalar scale,
+                           const bool* overwrite, bool* all_finite, CUstream_st* stream) {
+  if (items == nullptr || count == 0) return nullptr;
+  auto* launch = LaunchTables<SmallParams>;
+#if CUDART_VERSION >= 12010
+  if (count > SmallParams::kCapacity && DriverTakesLargeParams()) {
+    launch =
+        count > MediumParams::kCapacity ? LaunchTables<LargeParams> : LaunchTables<MediumParams>;
+  }
+#endif
+  return cuda::ErrorText(launch(items, count, scale, overwrite, all_finite, stream));
+}
+
+}  // namespace accumops

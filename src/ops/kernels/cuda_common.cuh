@@ -1,0 +1,127 @@
+// What the CUDA kernels share: element types, packs of elements that move in one access, the
+// rounding that accumulate.h promises, launching.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "accumulate.h"
+
+namespace accumops {
+namespace cuda {
+
+// Only their bits are needed; cuda_fp16.h and cuda_bf16.h take longer to compile than the kernels.
+struct Float16 {
+  std::uint16_t bits;
+};
+struct BFloat16 {
+  std::uint16_t bits;
+};
+
+inline __device__ float ToFloat(Float16 x) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
+  return result;
+}
+inline __device__ float ToFloat(BFloat16 x) {
+  return __uint_as_float(static_cast<unsigned>(x.bits) << 16);
+}
+inline __device__ float ToFloat(float x) { return x; }
+inline __device__ double ToFloat(double x) { return x; }
+
+// On the bits: comparing doubles is slow where a GPU has few float64 units.
+inline __device__ bool IsFinite(float x) {
+  return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u;
+}
+inline __device__ bool IsFinite(double x) {
+  return (static_cast<unsigned>(__double2hiint(x)) & 0x7ff00000u) != 0x7ff00000u;
+}
+
+// Never contracted into an FMA, whatever the compiler's flags.
+inline __device__ float Multiply(float a, float b) { return __fmul_rn(a, b); }
+inline __device__ double Multiply(double a, double b) { return __dmul_rn(a, b); }
+inline __device__ float Add(float a, float b) { return __fadd_rn(a, b); }
+inline __device__ double Add(double a, double b) { return __dadd_rn(a, b); }
+
+// A float32 scale survives the detour through float64 unchanged.
+inline __device__ double ReadScale(const DeviceScalar& scale) {
+  return scale.dtype == DType::kFloat64 ? *static_cast<const double*>(scale.data)
+                                        : *static_cast<const float*>(scale.data);
+}
+
+constexpr int kVectorBytes = 16;
+
+// How many accumulator elements one 16-byte access moves; a pack of the gradient has as many.
+template <class Acc>
+constexpr int kPackSize = kVectorBytes / static_cast<int>(sizeof(Acc));
+
+template <class T, int kSize>
+struct alignas(sizeof(T) * kSize) Pack {
+  T value[kSize];
+};
+
+namespace internal {
+template <std::size_t kBytes>
+struct Word;
+template <>
+struct Word<4> {
+  using Type = unsigned;
+};
+template <>
+struct Word<8> {
+  using Type = uint2;
+};
+template <>
+struct Word<16> {
+  using Type = uint4;
+};
+}  // namespace internal
+
+template <class P>
+using WordOf = typename internal::Word<sizeof(P)>::Type;
+
+template <class P>
+__device__ P LoadPack(const P* from) {
+  const WordOf<P> word = *reinterpret_cast<const WordOf<P>*>(from);
+  P result;
+  std::memcpy(&result, &word, sizeof(P));
+  return result;
+}
+
+// For what is read once: leaves the cache to others.
+template <class P>
+__device__ P LoadPackOnce(const P* from) {
+  const WordOf<P> word = __ldcs(reinterpret_cast<const WordOf<P>*>(from));
+  P result;
+  std::memcpy(&result, &word, sizeof(P));
+  return result;
+}
+
+template <class P>
+__device__ void StorePack(P* to, const P& pack) {
+  WordOf<P> word;
+  std::memcpy(&word, &pack, sizeof(P));
+  *reinterpret_cast<WordOf<P>*>(to) = word;
+}
+
+// Unlike <<<>>> followed by cudaGetLastError, never reports what an earlier call left behind; and
+// what this one reports, it clears.
+template <class Params>
+cudaError_t Launch(void (*kernel)(Params), std::int64_t blocks, int threads, const Params& params,
+                   cudaStream_t stream) {
+  void* arguments[] = {const_cast<Params*>(&params)};
+  const cudaError_t error =
+      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
+                       dim3(static_cast<unsigned>(threads)), arguments, 0, stream);
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
+inline const char* ErrorText(cudaError_t error) {
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace cuda
+}  // namespace accumops

@@ -1,0 +1,250 @@
+// Compiled once for each instruction set, with ACCUMOPS_INSTRUCTION_SET naming the namespace.
+// Nothing here may come from a header that defines inline functions: the linker would keep one copy
+// for all three, possibly the AVX-512 one.
+#include "span.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#define ACCUMOPS_STRING_(x) #x
+#define ACCUMOPS_STRING(x) ACCUMOPS_STRING_(x)
+
+namespace accumops {
+namespace ACCUMOPS_INSTRUCTION_SET {
+namespace {
+
+struct Float16 {
+  std::uint16_t bits;
+};
+struct BFloat16 {
+  std::uint16_t bits;
+};
+
+float FromBits(std::uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+float Widen(float value) { return value; }
+double Widen(double value) { return value; }
+float Widen(BFloat16 value) { return FromBits(static_cast<std::uint32_t>(value.bits) << 16); }
+#if defined(__F16C__)
+float Widen(Float16 value) { return _cvtsh_ss(value.bits); }
+#else
+// Rebias the exponent; a subnormal becomes normal first and is corrected by a subtraction, so the
+// result is the same with the processor set to flush subnormals, as it is on TensorFlow's threads.
+float Widen(Float16 value) {
+  constexpr std::uint32_t kExponent = 0x7c00u << 13;
+  std::uint32_t bits = (value.bits & 0x7fffu) << 13;
+  const std::uint32_t exponent = bits & kExponent;
+  bits += (127 - 15) << 23;
+  if (exponent == kExponent) bits += (128 - 16) << 23;
+  float magnitude =
+      exponent == 0 ? FromBits(bits + (1 << 23)) - FromBits(113 << 23) : FromBits(bits);
+  std::uint32_t result;
+  __builtin_memcpy(&result, &magnitude, sizeof result);
+  return FromBits(result | (value.bits & 0x8000u) << 16);
+}
+#endif
+
+// On the bits: comparisons of floats would not survive -ffinite-math, and integers vectorise as a
+// reduction.
+bool IsFinite(Float16 value) { return (value.bits & 0x7c00) != 0x7c00; }
+bool IsFinite(BFloat16 value) { return (value.bits & 0x7f80) != 0x7f80; }
+bool IsFinite(float value) {
+  std::uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  return (bits & 0x7f800000u) != 0x7f800000u;
+}
+bool IsFinite(double value) {
+  std::uint64_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  return (bits & 0x7ff0000000000000u) != 0x7ff0000000000000u;
+}
+
+template <bool kOverwrite, bool kCheck, typename Accumulator, typename Gradient>
+bool AccumulateScalar(Accumulator* accumulator, const Gradient* gradient, std::int64_t begin,
+                      std::int64_t end, Accumulator scale) {
+  unsigned bad = 0;
+  for (std::int64_t i = begin; i < end; ++i) {
+    const Accumulator product = scale * static_cast<Accumulator>(Widen(gradient[i]));
+    accumulator[i] = kOverwrite ? product : accumulator[i] + product;
+    if (kCheck) bad |= !IsFinite(gradient[i]);
+  }
+  return bad == 0;
+}
+
+// Lanes: a vector of float32, its loads from each gradient type, and a running record of non-finite
+// lanes.
+#if defined(__AVX512F__)
+#define ACCUMOPS_VECTORS 1
+using Lanes = __m512;
+using Record = __mmask16;
+constexpr std::int64_t kLanes = 16;
+Lanes Broadcast(float x) { return _mm512_set1_ps(x); }
+Lanes Load(const float* p) { return _mm512_loadu_ps(p); }
+Lanes Load(const Float16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+Lanes Load(const BFloat16* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+Lanes Multiply(Lanes a, Lanes b) { return _mm512_mul_ps(a, b); }
+Lanes Add(Lanes a, Lanes b) { return _mm512_add_ps(a, b); }
+void Store(float* p, Lanes x) { _mm512_storeu_ps(p, x); }
+void Stream(float* p, Lanes x) { _mm512_stream_ps(p, x); }
+Record NoRecord() { return 0; }
+// Quiet NaN, signalling NaN, +Inf, -Inf.
+Record Note(Record r, Lanes x) { return r | _mm512_fpclass_ps_mask(x, 0x01 | 0x80 | 0x08 | 0x10); }
+bool Clean(Record r) { return r == 0; }
+#elif defined(__AVX2__)
+#define ACCUMOPS_VECTORS 1
+using Lanes = __m256;
+using Record = __m256;
+constexpr std::int64_t kLanes = 8;
+Lanes Broadcast(float x) { return _mm256_set1_ps(x); }
+Lanes Load(const float* p) { return _mm256_loadu_ps(p); }
+Lanes Load(const Float16* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+Lanes Load(const BFloat16* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+Lanes Multiply(Lanes a, Lanes b) { return _mm256_mul_ps(a, b); }
+Lanes Add(Lanes a, Lanes b) { return _mm256_add_ps(a, b); }
+void Store(float* p, Lanes x) { _mm256_storeu_ps(p, x); }
+void Stream(float* p, Lanes x) { _mm256_stream_ps(p, x); }
+Record NoRecord() { return _mm256_setzero_ps(); }
+Record Note(Record r, Lanes x) {
+  const Lanes magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
+  const Lanes infinity = _mm256_set1_ps(__builtin_inff());
+  return _mm256_or_ps(r, _mm256_cmp_ps(magnitude, infinity, _CMP_NLT_UQ));
+}
+bool Clean(Record r) { return _mm256_movemask_ps(r) == 0; }
+#endif
+
+#if defined(ACCUMOPS_VECTORS)
+constexpr std::uintptr_t kCacheLine = 64;
+
+// Elements before `p` reaches a cache line, so that no store splits one and streaming stores are
+// aligned.
+std::int64_t Head(const float* p, std::int64_t size) {
+  const std::uintptr_t misaligned = reinterpret_cast<std::uintptr_t>(p) % kCacheLine;
+  const auto head =
+      static_cast<std::int64_t>((kCacheLine - misaligned) % kCacheLine / sizeof(float));
+  return head < size ? head : size;
+}
+
+template <bool kOverwrite, bool kStreaming, bool kCheck, typename Gradient>
+bool AccumulateVectors(float* accumulator, const Gradient* gradient, std::int64_t size,
+                       float scale) {
+  constexpr std::int64_t kUnroll = 4;
+  const Lanes factor = Broadcast(scale);
+  Record record = NoRecord();
+  const auto step = [&](std::int64_t i) __attribute__((always_inline)) {
+    const Lanes g = Load(gradient + i);
+    if (kCheck) record = Note(record, g);
+    const Lanes product = Multiply(factor, g);
+    const Lanes result = kOverwrite ? product : Add(Load(accumulator + i), product);
+    if (kStreaming) {
+      Stream(accumulator + i, result);
+    } else {
+      Store(accumulator + i, result);
+    }
+  };
+  const std::int64_t head = Head(accumulator, size);
+  bool finite = AccumulateScalar<kOverwrite, kCheck>(accumulator, gradient, 0, head, scale);
+  std::int64_t i = head;
+  for (; i + kUnroll * kLanes <= size; i += kUnroll * kLanes) {
+    for (std::int64_t u = 0; u < kUnroll; ++u) step(i + u * kLanes);
+  }
+  for (; i + kLanes <= size; i += kLanes) step(i);
+  finite &= AccumulateScalar<kOverwrite, kCheck>(accumulator, gradient, i, size, scale);
+  if (kStreaming) _mm_sfence();
+  return finite && Clean(record);
+}
+#endif
+
+template <bool kOverwrite, bool kCheck, typename Gradient>
+bool AccumulateTyped(const Span& span, float* accumulator, const Gradient* gradient) {
+  const float scale = static_cast<float>(span.scale);
+#if defined(ACCUMOPS_VECTORS)
+  return kOverwrite && span.streaming ? AccumulateVectors<kOverwrite, kOverwrite, kCheck>(
+                                            accumulator, gradient, span.size, scale)
+                                      : AccumulateVectors<kOverwrite, false, kCheck>(
+                                            accumulator, gradient, span.size, scale);
+#else
+  return AccumulateScalar<kOverwrite, kCheck>(accumulator, gradient, 0, span.size, scale);
+#endif
+}
+
+template <bool kOverwrite, bool kCheck, typename Gradient>
+bool AccumulateTyped(const Span& span, double* accumulator, const Gradient* gradient) {
+  return AccumulateScalar<kOverwrite, kCheck>(accumulator, gradient, 0, span.size, span.scale);
+}
+
+template <typename Accumulator, typename Gradient>
+bool AccumulateFlags(const Span& span) {
+  auto* accumulator = static_cast<Accumulator*>(span.accumulator);
+  const auto* gradient = static_cast<const Gradient*>(span.gradient);
+  if (span.overwrite) {
+    return span.check_finite ? AccumulateTyped<true, true>(span, accumulator, gradient)
+                             : AccumulateTyped<true, false>(span, accumulator, gradient);
+  }
+  return span.check_finite ? AccumulateTyped<false, true>(span, accumulator, gradient)
+                           : AccumulateTyped<false, false>(span, accumulator, gradient);
+}
+
+template <typename Accumulator>
+bool AccumulateGradient(const Span& span) {
+  switch (span.gradient_dtype) {
+    case DType::kFloat16:
+      return AccumulateFlags<Accumulator, Float16>(span);
+    case DType::kBFloat16:
+      return AccumulateFlags<Accumulator, BFloat16>(span);
+    case DType::kFloat32:
+      return AccumulateFlags<Accumulator, float>(span);
+    case DType::kFloat64:
+      break;
+  }
+  return AccumulateFlags<double, double>(span);  // the one float64 pair that CanAccumulate allows
+}
+
+bool Accumulate(const Span& span) {
+  return span.accumulator_dtype == DType::kFloat64 ? AccumulateGradient<double>(span)
+                                                   : AccumulateGradient<float>(span);
+}
+
+void Triad(float* a, const float* b, const float* c, float scale, std::int64_t size,
+           bool streaming) {
+  std::int64_t i = 0;
+#if defined(ACCUMOPS_VECTORS)
+  const Lanes factor = Broadcast(scale);
+  if (streaming) {
+    for (const std::int64_t head = Head(a, size); i < head; ++i) a[i] = b[i] + scale * c[i];
+    for (; i + kLanes <= size; i += kLanes) {
+      Stream(a + i, Add(Load(b + i), Multiply(factor, Load(c + i))));
+    }
+    _mm_sfence();
+  } else {
+    for (; i + kLanes <= size; i += kLanes) {
+      Store(a + i, Add(Load(b + i), Multiply(factor, Load(c + i))));
+    }
+  }
+#else
+  (void)streaming;
+#endif
+  for (; i < size; ++i) a[i] = b[i] + scale * c[i];
+}
+
+}  // namespace
+
+extern const SpanFunctions kSpanFunctions;
+const SpanFunctions kSpanFunctions = {ACCUMOPS_STRING(ACCUMOPS_INSTRUCTION_SET), Accumulate, Triad};
+
+}  // namespace ACCUMOPS_INSTRUCTION_SET
+}  // namespace accumops

@@ -1,0 +1,309 @@
+// AccumOps>Accumulate on the CPU and, where the library has CUDA kernels, on GPUs: checks the
+// inputs, calls a launcher.
+#include <cstring>
+#include <functional>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "accumulate.h"
+#include "accumulate_rows.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/register_types.h"
+#include "tensorflow/core/lib/core/threadpool.h"
+#include "variable_list.h"
+#if defined(ACCUMOPS_CUDA)
+#include "device_memory.h"
+#include "tensorflow/core/framework/device_base.h"
+#include "xla/stream_executor/stream.h"
+#endif
+
+namespace accumops {
+namespace {
+
+using ::tensorflow::DataType;
+using ::tensorflow::DataTypeString;
+using ::tensorflow::OpInputList;
+using ::tensorflow::OpKernel;
+using ::tensorflow::OpKernelConstruction;
+using ::tensorflow::OpKernelContext;
+using ::tensorflow::Tensor;
+using ::tensorflow::TensorShape;
+
+// For the types that the op's signature admits; a variable's own type is checked before.
+DType ToDType(DataType dtype) {
+  switch (dtype) {
+    case tensorflow::DT_HALF:
+      return DType::kFloat16;
+    case tensorflow::DT_BFLOAT16:
+      return DType::kBFloat16;
+    case tensorflow::DT_DOUBLE:
+      return DType::kFloat64;
+    default:
+      return DType::kFloat32;
+  }
+}
+
+// The op's inputs, checked; alive for one call.
+struct Inputs {
+  VariableList variables;  // the accumulators, then the touched rows
+  OpInputList gradients;
+  OpInputList indices;
+  const Tensor* scale = nullptr;
+  const Tensor* overwrite = nullptr;
+  std::size_t dense = 0;      // accumulators before the ones that receive rows
+  std::size_t untracked = 0;  // accumulators before the ones whose touched rows are known
+
+  absl::Status Read(OpKernelContext* ctx);
+  std::vector<AccumulateItem> DenseItems() const;
+  std::vector<AccumulateRowsItem> RowsItems() const;
+
+ private:
+  absl::Status CheckAccumulator(std::size_t i) const;
+  absl::Status CheckRows(std::size_t i, std::size_t sparse) const;
+  // Where the flags of accumulator i, which is tracked, stand among the variables.
+  std::size_t FlagsOf(std::size_t i) const {
+    return static_cast<std::size_t>(gradients.size()) + i - untracked;
+  }
+};
+
+absl::Status Inputs::Read(OpKernelContext* ctx) {
+  TF_RETURN_IF_ERROR(ctx->input_list("gradients", &gradients));
+  TF_RETURN_IF_ERROR(ctx->input_list("indices", &indices));
+  TF_RETURN_IF_ERROR(ctx->input("scale", &scale));
+  TF_RETURN_IF_ERROR(ctx->input("overwrite", &overwrite));
+  OpInputList accumulators, touched;
+  TF_RETURN_IF_ERROR(ctx->input_list("accumulators", &accumulators));
+  TF_RETURN_IF_ERROR(ctx->input_list("touched_rows", &touched));
+  if (gradients.size() != accumulators.size() || indices.size() > accumulators.size() ||
+      touched.size() > indices.size()) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "Accumulate got ", accumulators.size(), " accumulators, ", gradients.size(), " gradients, ",
+        indices.size(), " indices and ", touched.size(), " touched rows."));
+  }
+  for (const auto& [name, tensor] :
+       {std::pair("scale", scale), std::pair("overwrite", overwrite)}) {
+    if (tensor->dims() != 0) {
+      return absl::InvalidArgumentError(absl::StrCat(name, " must be a scalar, not of shape ",
+                                                     tensor->shape().DebugString(), "."));
+    }
+  }
+  dense = static_cast<std::size_t>(accumulators.size() - indices.size());
+  untracked = static_cast<std::size_t>(accumulators.size() - touched.size());
+  TF_RETURN_IF_ERROR(variables.Add(ctx, "accumulators"));
+  TF_RETURN_IF_ERROR(variables.Add(ctx, "touched_rows"));
+  TF_RETURN_IF_ERROR(variables.Lock());
+  for (int i = 0; i < accumulators.size(); ++i) {
+    TF_RETURN_IF_ERROR(CheckAccumulator(static_cast<std::size_t>(i)));
+  }
+  for (int i = 0; i < indices.size(); ++i) {
+    TF_RETURN_IF_ERROR(CheckRows(dense + static_cast<std::size_t>(i), static_cast<std::size_t>(i)));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Inputs::CheckAccumulator(std::size_t i) const {
+  const Tensor& accumulator = variables.tensor(i);
+  const Tensor& gradient = gradients[static_cast<int>(i)];
+  const DataType dtype = accumulator.dtype();
+  if ((dtype != tensorflow::DT_FLOAT && dtype != tensorflow::DT_DOUBLE) ||
+      !CanAccumulate(ToDType(dtype), ToDType(gradient.dtype()))) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(variables.Describe(i), " is ", DataTypeString(dtype), " and gradients[", i,
+                     "] is ", DataTypeString(gradient.dtype()),
+                     ": accumulators are float32, or float64, which float64 gradients need."));
+  }
+  if (i < dense && accumulator.shape() != gradient.shape()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(variables.Describe(i), " has shape ", accumulator.shape().DebugString(),
+                     " but gradients[", i, "] has shape ", gradient.shape().DebugString(), "."));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Inputs::CheckRows(std::size_t i, std::size_t sparse) const {
+  const Tensor& accumulator = variables.tensor(i);
+  const Tensor& values = gradients[static_cast<int>(i)];
+  const Tensor& rows = indices[static_cast<int>(sparse)];
+  TensorShape expected = accumulator.shape();
+  if (expected.dims() > 0 && rows.dims() == 1) expected.set_dim(0, rows.dim_size(0));
+  if (rows.dims() != 1 || accumulator.dims() == 0 || values.shape() != expected) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(variables.Describe(i), " has shape ", accumulator.shape().DebugString(),
+                     " but gradients[", i, "] has shape ", values.shape().DebugString(),
+                     " and indices[", sparse, "] has shape ", rows.shape().DebugString(), "."));
+  }
+  if (i < untracked) return absl::OkStatus();
+  const std::size_t flags = FlagsOf(i);
+  const Tensor& touched = variables.tensor(flags);
+  if (touched.dtype() != tensorflow::DT_BOOL ||
+      touched.shape() != TensorShape({accumulator.dim_size(0)})) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        variables.Describe(flags), " is ", DataTypeString(touched.dtype()), " of shape ",
+        touched.shape().DebugString(), "; it must be bool of shape [", accumulator.dim_size(0),
+        "], one flag for each row of ", variables.Describe(i), "."));
+  }
+  return absl::OkStatus();
+}
+
+std::vector<AccumulateItem> Inputs::DenseItems() const {
+  std::vector<AccumulateItem> items;
+  items.reserve(dense);
+  for (std::size_t i = 0; i < dense; ++i) {
+    const Tensor& accumulator = variables.tensor(i);
+    const Tensor& gradient = gradients[static_cast<int>(i)];
+    items.push_back({accumulator.data(), gradient.data(), gradient.NumElements(),
+                     ToDType(accumulator.dtype()), ToDType(gradient.dtype())});
+  }
+  return items;
+}
+
+std::vector<AccumulateRowsItem> Inputs::RowsItems() const {
+  const auto count = static_cast<std::size_t>(gradients.size());
+  std::vector<AccumulateRowsItem> items;
+  for (std::size_t i = dense; i < count; ++i) {
+    const Tensor& accumulator = variables.tensor(i);
+    const Tensor& values = gradients[static_cast<int>(i)];
+    const Tensor& rows = indices[static_cast<int>(i - dense)];
+    const std::int64_t height = accumulator.dim_size(0);
+    items.push_back(
+        {accumulator.data(), values.data(), rows.data(),
+         i < untracked ? nullptr : static_cast<bool*>(variables.tensor(FlagsOf(i)).data()), height,
+         height == 0 ? 0 : accumulator.NumElements() / height, rows.NumElements(),
+         ToDType(accumulator.dtype()), ToDType(values.dtype()),
+         rows.dtype() == tensorflow::DT_INT64});
+  }
+  return items;
+}
+
+class AccumulateOp : public OpKernel {
+ public:
+  explicit AccumulateOp(OpKernelConstruction* construction) : OpKernel(construction) {
+    int outputs;
+    OP_REQUIRES_OK(construction, construction->GetAttr("check_finite", &outputs));
+    OP_REQUIRES(construction, outputs <= 1,
+                absl::InvalidArgumentError(
+                    absl::StrCat("check_finite must be 0 or 1, not ", outputs, ".")));
+    check_finite_ = outputs == 1;
+  }
+
+  void Compute(OpKernelContext* ctx) final {
+    bool* all_finite = nullptr;
+    if (check_finite_) {
+      Tensor* output = nullptr;
+      OP_REQUIRES_OK(ctx, ctx->allocate_output(0, TensorShape({}), &output));
+      all_finite = output->scalar<bool>().data();
+    }
+    Inputs inputs;
+    OP_REQUIRES_OK(ctx, inputs.Read(ctx));
+    OP_REQUIRES_OK(ctx, Run(ctx, inputs, all_finite));
+  }
+
+ protected:
+  // Makes the variables writable and accumulates; on an error nothing has been added to any of
+  // them.
+  virtual absl::Status Run(OpKernelContext* ctx, Inputs& inputs, bool* all_finite) = 0;
+
+ private:
+  bool check_finite_ = false;
+};
+
+// TensorFlow's own pool, so that the op never competes with it for cores.
+class PoolExecutor : public Executor {
+ public:
+  explicit PoolExecutor(OpKernelContext* ctx)
+      : pool_(ctx->device()->tensorflow_cpu_worker_threads()->workers) {}
+  int concurrency() const override { return pool_->NumThreads(); }
+  void Schedule(std::function<void()> task) override { pool_->Schedule(std::move(task)); }
+
+ private:
+  tensorflow::thread::ThreadPool* pool_;
+};
+
+absl::Status CopyOnHost(OpKernelContext*, void* to, const void* from, std::size_t bytes) {
+  std::memcpy(to, from, bytes);
+  return absl::OkStatus();
+}
+
+class AccumulateCpuOp : public AccumulateOp {
+ public:
+  using AccumulateOp::AccumulateOp;
+
+ protected:
+  absl::Status Run(OpKernelContext* ctx, Inputs& inputs, bool* all_finite) override {
+    for (int i = 0; i < inputs.indices.size(); ++i) {
+      const Tensor& rows = inputs.indices[i];
+      const std::int64_t height = inputs.variables.tensor(inputs.dense + i).dim_size(0);
+      const bool wide = rows.dtype() == tensorflow::DT_INT64;
+      const std::int64_t bad = FindBadIndex(rows.data(), wide, rows.NumElements(), height);
+      if (bad >= 0) {
+        const std::int64_t row =
+            wide ? rows.vec<std::int64_t>()(bad) : rows.vec<std::int32_t>()(bad);
+        return absl::InvalidArgumentError(absl::StrCat(
+            "indices[", i, "][", bad, "] = ", row, " is not a row of ",
+            inputs.variables.Describe(inputs.dense + i), ", which has ", height, " rows."));
+      }
+    }
+    TF_RETURN_IF_ERROR(inputs.variables.MakeWritable(ctx, CopyOnHost));
+    const double scale = inputs.scale->dtype() == tensorflow::DT_DOUBLE
+                             ? inputs.scale->scalar<double>()()
+                             : inputs.scale->scalar<float>()();
+    const bool overwrite = inputs.overwrite->scalar<bool>()();
+    PoolExecutor executor(ctx);
+    if (all_finite != nullptr) *all_finite = true;
+    const auto items = inputs.DenseItems();
+    AccumulateCpu(items.data(), items.size(), scale, overwrite, all_finite, executor);
+    for (const AccumulateRowsItem& item : inputs.RowsItems()) {
+      AccumulateRowsCpu(item, scale, overwrite, all_finite, executor);
+    }
+    return absl::OkStatus();
+  }
+};
+
+REGISTER_KERNEL_BUILDER(Name("AccumOps>Accumulate").Device(tensorflow::DEVICE_CPU),
+                        AccumulateCpuOp);
+
+#if defined(ACCUMOPS_CUDA)
+CUstream_st* CudaStream(OpKernelContext* ctx) {
+  return static_cast<CUstream_st*>(
+      ctx->op_device_context()->stream()->platform_specific_handle().stream);
+}
+
+absl::Status FromCuda(const char* error) {
+  return error == nullptr ? absl::OkStatus()
+                          : absl::InternalError(absl::StrCat("Accumulate on the GPU: ", error));
+}
+
+absl::Status CopyOnDevice(OpKernelContext* ctx, void* to, const void* from, std::size_t bytes) {
+  return FromCuda(CopyCuda(to, from, bytes, CudaStream(ctx)));
+}
+
+class AccumulateGpuOp : public AccumulateOp {
+ public:
+  using AccumulateOp::AccumulateOp;
+
+ protected:
+  absl::Status Run(OpKernelContext* ctx, Inputs& inputs, bool* all_finite) override {
+    TF_RETURN_IF_ERROR(inputs.variables.MakeWritable(ctx, CopyOnDevice));
+    CUstream_st* stream = CudaStream(ctx);
+    const DeviceScalar scale = {inputs.scale->data(), ToDType(inputs.scale->dtype())};
+    const bool* overwrite = inputs.overwrite->scalar<bool>().data();
+    if (all_finite != nullptr) {
+      TF_RETURN_IF_ERROR(FromCuda(SetFlagCuda(all_finite, true, stream)));
+    }
+    const auto items = inputs.DenseItems();
+    TF_RETURN_IF_ERROR(
+        FromCuda(AccumulateCuda(items.data(), items.size(), scale, overwrite, all_finite, stream)));
+    for (const AccumulateRowsItem& item : inputs.RowsItems()) {
+      TF_RETURN_IF_ERROR(FromCuda(AccumulateRowsCuda(item, scale, overwrite, all_finite, stream)));
+    }
+    return absl::OkStatus();
+  }
+};
+
+REGISTER_KERNEL_BUILDER(Name("AccumOps>Accumulate").Device(tensorflow::DEVICE_GPU),
+                        AccumulateGpuOp);
+#endif
+
+}  // namespace
+}  // namespace accumops

@@ -1,0 +1,105 @@
+// AccumOps>Accumulate: its signature, and the shapes that can be checked when a graph is built.
+#include "absl/strings/str_cat.h"
+#include "tensorflow/core/framework/common_shape_fns.h"
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/shape_inference.h"
+
+namespace accumops {
+namespace {
+
+using ::tensorflow::shape_inference::DimensionHandle;
+using ::tensorflow::shape_inference::InferenceContext;
+using ::tensorflow::shape_inference::ShapeHandle;
+
+// The shape of the variable behind input `index`, as far as it is known, and its type.
+ShapeHandle VariableShape(InferenceContext* c, int index, tensorflow::DataType* dtype) {
+  const auto* data = c->input_handle_shapes_and_types(index);
+  if (data == nullptr || data->empty()) return c->UnknownShape();
+  *dtype = data->front().dtype;
+  return data->front().shape;
+}
+
+absl::Status AccumulateShape(InferenceContext* c) {
+  std::vector<ShapeHandle> accumulators, gradients, indices, touched;
+  TF_RETURN_IF_ERROR(c->input("accumulators", &accumulators));
+  TF_RETURN_IF_ERROR(c->input("gradients", &gradients));
+  TF_RETURN_IF_ERROR(c->input("indices", &indices));
+  TF_RETURN_IF_ERROR(c->input("touched_rows", &touched));
+  const int count = static_cast<int>(accumulators.size());
+  const int sparse = static_cast<int>(indices.size());
+  if (gradients.size() != accumulators.size() || sparse > count ||
+      touched.size() > indices.size()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("Accumulate takes one gradient for each accumulator, at most as many indices, "
+                     "and at most as "
+                     "many touched rows as indices; got ",
+                     count, " accumulators, ", gradients.size(), " gradients, ", sparse,
+                     " indices and ", touched.size(), " touched rows."));
+  }
+  for (int i = 0; i < count; ++i) {
+    tensorflow::DataType dtype;
+    const ShapeHandle variable = VariableShape(c, i, &dtype);
+    ShapeHandle merged;
+    absl::Status status;
+    if (i < count - sparse) {
+      status = c->Merge(variable, gradients[i], &merged);
+    } else {
+      const ShapeHandle rows = indices[i - (count - sparse)];
+      ShapeHandle vector, values, variable_row, values_row;
+      DimensionHandle length;
+      TF_RETURN_IF_ERROR(c->WithRank(rows, 1, &vector));
+      TF_RETURN_IF_ERROR(c->WithRankAtLeast(gradients[i], 1, &values));
+      status = c->Merge(c->Vector(c->Dim(values, 0)), vector, &merged);
+      if (status.ok() && c->RankKnown(variable) && c->Rank(variable) > 0) {
+        TF_RETURN_IF_ERROR(c->Subshape(variable, 1, &variable_row));
+        TF_RETURN_IF_ERROR(c->Subshape(values, 1, &values_row));
+        status = c->Merge(variable_row, values_row, &merged);
+      }
+    }
+    if (!status.ok()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("gradients[", i, "] of shape ", c->DebugString(gradients[i]),
+                       " does not fit accumulators[", i, "] of shape ", c->DebugString(variable),
+                       ": ", status.message()));
+    }
+  }
+  const int scalars = 2 * count + sparse + static_cast<int>(touched.size());
+  ShapeHandle unused;
+  TF_RETURN_IF_ERROR(c->WithRank(c->input(scalars), 0, &unused));
+  TF_RETURN_IF_ERROR(c->WithRank(c->input(scalars + 1), 0, &unused));
+  for (int i = 0; i < c->num_outputs(); ++i) c->set_output(i, c->Scalar());
+  return absl::OkStatus();
+}
+
+REGISTER_OP("AccumOps>Accumulate")
+    .Input("accumulators: N * resource")
+    .Input("gradients: gradient_types")
+    .Input("indices: index_types")
+    .Input("touched_rows: M * resource")
+    .Input("scale: scale_type")
+    .Input("overwrite: bool")
+    .Output("all_finite: check_finite * bool")
+    .Attr("N: int >= 0")
+    .Attr("M: int >= 0")
+    .Attr("gradient_types: list({half, bfloat16, float, double}) >= 0")
+    .Attr("index_types: list({int32, int64}) >= 0")
+    .Attr("scale_type: {float, double}")
+    .Attr("check_finite: int >= 0 = 0")
+    .SetIsStateful()
+    .SetShapeFn(AccumulateShape)
+    .Doc(R"doc(
+Adds scaled gradients to accumulators in place: acc <- (overwrite ? 0 : acc) + scale * gradient.
+
+accumulators: Variables, float32 or float64, each once. The last len(indices) of them receive rows.
+gradients: One tensor for each accumulator, of its shape and no wider type; for the last len(indices) of them the
+  values of rows, of shape [rows given, ...].
+indices: For each sparse gradient, the row of each of its values. Duplicates add up in their order.
+touched_rows: For the last of the sparse gradients, a bool variable each, with a flag for each row of the accumulator.
+  The op sets the flags of the rows it adds to and, where overwrite is true, clears only the rows that were flagged.
+scale: A factor for every gradient.
+overwrite: Whether to start from zero instead of what the accumulators hold.
+all_finite: With check_finite=1, whether every gradient was finite.
+)doc");
+
+}  // namespace
+}  // namespace accumops

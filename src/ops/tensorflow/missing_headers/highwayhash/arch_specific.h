@@ -1,0 +1,3 @@
+#pragma once
+
+#define HH_TARGET_PREFERRED 0

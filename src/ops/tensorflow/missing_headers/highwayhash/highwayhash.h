@@ -1,0 +1,6 @@
+#pragma once
+
+namespace highwayhash {
+template <unsigned target>
+class HighwayHashCatT {};
+}  // namespace highwayhash

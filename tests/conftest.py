@@ -1,0 +1,52 @@
+"""Fixtures that run a test over both backends and the ways TensorFlow executes. TensorFlow is imported when used."""
+
+import pytest
+
+BACKENDS = ("fused", "reference")
+MODES = ("eager", "graph", "xla")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """The backend's name; accumops uses it during the test."""
+    import accumops
+
+    before = accumops.get_backend()
+    accumops.set_backend(request.param)
+    yield request.param
+    accumops.set_backend(before)
+
+
+@pytest.fixture(params=MODES)
+def mode(request):
+    """`mode(function)` runs a function of tensors eagerly, as a `tf.function`, or compiled by XLA; `mode.name` says which."""
+    import tensorflow as tf
+
+    def wrap(function):
+        if request.param == "eager":
+            return function
+        return tf.function(function, jit_compile=request.param == "xla")
+
+    wrap.name = request.param
+    return wrap
+
+
+@pytest.fixture
+def rng(request):
+    """A random generator that is the same on every run and differs between tests."""
+    import zlib
+
+    import numpy as np
+
+    return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
+
+
+def pytest_collection_modifyitems(items):
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import tensorflow as tf
+
+    if not tf.config.list_physical_devices("GPU"):
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="TensorFlow sees no CUDA device"))

@@ -1,0 +1,199 @@
+"""What the module does to its process: memory, threads, forks, the GIL and the interpreter's exit."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+LOAD = """
+import importlib.machinery, importlib.util, os, sys, threading
+import numpy as np
+loader = importlib.machinery.ExtensionFileLoader("_kernels", sys.argv[1])
+spec = importlib.util.spec_from_file_location("_kernels", sys.argv[1], loader=loader)
+kernels = importlib.util.module_from_spec(spec)
+loader.exec_module(kernels)
+def check(threads, size=1_000_000):
+    accumulator, gradient = np.ones(size, np.float32), np.ones(size, np.float32)
+    kernels.accumulate([accumulator], [gradient], scale=2, threads=threads)
+    assert (accumulator == 3).all()
+def native_threads():
+    return len(os.listdir("/proc/self/task"))
+"""
+
+
+def run_python(extension_path, script):
+    """In a process of its own, with nothing but NumPy and the extension."""
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD + script, extension_path], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout
+
+
+def resident_bytes():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_ten_thousand_calls_leave_memory_as_it_was(kernels):
+    accumulators = [np.zeros(size, np.float32) for size in (1000, 20, 3)]
+    gradients = [np.ones(size, np.float16) for size in (1000, 20, 3)]
+    large, table = np.zeros((1000, 200), np.float32), np.zeros((50, 8), np.float32)
+    values, indices, all_finite = np.ones((20, 8), np.float32), np.arange(20), np.ones(1, np.bool_)
+
+    def calls(count):
+        for _ in range(count):
+            kernels.accumulate(accumulators, gradients, all_finite=all_finite)
+            kernels.accumulate([memoryview(large)], [large + 1], threads=2)
+            kernels.accumulate_rows(table, values, indices, threads=2)
+            with pytest.raises(ValueError, match="gradients has 2"):
+                kernels.accumulate(accumulators, gradients[:2])
+
+    calls(200)
+    before = resident_bytes()
+    calls(2500)
+    assert resident_bytes() - before < 1 << 20
+
+
+def test_threads_are_started_when_needed_and_kept(extension_path):
+    run_python(
+        extension_path,
+        """
+start = native_threads()
+check(threads=1)
+assert native_threads() == start
+for _ in range(20):
+    check(threads=3)
+assert native_threads() == start + 2
+check(threads=2)
+check(threads=5)
+assert native_threads() == start + 4
+""",
+    )
+
+
+def test_a_mistyped_number_of_threads_does_not_exhaust_the_system(kernels):
+    accumulator = np.zeros((3, 70_000), np.float32)
+    kernels.accumulate([accumulator], [np.ones_like(accumulator)], threads=10**30)
+    kernels.accumulate_rows(accumulator, np.ones_like(accumulator), np.arange(3), threads=10**30)
+    np.testing.assert_array_equal(accumulator, 2)
+
+
+def test_where_no_thread_can_be_started_the_caller_does_the_work(extension_path):
+    run_python(
+        extension_path,
+        """
+import resource
+check(threads=1)
+# Too little address space for another thread's stack, enough for the arrays.
+size = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+threading.stack_size()
+resource.setrlimit(resource.RLIMIT_STACK, (1 << 40, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (size + (64 << 20), resource.RLIM_INFINITY))
+start = native_threads()
+for _ in range(10):
+    check(threads=4)
+print(native_threads() - start)
+""",
+    )
+
+
+def test_a_forked_child_has_threads_of_its_own(extension_path):
+    run_python(
+        extension_path,
+        """
+import warnings
+warnings.simplefilter("ignore")  # that the process has threads when it forks is the point
+check(threads=4)
+for generation in range(3):
+    child = os.fork()
+    if child != 0:
+        status = os.waitpid(child, 0)[1]
+        check(threads=4)
+        os._exit(os.waitstatus_to_exitcode(status))
+    assert native_threads() == 1
+    check(threads=4)
+    assert native_threads() == 4
+""",
+    )
+
+
+def test_forks_while_other_threads_compute(extension_path):
+    run_python(
+        extension_path,
+        """
+import signal, warnings
+warnings.simplefilter("ignore")
+done = threading.Event()
+def work():
+    while not done.is_set():
+        check(threads=3, size=300_000)
+workers = [threading.Thread(target=work) for _ in range(2)]
+for worker in workers:
+    worker.start()
+for _ in range(10):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        check(threads=3)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+done.set()
+for worker in workers:
+    worker.join()
+""",
+    )
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_the_interpreter_exits_while_daemon_threads_compute(extension_path, attempt):
+    output = run_python(
+        extension_path,
+        f"""
+import time
+started = [threading.Event() for _ in range(3)]
+def work(event):
+    while True:
+        check(threads=2, size=400_000)
+        event.set()
+for event in started:
+    threading.Thread(target=work, args=(event,), daemon=True).start()
+for event in started:
+    event.wait()
+time.sleep({attempt} / 500)
+print("end")
+""",
+    )
+    assert output == "end\n"
+
+
+def test_many_python_threads_at_once(kernels):
+    accumulators = [np.zeros(100_003, np.float32) for _ in range(6)]
+    gradient = np.ones(100_003, np.float32)
+
+    def work(accumulator):
+        for _ in range(30):
+            kernels.accumulate([accumulator], [gradient], threads=3)
+
+    workers = [threading.Thread(target=work, args=(a,)) for a in accumulators]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    np.testing.assert_array_equal(accumulators, 30)
+
+
+def test_the_gil_is_free_while_the_kernel_runs(kernels):
+    """Another Python thread gets on meanwhile: it counts, which with the GIL held it could not."""
+    worker = threading.Thread(
+        target=lambda: kernels.memory_bandwidth(1, bytes_per_array=1 << 20, repeats=2000), daemon=True
+    )
+    worker.start()
+    turns = 0
+    while worker.is_alive() and turns < 1000:
+        turns += 1
+        worker.join(1e-4)
+    assert turns > 10

@@ -1,0 +1,356 @@
+"""The accumulate op: both backends in every mode against float64 and against NumPy's float32 arithmetic."""
+
+import gc
+import os
+import threading
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import accumops
+from accumops import ops
+
+NUMPY = {tf.float16: np.float16, tf.bfloat16: ml_dtypes.bfloat16, tf.float32: np.float32, tf.float64: np.float64}
+# A chunk of the kernels is 256 KiB of traffic: 21845.33 elements of float32.
+SIZES = [(), (0,), (1,), (3,), (17,), (5, 111), (21845,), (21846,), (65537,), (7777, 77)]
+PAIRS = [(tf.float32, g) for g in (tf.float16, tf.bfloat16, tf.float32)] + [(tf.float64, g) for g in NUMPY]
+
+
+def random(rng, shape, dtype):
+    return rng.standard_normal(shape).astype(NUMPY[dtype])
+
+
+def expected(acc, gradient, scale, overwrite):
+    """Product and sum rounded separately in the accumulator's dtype, as the contract says."""
+    product = gradient.astype(acc.dtype) * acc.dtype.type(scale)
+    return product if overwrite else acc + product
+
+
+def assert_close(actual, wanted, old, product, mode):
+    """Bit for bit, except under XLA, which may contract the two roundings into one: half an ulp of each operand."""
+    if mode.name != "xla":
+        np.testing.assert_array_equal(actual, wanted)
+        return
+    bound = np.spacing(np.abs(old) + np.abs(product))
+    assert np.all(np.abs(actual.astype(np.float64) - wanted) <= bound)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(("accumulator_dtype", "gradient_dtype"), PAIRS)
+def test_matches_numpy(backend, mode, rng, accumulator_dtype, gradient_dtype, overwrite):
+    old = [random(rng, shape, accumulator_dtype) for shape in SIZES]
+    gradients = [random(rng, shape, gradient_dtype) for shape in SIZES]
+    accumulators = [tf.Variable(value) for value in old]
+    scale = 0.3
+
+    @mode
+    def run(*gradients):
+        ops.accumulate(accumulators, gradients, scale=scale, overwrite=overwrite)
+
+    run(*[tf.constant(g) for g in gradients])
+    for accumulator, before, gradient in zip(accumulators, old, gradients, strict=True):
+        product = gradient.astype(before.dtype) * before.dtype.type(scale)
+        assert_close(accumulator.numpy(), expected(before, gradient, scale, overwrite), before, product, mode)
+
+
+def test_mixes_dtypes_in_one_list(backend, mode, rng):
+    dtypes = [PAIRS[i % len(PAIRS)] for i in range(40)]
+    shapes = [SIZES[i % len(SIZES)] for i in range(40)]
+    old = [random(rng, shape, a) for shape, (a, _) in zip(shapes, dtypes, strict=True)]
+    gradients = [random(rng, shape, g) for shape, (_, g) in zip(shapes, dtypes, strict=True)]
+    accumulators = [tf.Variable(value) for value in old]
+
+    @mode
+    def run(*gradients):
+        ops.accumulate(accumulators, gradients, scale=1 / 3)
+
+    run(*[tf.constant(g) for g in gradients])
+    for accumulator, before, gradient in zip(accumulators, old, gradients, strict=True):
+        product = gradient.astype(before.dtype) * before.dtype.type(1 / 3)
+        assert_close(accumulator.numpy(), before + product, before, product, mode)
+
+
+def test_scale_and_overwrite_may_be_tensors(backend, mode):
+    accumulator = tf.Variable([1.0, 2.0])
+
+    @mode
+    def run(scale, overwrite):
+        ops.accumulate([accumulator], [tf.constant([10.0, 20.0])], scale=scale, overwrite=overwrite)
+
+    run(tf.constant(0.5), tf.constant(False))
+    np.testing.assert_array_equal(accumulator.numpy(), [6, 12])
+    run(tf.constant(2.0), tf.constant(True))
+    np.testing.assert_array_equal(accumulator.numpy(), [20, 40])
+    run(tf.constant(0.25, tf.float64), tf.constant(False))
+    np.testing.assert_array_equal(accumulator.numpy(), [22.5, 45])
+
+
+def test_overwrite_ignores_nan_in_the_accumulator(backend, mode):
+    accumulator = tf.Variable([np.nan, np.inf, 3.0])
+
+    @mode
+    def run():
+        ops.accumulate([accumulator], [tf.ones([3])], overwrite=True)
+
+    run()
+    np.testing.assert_array_equal(accumulator.numpy(), [1, 1, 1])
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("dtype", list(NUMPY))
+def test_check_finite(backend, mode, rng, dtype, value):
+    shapes = [(3,), (65537,), ()]
+    accumulators = [tf.Variable(tf.zeros(shape, tf.float64)) for shape in shapes]
+
+    @mode
+    def run(*gradients):
+        return ops.accumulate(accumulators, gradients, check_finite=True)
+
+    gradients = [random(rng, shape, dtype) for shape in shapes]
+    assert run(*[tf.constant(g) for g in gradients]).numpy()
+    for i, position in [(0, 2), (1, 0), (1, 65536), (1, 21845), (2, ())]:
+        planted = [g.copy() for g in map(np.atleast_1d, gradients)]
+        planted[i].reshape(-1)[position if position != () else 0] = value
+        planted = [p.reshape(shape) for p, shape in zip(planted, shapes, strict=True)]
+        assert not run(*[tf.constant(p) for p in planted]).numpy(), (i, position)
+
+
+def test_empty_list(backend, mode):
+    assert mode(lambda: ops.accumulate([], [], check_finite=True))().numpy()
+
+
+class TestRows:
+    """Sparse gradients."""
+
+    @pytest.mark.parametrize("index_dtype", [tf.int32, tf.int64])
+    @pytest.mark.parametrize("tracked", [False, True])
+    @pytest.mark.parametrize("shape", [(50, 7), (300, 2, 33), (9,), (4000, 64)])
+    def test_duplicates_add_up(self, backend, mode, rng, shape, tracked, index_dtype):
+        accumulator = tf.Variable(tf.zeros(shape))
+        flags = tf.Variable(tf.zeros(shape[:1], tf.bool)) if tracked else None
+        total = np.zeros(shape)
+        touched = np.zeros(shape[0], bool)
+
+        @mode
+        def run(values, indices, overwrite):
+            gradient = tf.IndexedSlices(values, indices)
+            ops.accumulate([accumulator], [gradient], scale=0.5, overwrite=overwrite, touched_rows=[flags])
+
+        for step, overwrite in enumerate([True, False, True, False, False]):
+            indices = rng.integers(0, shape[0], 2000)
+            indices[:500] = 3  # one hot row
+            values = rng.standard_normal((2000, *shape[1:])).astype(np.float32)
+            run(tf.constant(values), tf.constant(indices, index_dtype), tf.constant(overwrite))
+            if overwrite:
+                total[:] = 0
+                touched[:] = False
+            np.add.at(total, indices, 0.5 * values.astype(np.float64))
+            touched[indices] = True
+            np.testing.assert_allclose(accumulator.numpy(), total, atol=2e-4, err_msg=f"step {step}")
+            if tracked:
+                np.testing.assert_array_equal(flags.numpy(), touched)
+
+    def test_rows_without_flag_are_not_cleared(self):
+        """The promise that makes a window's start cheap: only flagged rows are written."""
+        accumulator = tf.Variable(tf.fill([5, 2], 7.0))
+        flags = tf.Variable([False, True, False, False, False])
+        gradient = tf.IndexedSlices(tf.ones([1, 2]), tf.constant([3]))
+        ops.accumulate([accumulator], [gradient], overwrite=True, touched_rows=[flags])
+        np.testing.assert_array_equal(accumulator.numpy()[:, 0], [7, 0, 7, 8, 7])
+        np.testing.assert_array_equal(flags.numpy(), [False, False, False, True, False])
+
+    def test_no_rows_clear_where_a_window_starts(self, backend, mode):
+        accumulator = tf.Variable(tf.ones([5, 2]))
+        empty = tf.IndexedSlices(tf.zeros([0, 2]), tf.zeros([0], tf.int32))
+
+        @mode
+        def run(overwrite):
+            ops.accumulate([accumulator], [empty], overwrite=overwrite)
+
+        run(tf.constant(False))
+        np.testing.assert_array_equal(accumulator.numpy(), np.ones([5, 2]))
+        run(tf.constant(True))
+        np.testing.assert_array_equal(accumulator.numpy(), np.zeros([5, 2]))
+
+    def test_beside_dense_in_any_order(self, backend, mode):
+        variables = [tf.Variable(tf.zeros(shape)) for shape in [(4, 2), (3,), (5, 1), (2,), (6, 3)]]
+        flags = [tf.Variable(tf.ones([4], tf.bool)), None, None, None, tf.Variable(tf.ones([6], tf.bool))]
+
+        @mode
+        def run():
+            gradients = [
+                tf.IndexedSlices(tf.fill([2, 2], 1.0), tf.constant([1, 1])),
+                tf.fill([3], 2.0),
+                tf.IndexedSlices(tf.fill([1, 1], 3.0), tf.constant([4], tf.int64)),
+                tf.cast(tf.fill([2], 4.0), tf.bfloat16),
+                tf.IndexedSlices(tf.cast(tf.fill([1, 3], 5.0), tf.float16), tf.constant([0])),
+            ]
+            return ops.accumulate(variables, gradients, overwrite=True, touched_rows=flags, check_finite=True)
+
+        assert run().numpy()
+        sums = [float(tf.reduce_sum(v)) for v in variables]
+        assert sums == [4.0, 6.0, 3.0, 8.0, 15.0]
+        assert variables[0].numpy()[1].tolist() == [2.0, 2.0]
+
+    @pytest.mark.parametrize("value", [np.inf, np.nan])
+    def test_check_finite(self, backend, mode, value):
+        accumulator = tf.Variable(tf.zeros([5, 2]))
+
+        @mode
+        def run(values):
+            return ops.accumulate([accumulator], [tf.IndexedSlices(values, tf.constant([1, 4]))], check_finite=True)
+
+        assert run(tf.ones([2, 2])).numpy()
+        assert not run(tf.constant([[1.0, 1.0], [1.0, value]])).numpy()
+
+
+def test_keras_variables(backend):
+    import keras
+
+    accumulator = keras.Variable([1.0, 2.0], dtype="float32")
+    ops.accumulate([accumulator], [tf.constant([1.0, 1.0])], scale=3)
+    np.testing.assert_array_equal(accumulator.numpy(), [4, 5])
+
+
+def test_readers_keep_what_they_read(backend):
+    """A tensor read from an accumulator shares its buffer; writing in place must not change it."""
+    accumulator = tf.Variable(tf.ones([1000]))
+    read = accumulator.read_value()
+    ops.accumulate([accumulator], [tf.ones([1000])])
+    assert float(tf.reduce_sum(read)) == 1000
+    assert float(tf.reduce_sum(accumulator)) == 2000
+    alias = accumulator.read_value()
+    ops.accumulate([accumulator], [alias])  # the gradient is the accumulator's own buffer
+    assert float(tf.reduce_sum(alias)) == 2000
+    assert float(tf.reduce_sum(accumulator)) == 4000
+
+
+def test_after_a_scatter_readers_keep_what_they_read(backend):
+    """TensorFlow's scatters put a variable into copy-on-read mode."""
+    accumulator = tf.Variable(tf.ones([4, 2]))
+    read = accumulator.read_value()
+    accumulator.scatter_add(tf.IndexedSlices(tf.ones([1, 2]), tf.constant([0])))
+    later = accumulator.read_value()
+    ops.accumulate([accumulator], [tf.ones([4, 2])])
+    assert (float(tf.reduce_sum(read)), float(tf.reduce_sum(later)), float(tf.reduce_sum(accumulator))) == (8, 10, 18)
+
+
+def test_threads_with_opposite_orders_do_not_deadlock():
+    accumulators = [tf.Variable(tf.zeros([5000])) for _ in range(20)]
+    gradients = [tf.ones([5000])] * 20
+    errors = []
+
+    def work(variables):
+        try:
+            for _ in range(200):
+                ops.accumulate(variables, gradients)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(order,)) for order in (accumulators, accumulators[::-1]) * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert not errors
+    for accumulator in accumulators:
+        np.testing.assert_array_equal(accumulator.numpy(), np.full(5000, 800.0))
+
+
+def test_same_bits_every_time(rng):
+    shapes = [(3,), (300_001,), (64, 64)]
+    gradients = [tf.constant(random(rng, shape, tf.float32)) for shape in shapes]
+    rows = tf.IndexedSlices(tf.constant(random(rng, (5000, 64), tf.float32)), tf.constant(rng.integers(0, 100, 5000)))
+
+    def run():
+        accumulators = [tf.Variable(tf.ones(shape)) for shape in (*shapes, (100, 64))]
+        for _ in range(3):
+            ops.accumulate(accumulators, [*gradients, rows], scale=0.1)
+        return [a.numpy() for a in accumulators]
+
+    first = run()
+    for _ in range(20):
+        for a, b in zip(first, run(), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_is_one_op_in_the_graph(backend):
+    accumulators = [tf.Variable(tf.zeros([3])) for _ in range(50)]
+
+    @tf.function
+    def run():
+        ops.accumulate(accumulators, [tf.ones([3])] * 50)
+
+    kinds = [op.type for op in run.get_concrete_function().graph.get_operations()]
+    if backend == "fused":
+        assert kinds.count("AccumOps>Accumulate") == 1
+        assert not {"AssignVariableOp", "AssignAddVariableOp", "ReadVariableOp", "Mul"} & set(kinds)
+    else:
+        assert "AccumOps>Accumulate" not in kinds
+
+
+def resident_bytes():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_memory_stays_flat(backend):
+    accumulators = [tf.Variable(tf.zeros([257])) for _ in range(10)]
+    embedding = tf.Variable(tf.zeros([1000, 16]))
+    flags = tf.Variable(tf.zeros([1000], tf.bool))
+    gradients = [tf.ones([257])] * 10 + [tf.IndexedSlices(tf.ones([20, 16]), tf.range(20) * 7)]
+
+    @tf.function
+    def run():
+        return ops.accumulate(
+            [*accumulators, embedding], gradients, touched_rows=[*[None] * 10, flags], check_finite=True
+        )
+
+    for _ in range(1000):
+        run()
+    gc.collect()
+    before = resident_bytes()
+    for _ in range(10_000):
+        run()
+    gc.collect()
+    assert resident_bytes() - before < 2 << 20
+
+
+@pytest.mark.gpu
+def test_on_gpu_same_bits_as_cpu(rng):
+    accumulators, gradients = {}, {}
+    old = [random(rng, shape, tf.float32) for shape in SIZES]
+    new = [random(rng, shape, tf.bfloat16) for shape in SIZES]
+    for device in ("CPU:0", "GPU:0"):
+        with tf.device(device):
+            accumulators[device] = [tf.Variable(value) for value in old]
+            gradients[device] = [tf.constant(value) for value in new]
+            for overwrite in (False, True, False):
+                ops.accumulate(accumulators[device], gradients[device], scale=0.3, overwrite=overwrite)
+    for cpu, gpu in zip(accumulators["CPU:0"], accumulators["GPU:0"], strict=True):
+        assert "GPU" in gpu.device
+        np.testing.assert_array_equal(cpu.numpy(), gpu.numpy())
+
+
+@pytest.mark.gpu
+def test_on_gpu_rows_and_finite_flag(rng):
+    with tf.device("GPU:0"):
+        accumulator = tf.Variable(tf.zeros([100, 33]))
+        flags = tf.Variable(tf.ones([100], tf.bool))
+        indices = rng.integers(0, 100, 5000)
+        values = random(rng, (5000, 33), tf.float32)
+        finite = accumops.ops.accumulate(
+            [accumulator],
+            [tf.IndexedSlices(tf.constant(values), tf.constant(indices))],
+            overwrite=True,
+            touched_rows=[flags],
+            check_finite=True,
+        )
+    total = np.zeros((100, 33))
+    np.add.at(total, indices, values.astype(np.float64))
+    np.testing.assert_allclose(accumulator.numpy(), total, atol=1e-4)
+    np.testing.assert_array_equal(flags.numpy(), np.isin(np.arange(100), indices))
+    assert finite.numpy()
