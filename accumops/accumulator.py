@@ -268,7 +268,7 @@ def _as_weight(weight: float | tf.Tensor) -> tf.Tensor:
 
 def _no_change(accumulator: keras.Variable) -> tf.Tensor | tf.IndexedSlices:
     """A gradient of zero that costs nothing to add and still clears where a window starts: no rows at all."""
-    if not accumulator.shape:
+    if len(accumulator.shape) == 0:
         return tf.zeros([], accumulator.dtype)
     values = tf.zeros([0, *accumulator.shape[1:]], accumulator.dtype)
     return tf.IndexedSlices(values, tf.zeros([0], tf.int32))

@@ -189,6 +189,11 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         )
         return cls(**config)
 
+    def __dir__(self) -> list[str]:
+        # Keras saves each attribute that it finds here and that can be saved. The wrapped optimizer's variables are saved
+        # among this one's, where a plain optimizer has them: once is enough.
+        return [name for name in super().__dir__() if name != "inner_optimizer"]
+
     def __repr__(self) -> str:
         return f"<GradientAccumulateOptimizer {type(self.inner_optimizer).__name__}, accum_steps={self.accum_steps}>"
 

@@ -1,0 +1,196 @@
+"""How the compiled ops are found, checked and loaded, and what happens where they cannot be."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import accumops
+from accumops.ops import library
+
+
+@pytest.fixture
+def installation(tmp_path, monkeypatch):
+    """A copy of the installed libraries to damage; what was loaded before comes back afterwards."""
+    loaded, load_op_library = library.load()[0], tf.load_op_library
+    original = (library._DIRECTORY / "_tensorflow_ops.so").read_bytes()
+
+    def load_once(path):
+        # An undamaged copy would register every op a second time, which TensorFlow does not survive.
+        return loaded if pathlib.Path(path).read_bytes() == original else load_op_library(path)
+
+    monkeypatch.setattr(tf, "load_op_library", load_once)
+    for name in ("_build_info.json", "_tensorflow_ops.so"):
+        (tmp_path / name).write_bytes((library._DIRECTORY / name).read_bytes())
+    monkeypatch.setattr(library, "_DIRECTORY", tmp_path)
+    monkeypatch.setattr(library, "_warned", set())
+    monkeypatch.setattr(library, "_backend", "auto")
+    library.load.cache_clear()
+    yield tmp_path
+    monkeypatch.undo()
+    library.load.cache_clear()
+
+
+def record(installation, **changes):
+    path = installation / "_build_info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def accumulate_once():
+    accumulator = tf.Variable([1.0, 2.0])
+    accumops.ops.accumulate([accumulator], [tf.ones([2])], scale=2.0)
+    np.testing.assert_array_equal(accumulator.numpy(), [3, 4])
+
+
+def check_fallback(*parts):
+    """The reference does the work, one warning says why, and "fused" raises the same."""
+    with pytest.warns(RuntimeWarning) as caught:
+        accumulate_once()
+        accumulate_once()
+    messages = [str(w.message) for w in caught if "accumops" in str(w.message)]
+    assert len(messages) == 1
+    for part in parts:
+        assert part in messages[0]
+    with pytest.raises(accumops.LibraryError) as raised:
+        accumops.set_backend("fused")
+    assert all(part in str(raised.value) for part in parts)
+    info = accumops.build_info()
+    assert not info["loaded"]
+    assert all(part in info["reason"] for part in parts)
+
+
+def test_missing(installation):
+    (installation / "_tensorflow_ops.so").unlink()
+    check_fallback("no compiled ops", "pip install")
+
+
+def test_never_built(installation):
+    (installation / "_build_info.json").unlink()
+    check_fallback("no compiled ops")
+    assert accumops.build_info()["tensorflow"] is None
+
+
+def test_built_for_another_tensorflow(installation):
+    record(installation, tensorflow="2.20.1")
+    check_fallback("2.20.1", tf.__version__, "--no-build-isolation")
+
+
+def test_another_patch_release_is_the_same_tensorflow(installation):
+    record(installation, tensorflow=".".join(tf.__version__.split(".")[:2]) + ".99")
+    assert library.load()[1] is None
+
+
+def test_refused_by_the_linker(installation):
+    (installation / "_tensorflow_ops.so").write_bytes(b"\x7fELF and no more")
+    check_fallback("linker", "_tensorflow_ops.so", "--no-build-isolation")
+
+
+def test_unresolved_symbol(installation):
+    """As where Abseil's version is in TensorFlow's symbols and has changed."""
+    path = installation / "_tensorflow_ops.so"
+    data = path.read_bytes()
+    symbol = b"_ZN10tensorflow8OpKernelC2EPNS_20OpKernelConstructionE"
+    assert symbol in data
+    path.write_bytes(data.replace(symbol, symbol.replace(b"OpKernelC2E", b"OpKernelC9E")))
+    check_fallback("linker", "undefined symbol")
+
+
+def test_gpu_variables_without_usable_cuda_kernels(installation, monkeypatch):
+    """On a GPU whose driver is too old the ops load, and still the reference has to do the work."""
+
+    class Kernels:
+        @staticmethod
+        def cuda_status():
+            return {"driver_version": 12040, "error": "CUDA driver version is insufficient for CUDA runtime version"}
+
+    record(installation, cuda="13.0", cuda_architectures="80-real;90")
+    monkeypatch.setattr(library, "load_kernels", lambda: Kernels)
+    library.gpu_problem.cache_clear()
+
+    class Variable:
+        device = "/job:localhost/replica:0/task:0/device:GPU:0"
+
+    with pytest.warns(RuntimeWarning, match=r"12040.*insufficient.*update the driver"):
+        assert library.fused_ops([Variable()]) is None
+    assert library.fused_ops([tf.Variable(1.0)]) is not None
+    accumops.set_backend("fused")
+    with pytest.raises(accumops.LibraryError, match="insufficient"):
+        library.fused_ops([Variable()])
+    library.gpu_problem.cache_clear()
+
+
+def test_backend_choice(monkeypatch):
+    monkeypatch.setattr(library, "_backend", None)
+    monkeypatch.setenv("ACCUMOPS_BACKEND", "reference")
+    assert accumops.get_backend() == "reference"
+    assert library.fused_ops([tf.Variable(1.0)]) is None
+    accumops.set_backend("auto")
+    assert accumops.get_backend() == "auto"
+    assert library.fused_ops([tf.Variable(1.0)]) is not None
+
+
+def test_wrong_backend(monkeypatch):
+    with pytest.raises(ValueError, match="'fast'"):
+        accumops.set_backend("fast")
+    monkeypatch.setattr(library, "_backend", None)
+    monkeypatch.setenv("ACCUMOPS_BACKEND", "fast")
+    with pytest.raises(ValueError, match=r"ACCUMOPS_BACKEND.*'fast'"):
+        accumops.get_backend()
+
+
+def test_no_warning_where_the_reference_was_asked_for(installation):
+    (installation / "_tensorflow_ops.so").unlink()
+    accumops.set_backend("reference")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        accumulate_once()
+
+
+def test_build_info_of_this_build():
+    info = accumops.build_info()
+    assert info["loaded"]
+    assert info["reason"] is None
+    assert info["tensorflow"].split(".")[:2] == tf.__version__.split(".")[:2]
+    assert "baseline" in info["instruction_sets"]
+    assert (info["cuda"] is None) == (info["cuda_reason"] is not None)
+
+
+def run_python(code):
+    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_loads_after_xla_has_compiled_something():
+    """TensorFlow gives XLA's kernels to its compilation devices once; one that is loaded later has to get there too."""
+    code = """
+import tensorflow as tf
+tf.function(lambda x: 2 * x, jit_compile=True)(tf.constant(1.0))
+import accumops
+a = tf.Variable([1.0])
+tf.function(lambda: accumops.ops.accumulate([a], [tf.ones([1])]), jit_compile=True)()
+print(a.numpy()[0])
+"""
+    assert run_python(code) == "2.0"
+
+
+def test_import_loads_no_library_and_is_quick():
+    code = """
+import time, tensorflow, keras, numpy
+keras.optimizers, keras.Variable
+start = time.perf_counter()
+import accumops
+seconds = time.perf_counter() - start
+from accumops.ops import library
+print(seconds, library.load.cache_info().currsize)
+"""
+    seconds, loaded = zip(*(run_python(code).split() for _ in range(3)), strict=True)
+    assert set(loaded) == {"0"}
+    assert min(map(float, seconds)) < 0.1

@@ -1,0 +1,277 @@
+"""GradientAccumulator: the window's state machine, in custom loops."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import accumops
+from accumops import GradientAccumulator
+
+
+@pytest.fixture
+def variables():
+    return [tf.Variable(tf.zeros([2, 3]), name="kernel"), tf.Variable(tf.zeros([]), name="scale")]
+
+
+def gradients(value):
+    return [tf.fill([2, 3], float(value)), tf.constant(10.0 * value)]
+
+
+def test_mean_of_a_window(backend, mode, variables):
+    accumulator = GradientAccumulator(accum_steps=3)
+    accumulator.build(variables)
+    accumulate = mode(lambda value: accumulator.accumulate([tf.fill([2, 3], value), 10.0 * value]))
+    close = mode(accumulator.close)
+    for start in (1.0, 100.0):
+        for step in range(3):
+            assert int(accumulator.step) == step
+            assert not accumulator.ready
+            accumulate(tf.constant(start + step))
+        assert accumulator.ready
+        kernel, scale = close()
+        np.testing.assert_allclose(kernel, np.full([2, 3], start + 1), rtol=1e-6)
+        np.testing.assert_allclose(scale, 10 * (start + 1), rtol=1e-6)
+        assert int(accumulator.step) == 0
+
+
+def test_weighted_mean(backend, variables):
+    accumulator = GradientAccumulator(accum_steps=3)
+    for value, weight in [(1, 24), (2, 24), (7, 16)]:
+        accumulator.accumulate(gradients(value), variables, weight=weight)
+    kernel, _ = accumulator.close()
+    np.testing.assert_allclose(kernel, np.full([2, 3], (24 + 48 + 112) / 64), rtol=1e-6)
+
+
+def test_weights_of_zero_give_zero(variables):
+    accumulator = GradientAccumulator(accum_steps=1)
+    accumulator.accumulate(gradients(5), variables, weight=0)
+    np.testing.assert_array_equal(accumulator.close()[0], np.zeros([2, 3]))
+
+
+def test_partial_window_by_hand(variables):
+    accumulator = GradientAccumulator(accum_steps=4)
+    for value in (1, 2):
+        accumulator.accumulate(gradients(value), variables)
+    np.testing.assert_array_equal(accumulator.close()[0], np.full([2, 3], 1.5))
+
+
+def test_reset_drops_the_window(backend, variables):
+    accumulator = GradientAccumulator(accum_steps=2)
+    accumulator.accumulate(gradients(np.nan), variables)
+    accumulator.reset()
+    for value in (1, 3):
+        accumulator.accumulate(gradients(value))
+    np.testing.assert_array_equal(accumulator.close()[0], np.full([2, 3], 2.0))
+
+
+def test_none_counts_as_zero_within_a_window(backend, variables):
+    """A variable may get no gradient in some micro-batches; what it held before the window must not come back."""
+    accumulator = GradientAccumulator(accum_steps=2)
+    for value in (1, 3):
+        accumulator.accumulate(gradients(value), variables)
+    accumulator.close()
+    accumulator.accumulate([None, tf.constant(1.0)])
+    accumulator.accumulate([tf.fill([2, 3], 4.0), None])
+    kernel, scale = accumulator.close()
+    np.testing.assert_array_equal(kernel, np.full([2, 3], 2.0))
+    np.testing.assert_array_equal(scale, 0.5)
+    accumulator.accumulate([None, tf.constant(1.0)])
+    np.testing.assert_array_equal(accumulator.close()[0], np.zeros([2, 3]))
+
+
+def test_a_variable_that_never_has_a_gradient_closes_with_none(variables):
+    accumulator = GradientAccumulator(accum_steps=1)
+    accumulator.accumulate([None, tf.constant(1.0)], variables)
+    kernel, scale = accumulator.close()
+    assert kernel is None
+    assert float(scale) == 1.0
+
+
+def test_accumulators_are_wide():
+    dtypes = [tf.float16, tf.bfloat16, tf.float32, tf.float64]
+    accumulator = GradientAccumulator(accum_steps=1)
+    accumulator.build([tf.Variable(tf.zeros([2], dtype)) for dtype in dtypes])
+    assert [a.dtype for a in accumulator.accumulators] == ["float32", "float32", "float32", "float64"]
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_sparse_gradients_over_windows(backend, jit_compile, rng):
+    """Rows left from earlier windows, rows never touched, and a switch to a dense gradient in between."""
+    table = tf.Variable(tf.zeros([40, 5]))
+    accumulator = GradientAccumulator(accum_steps=2)
+    accumulator.build([table])
+
+    @tf.function(jit_compile=jit_compile)
+    def sparse(values, indices):
+        accumulator.accumulate([tf.IndexedSlices(values, indices)])
+
+    @tf.function(jit_compile=jit_compile)
+    def dense(values):
+        accumulator.accumulate([values])
+
+    for kinds in ("ss", "ss", "sd", "ss", "ds", "dd", "ss"):
+        wanted = np.zeros([40, 5])
+        for kind in kinds:
+            if kind == "s":
+                indices = rng.integers(0, 40, 6)
+                values = rng.standard_normal((6, 5)).astype("float32")
+                sparse(tf.constant(values), tf.constant(indices))
+                np.add.at(wanted, indices, values)
+            else:
+                values = rng.standard_normal((40, 5)).astype("float32")
+                dense(tf.constant(values))
+                wanted += values
+        np.testing.assert_allclose(accumulator.close()[0], wanted / 2, atol=1e-6)
+
+
+def test_checkpoint_in_the_middle_of_a_window(backend, tmp_path):
+    """Restored into a new accumulator, and into one that is in the middle of another window."""
+
+    def make():
+        table = tf.Variable(tf.zeros([10, 2]))
+        accumulator = GradientAccumulator(accum_steps=2)
+        accumulator.build([table])
+        return accumulator
+
+    def slices(row, value):
+        return [tf.IndexedSlices(tf.fill([1, 2], float(value)), tf.constant([row]))]
+
+    saved = make()
+    saved.accumulate(slices(3, 1))
+    path = tf.train.Checkpoint(accumulator=saved).save(str(tmp_path / "checkpoint"))
+    busy = make()
+    for row in (5, 6, 7):
+        busy.accumulate(slices(row, 100))
+    for other in (make(), busy):
+        tf.train.Checkpoint(accumulator=other).restore(path)
+        assert int(other.step) == 1
+        other.accumulate(slices(4, 3))
+        wanted = np.zeros([10, 2])
+        wanted[3], wanted[4] = 0.5, 1.5
+        np.testing.assert_array_equal(other.close()[0], wanted)
+        other.accumulate(slices(0, 8))
+        wanted = np.zeros([10, 2])
+        wanted[0] = 8
+        np.testing.assert_array_equal(other.close()[0], wanted)
+
+
+def test_one_accumulate_op_for_all_variables():
+    accumops.set_backend("fused")
+    try:
+        variables = [tf.Variable(tf.zeros([3])) for _ in range(100)]
+        accumulator = GradientAccumulator(accum_steps=4)
+        accumulator.build(variables)
+        step = tf.function(lambda: accumulator.accumulate([tf.ones([3])] * 100))
+        kinds = [op.type for op in step.get_concrete_function().graph.get_operations()]
+    finally:
+        accumops.set_backend("auto")
+    assert kinds.count("AccumOps>Accumulate") == 1
+    assert "ZerosLike" not in kinds
+    assert sum("Assign" in kind for kind in kinds) == 2  # step and weight
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("accum_steps", "error"), [(0, ValueError), (-1, ValueError), (2.5, TypeError), ("4", TypeError), (True, TypeError)]
+    )
+    def test_accum_steps(self, accum_steps, error):
+        with pytest.raises(error, match=r"accum_steps.*Received"):
+            GradientAccumulator(accum_steps=accum_steps)
+
+    def test_not_built(self):
+        accumulator = GradientAccumulator(accum_steps=2)
+        with pytest.raises(ValueError, match="build"):
+            accumulator.accumulate([tf.ones([2])])
+        with pytest.raises(ValueError, match="build"):
+            accumulator.close()
+
+    def test_built_twice(self, variables):
+        accumulator = GradientAccumulator(accum_steps=2)
+        accumulator.build(variables)
+        with pytest.raises(ValueError, match="already built"):
+            accumulator.build(variables)
+
+    def test_no_variables(self):
+        with pytest.raises(ValueError, match="at least one variable"):
+            GradientAccumulator(accum_steps=2).build([])
+
+    def test_integer_variable(self):
+        with pytest.raises(ValueError, match=r"counter.*int32"):
+            GradientAccumulator(accum_steps=2).build([tf.Variable(1, name="counter")])
+
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            ([tf.ones([2, 3])], "2 variables.*1 gradients"),
+            ([None, None], "No gradients.*kernel"),
+            ([tf.ones([3, 2]), tf.constant(1.0)], r"kernel.*\(2, 3\).*\(3, 2\)"),
+        ],
+    )
+    def test_gradients_that_do_not_fit_change_nothing(self, variables, wrong, message):
+        accumulator = GradientAccumulator(accum_steps=2)
+        accumulator.accumulate(gradients(1), variables)
+        with pytest.raises(ValueError, match=message):
+            accumulator.accumulate(wrong)
+        assert int(accumulator.step) == 1
+        accumulator.accumulate(gradients(3))
+        np.testing.assert_array_equal(accumulator.close()[0], np.full([2, 3], 2.0))
+
+    def test_dtype_that_does_not_fit_changes_nothing(self, variables):
+        accumulator = GradientAccumulator(accum_steps=2)
+        accumulator.accumulate(gradients(1), variables)
+        with pytest.raises(ValueError, match="float64"):
+            accumulator.accumulate([tf.ones([2, 3], tf.float64), tf.constant(1.0)])
+        assert int(accumulator.step) == 1
+        assert float(accumulator.accumulators[1].numpy()) == 10
+
+    def test_negative_weight(self, variables):
+        accumulator = GradientAccumulator(accum_steps=2)
+        with pytest.raises(ValueError, match=r"weight.*-1"):
+            accumulator.accumulate(gradients(1), variables, weight=-1)
+        with pytest.raises(ValueError, match="weight"):
+            accumulator.accumulate(gradients(1), weight=float("nan"))
+
+    def test_nothing_to_close(self, variables):
+        accumulator = GradientAccumulator(accum_steps=2)
+        accumulator.build(variables)
+        with pytest.raises(ValueError, match="no open window"):
+            accumulator.close()
+        with pytest.raises(tf.errors.InvalidArgumentError, match="no open window"):
+            tf.function(accumulator.close)()
+
+
+def test_keras_model_in_a_custom_loop(backend):
+    """The loop of the class's docstring against the full batch."""
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((64, 3)).astype("float32"), rng.standard_normal((64, 1)).astype("float32")
+
+    def make():
+        keras.utils.set_random_seed(1)
+        return keras.Sequential([keras.Input((3,)), keras.layers.Dense(8, activation="tanh"), keras.layers.Dense(1)])
+
+    full, accumulated = make(), make()
+    full.compile(keras.optimizers.Adam(0.01), loss="mse")
+    for _ in range(10):
+        full.train_on_batch(x, y)
+
+    variables = accumulated.trainable_variables
+    optimizer = keras.optimizers.Adam(0.01)
+    optimizer.build(variables)
+    accumulator = GradientAccumulator(accum_steps=4)
+    accumulator.build(variables)
+
+    @tf.function
+    def train_step(x, y):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((accumulated(x, training=True) - y) ** 2)
+        accumulator.accumulate(tape.gradient(loss, variables))
+        if accumulator.ready:
+            optimizer.apply(accumulator.close(), variables)
+
+    for _ in range(10):
+        for i in range(0, 64, 16):
+            train_step(x[i : i + 16], y[i : i + 16])
+    assert int(optimizer.iterations) == 10
+    for a, b in zip(full.get_weights(), accumulated.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

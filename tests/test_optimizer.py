@@ -1,0 +1,318 @@
+"""GradientAccumulateOptimizer: K micro-batches against one large batch in plain Keras."""
+
+import warnings
+import zipfile
+
+import h5py
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import accumops
+from accumops import GradientAccumulateOptimizer
+
+MICRO, STEPS, UPDATES = 8, 8, 50
+OPTIMIZERS = {
+    "SGD": lambda: keras.optimizers.SGD(0.05),
+    "momentum": lambda: keras.optimizers.SGD(0.05, momentum=0.9, nesterov=True),
+    "Adam": lambda: keras.optimizers.Adam(0.01),
+    "AdamW": lambda: keras.optimizers.AdamW(0.01, weight_decay=0.1),
+    "global_clipnorm": lambda: keras.optimizers.SGD(0.05, global_clipnorm=0.1),
+    "schedule": lambda: keras.optimizers.SGD(keras.optimizers.schedules.ExponentialDecay(0.1, 5, 0.9)),
+    "ema": lambda: keras.optimizers.SGD(0.05, use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=3),
+    "loss_scale_factor": lambda: keras.optimizers.SGD(0.05, loss_scale_factor=64.0),
+}
+
+
+class DenseGradients(keras.optimizers.Adam):
+    """Keras's own Adam squares each of a row's sparse gradients by itself, so its large batch has to be given dense."""
+
+    def apply(self, grads, trainable_variables=None):
+        return super().apply([tf.convert_to_tensor(g) for g in grads], trainable_variables)
+
+
+def mlp(seed=3):
+    keras.utils.set_random_seed(seed)
+    return keras.Sequential(
+        [
+            keras.Input((5,)),
+            keras.layers.Dense(16, activation="tanh", kernel_constraint=keras.constraints.MaxNorm(0.8)),
+            keras.layers.Dense(3),
+        ]
+    )
+
+
+def embedding(seed=3):
+    keras.utils.set_random_seed(seed)
+    return keras.Sequential(
+        [
+            keras.Input((6,), dtype="int32"),
+            keras.layers.Embedding(40, 8),
+            keras.layers.GlobalAveragePooling1D(),
+            keras.layers.Dense(3),
+        ]
+    )
+
+
+def data(rng, updates=UPDATES, tokens=False):
+    count = MICRO * STEPS * updates
+    x = rng.integers(0, 40, (count, 6)) if tokens else rng.standard_normal((count, 5)).astype("float32")
+    return x, rng.standard_normal((count, 3)).astype("float32")
+
+
+def fit(model, optimizer, x, y, batch_size, **compile_arguments):
+    model.compile(optimizer, loss="mse", **compile_arguments)
+    model.fit(x, y, batch_size=batch_size, shuffle=False, verbose=0)
+    return model
+
+
+def largest_difference(a, b):
+    """The largest difference of two models' weights, relative to the largest weight of each variable."""
+    pairs = zip(a.get_weights(), b.get_weights(), strict=True)
+    return max(np.abs(x - y).max() / np.abs(x).max() for x, y in pairs)
+
+
+@pytest.mark.parametrize("run", [{}, {"run_eagerly": True}, {"jit_compile": True}], ids=["graph", "eager", "xla"])
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_equals_the_full_batch_over_50_updates(backend, rng, name, run):
+    x, y = data(rng)
+    full = fit(mlp(), OPTIMIZERS[name](), x, y, MICRO * STEPS)
+    optimizer = GradientAccumulateOptimizer(OPTIMIZERS[name](), accum_steps=STEPS)
+    accumulated = fit(mlp(), optimizer, x, y, MICRO, **run)
+    assert int(optimizer.iterations) == UPDATES
+    assert largest_difference(full, accumulated) <= 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in ("SGD", "Adam")])
+def test_settings_of_the_inner_optimizer_act_once_a_window(backend, rng, name):
+    x, y = data(rng, updates=20)
+    full = fit(mlp(), OPTIMIZERS[name](), x, y, MICRO * STEPS)
+    accumulated = fit(mlp(), GradientAccumulateOptimizer(OPTIMIZERS[name](), accum_steps=STEPS), x, y, MICRO)
+    assert largest_difference(full, accumulated) <= 1e-5
+
+
+@pytest.mark.parametrize("run", [{}, {"run_eagerly": True}, {"jit_compile": True}], ids=["graph", "eager", "xla"])
+def test_embedding_equals_the_full_batch(backend, rng, run):
+    x, y = data(rng, updates=20, tokens=True)
+    full = fit(embedding(), DenseGradients(0.01), x, y, MICRO * STEPS)
+    optimizer = GradientAccumulateOptimizer(keras.optimizers.Adam(0.01), accum_steps=STEPS)
+    accumulated = fit(embedding(), optimizer, x, y, MICRO, **run)
+    assert largest_difference(full, accumulated) <= 1e-5
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision(backend, rng, policy):
+    """Half-precision gradients add up in float32; `compile` wraps the optimizer for loss scaling by itself."""
+    x, y = data(rng, updates=10)
+    full = fit(mlp(), keras.optimizers.SGD(0.05), x, y, MICRO * STEPS)
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        half = fit(mlp(), keras.optimizers.SGD(0.05), x, y, MICRO * STEPS)
+        optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(0.05), accum_steps=STEPS)
+        accumulated = fit(mlp(), optimizer, x, y, MICRO)
+    finally:
+        keras.config.set_dtype_policy(before)
+    assert (type(accumulated.optimizer) is keras.optimizers.LossScaleOptimizer) == (policy == "mixed_float16")
+    assert int(optimizer.iterations) == 10
+    assert {a.dtype for a in optimizer.accumulator.accumulators} == {"float32"}
+    # At most twice as far from float32 training as the full batch in this precision is.
+    assert largest_difference(full, accumulated) <= 2 * largest_difference(full, half)
+
+
+def test_weights_of_ragged_micro_batches(backend, rng):
+    """`apply(weight=)` in a custom loop: 24, 24 and 16 samples make the gradient of all 64."""
+    x, y = data(rng, updates=1)
+    full = fit(mlp(), keras.optimizers.SGD(0.05), x, y, 64)
+    model = mlp()
+    optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(0.05), accum_steps=3)
+    for part in (slice(0, 24), slice(24, 48), slice(48, 64)):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((model(x[part]) - y[part]) ** 2)
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply(gradients, model.trainable_variables, weight=part.stop - part.start)
+    assert int(optimizer.iterations) == 1
+    assert largest_difference(full, model) <= 1e-6
+
+
+def test_variables_move_only_at_the_end_of_a_window(backend, rng):
+    model = mlp()
+    optimizer = GradientAccumulateOptimizer(keras.optimizers.Adam(0.01), accum_steps=3)
+    optimizer.build(model.trainable_variables)
+    before = model.get_weights()
+    for step in range(1, 7):
+        optimizer.apply([tf.ones(v.shape) for v in model.trainable_variables])
+        moved = any(np.any(a != b) for a, b in zip(before, model.get_weights(), strict=True))
+        assert moved == (step >= 3)
+        assert int(optimizer.iterations) == step // 3
+
+
+def test_apply_gradients_and_subsets_in_any_order(backend):
+    a, b, c = (keras.Variable(np.ones(2, "float32"), name=name) for name in "abc")
+    optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0), accum_steps=2)
+    optimizer.build([a, b, c])
+    for _ in range(2):
+        optimizer.apply_gradients([(tf.constant([0.0, 2.0]), c), (tf.constant([0.5, 0.5]), a)])
+    np.testing.assert_array_equal(a.numpy(), [0.5, 0.5])
+    np.testing.assert_array_equal(b.numpy(), [1, 1])
+    np.testing.assert_array_equal(c.numpy(), [1, -1])
+
+
+def test_none_gradients_warn_as_keras_does(backend):
+    a, b = (keras.Variable(np.ones(2, "float32"), name=name) for name in "ab")
+    optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0, weight_decay=0.5), accum_steps=2)
+    optimizer.apply([tf.ones([2]), None], [a, b])
+    with pytest.warns(UserWarning, match=r"Gradients do not exist for variables \['b'\]"):
+        optimizer.apply([tf.ones([2]), None], [a, b])
+    np.testing.assert_array_equal(b.numpy(), [1, 1])
+    np.testing.assert_array_equal(a.numpy(), [-0.5, -0.5])
+
+
+def test_learning_rate_is_the_inner_optimizers(rng):
+    optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(0.1), accum_steps=2)
+    model = mlp()
+    x, y = data(rng, updates=1)
+    model.compile(optimizer, loss="mse")
+    schedule = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)
+    model.fit(x, y, batch_size=16, epochs=2, callbacks=[schedule], verbose=0)
+    assert float(optimizer.inner_optimizer.learning_rate) == pytest.approx(0.025)
+    optimizer.learning_rate = 0.5
+    assert float(optimizer.inner_optimizer.learning_rate) == pytest.approx(0.5)
+    assert float(optimizer.learning_rate) == pytest.approx(0.5)
+
+
+def test_config_round_trip():
+    optimizer = GradientAccumulateOptimizer(keras.optimizers.AdamW(0.02, weight_decay=0.3), accum_steps=5, name="wrapped")
+    restored = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+    assert isinstance(restored, GradientAccumulateOptimizer)
+    assert restored.get_config() == optimizer.get_config()
+    assert restored.accum_steps == 5
+    assert isinstance(restored.inner_optimizer, keras.optimizers.AdamW)
+    assert repr(restored) == "<GradientAccumulateOptimizer AdamW, accum_steps=5>"
+
+
+def test_saved_in_the_middle_of_a_window(backend, rng, tmp_path):
+    """5 of 8 micro-batches, a save, and the other 3 in a loaded model: the same bits as without the save."""
+    x, y = data(rng, updates=2)
+
+    def train(model, first, last):
+        for i in range(first, last):
+            part = slice(i * MICRO, (i + 1) * MICRO)
+            model.train_on_batch(x[part], y[part])
+
+    straight = mlp()
+    straight.compile(GradientAccumulateOptimizer(keras.optimizers.Adam(0.01), accum_steps=STEPS), loss="mse")
+    train(straight, 0, 16)
+    saved = mlp()
+    saved.compile(GradientAccumulateOptimizer(keras.optimizers.Adam(0.01), accum_steps=STEPS), loss="mse")
+    train(saved, 0, 5)
+    saved.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert int(loaded.optimizer.accumulator.step) == 5
+    with zipfile.ZipFile(tmp_path / "model.keras") as archive, h5py.File(archive.open("model.weights.h5")) as weights:
+        assert list(weights["optimizer"]) == ["vars"]
+        assert len(weights["optimizer/vars"]) == len(saved.optimizer.variables)
+    train(loaded, 5, 16)
+    for a, b in zip(straight.get_weights(), loaded.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_loads_what_the_inner_optimizer_saved_alone(rng, tmp_path):
+    x, y = data(rng, updates=4)
+    plain = fit(mlp(), keras.optimizers.Adam(0.01), x, y, 64)
+    plain.save_weights(tmp_path / "model.weights.h5")
+    wrapped = mlp(seed=4)
+    wrapped.compile(GradientAccumulateOptimizer(keras.optimizers.Adam(0.01), accum_steps=2), loss="mse")
+    wrapped.optimizer.build(wrapped.trainable_variables)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # Keras warns where it skips a variable
+        wrapped.load_weights(tmp_path / "model.weights.h5")
+    assert int(wrapped.optimizer.iterations) == 4
+    pairs = zip(plain.optimizer.variables, wrapped.optimizer.inner_optimizer.variables, strict=True)
+    for a, b in pairs:
+        np.testing.assert_array_equal(a.numpy(), b.numpy())
+
+
+def test_accumulators_are_one_float32_copy(rng):
+    model = mlp()
+    optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(0.1), accum_steps=2)
+    optimizer.build(model.trainable_variables)
+    values = sum(int(np.prod(a.shape)) for a in optimizer.accumulator.accumulators)
+    assert values == model.count_params()
+
+
+class TestErrors:
+    @pytest.mark.parametrize(("accum_steps", "error"), [(0, ValueError), (2.5, TypeError), (None, TypeError)])
+    def test_accum_steps(self, accum_steps, error):
+        with pytest.raises(error, match="accum_steps"):
+            GradientAccumulateOptimizer(keras.optimizers.SGD(0.1), accum_steps=accum_steps)
+
+    @pytest.mark.parametrize(
+        "inner",
+        [
+            lambda: keras.optimizers.SGD(0.1, gradient_accumulation_steps=2),
+            lambda: GradientAccumulateOptimizer(keras.optimizers.SGD(0.1), accum_steps=2),
+            lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)),
+        ],
+    )
+    def test_an_inner_optimizer_that_accumulates(self, inner):
+        with pytest.raises(ValueError, match="must not accumulate"):
+            GradientAccumulateOptimizer(inner(), accum_steps=2)
+
+    def test_not_an_optimizer(self):
+        with pytest.raises(ValueError, match="optimizer"):
+            GradientAccumulateOptimizer("no such optimizer", accum_steps=2)
+
+    def test_unknown_variable(self):
+        a, b = (keras.Variable(np.ones(2, "float32"), name=name) for name in "ab")
+        optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0), accum_steps=2)
+        optimizer.build([a])
+        with pytest.raises(ValueError, match="Unknown variable"):
+            optimizer.apply([tf.ones([2])], [b])
+
+    def test_not_built(self):
+        optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0), accum_steps=2)
+        with pytest.raises(ValueError, match="build"):
+            optimizer.apply([tf.ones([2])])
+
+    def test_lengths(self):
+        a = keras.Variable(np.ones(2, "float32"))
+        optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0), accum_steps=2)
+        with pytest.raises(ValueError, match="2 gradients for 1 variables"):
+            optimizer.apply([tf.ones([2])] * 2, [a])
+
+    def test_several_replicas(self):
+        devices = ["CPU:0", "CPU:0"]
+        strategy = tf.distribute.MirroredStrategy(devices[:1])
+        assert strategy.num_replicas_in_sync == 1
+        optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0), accum_steps=2)
+
+        class TwoReplicas:
+            num_replicas_in_sync = 2
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tf.distribute, "get_strategy", TwoReplicas)
+            with pytest.raises(ValueError, match=r"one replica; TwoReplicas has 2"):
+                optimizer.build([keras.Variable(np.ones(2, "float32"))])
+
+
+def test_memory_and_traces_stay_flat(backend, rng):
+    """Windows do not retrace."""
+    model = mlp()
+    optimizer = GradientAccumulateOptimizer(keras.optimizers.Adam(0.01), accum_steps=3)
+    optimizer.build(model.trainable_variables)
+    traces = []
+
+    @tf.function
+    def step(x):
+        traces.append(1)
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(model(x) ** 2)
+        optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+
+    for _ in range(30):
+        step(tf.constant(rng.standard_normal((4, 5)), tf.float32))
+    assert len(traces) == 1
+    assert int(optimizer.iterations) == 10
+    assert accumops.get_backend() == backend
