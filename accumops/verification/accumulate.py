@@ -92,7 +92,7 @@ def _dense_cases(quick: bool) -> Iterator[Case]:
         # A case of mixed dtypes has at least one tensor of each.
         tensors = shapes * len(_DTYPES[dtypes]) if len(shapes) == 1 else shapes
         items = list(zip(tensors, itertools.cycle(_DTYPES[dtypes])))  # noqa: B905
-        for setting, modes in _settings(i, quick, compiled=i % 7 == 0, thorough=name == "all sizes"):
+        for setting, modes in _settings(i, quick, compiled=i % 7 == 0):
             make = partial(_dense_trial, items, setting)
             yield Case(f"{dtypes}, dense", f"{name}, {setting}", make, modes, half=dtypes in _HALF)
 
@@ -109,21 +109,19 @@ def _rows_cases(quick: bool) -> Iterator[Case]:
             yield Case(f"{dtypes}, rows", f"{name}, {setting}", make, modes, half=dtypes in _HALF)
 
 
-def _settings(
-    i: int, quick: bool, compiled: bool, thorough: bool = False
-) -> Iterator[tuple[_Setting, Sequence[str]]]:
+def _settings(i: int, quick: bool, compiled: bool) -> Iterator[tuple[_Setting, Sequence[str]]]:
     """Yields settings and modes for the grid's i-th inputs.
 
-    Tracing takes long and compiling longer, so these modes see all settings only of inputs that are `thorough`, and one
-    each of the others; `quick` takes one setting, and the slow modes where `compiled`. Those strides have no factor in
-    common with the grid's lengths, so that every value of each dimension gets its turn.
+    Tracing takes long and compiling longer, so these modes see one setting or two of each inputs; `quick` takes one
+    setting, and the slow modes only where `compiled`. The strides of all these have no factor in common with the grid's
+    lengths, so that every value of each dimension gets its turn.
     """
     if quick:
         yield _SETTINGS[i % len(_SETTINGS)], MODES if compiled else MODES[:1]
         return
     for j, setting in enumerate(_SETTINGS):
         turn = (i + j) % len(_SETTINGS)
-        yield setting, MODES if thorough or turn == 0 else MODES[:2] if turn == 3 else MODES[:1]
+        yield setting, MODES if turn == 0 else MODES[:2] if turn == 3 else MODES[:1]
 
 
 def _dense_trial(

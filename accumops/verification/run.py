@@ -226,6 +226,6 @@ def _describe(expected: Expected, fused: np.ndarray, reference: np.ndarray, erro
         return ""
     at = tuple(int(i) for i in np.unravel_index(int(np.argmax(errors)), errors.shape))
     return (
-        f"{expected.name}{list(at) or ''}: fused {fused[at]:.9g}, reference {reference[at]:.9g}, "
-        f"float64 {float(expected.value[at]):.12g}"
+        f"{expected.name}{list(at) or ''}: fused {fused[at]}, reference {reference[at]}, "
+        f"float64 {float(expected.value[at])}"
     )

@@ -1,0 +1,49 @@
+# make demo    trains a small CNN both ways and prints the difference
+# make test    all checks
+# make build   compiles what has changed
+# make wheel   a wheel in dist/
+# Each does its own set-up, in .venv. PYTHON chooses the interpreter; CMAKE_ARGS and CMAKE_CUDA_ARCHITECTURES are passed on.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CPP := $(shell find src -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh')
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test build check wheel format clean
+
+demo: build
+	$(BIN)/accumops demo
+
+test: check
+	$(BIN)/python -m pytest
+
+check: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+build: $(VENV)/installed
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+# Built without isolation: for the TensorFlow that is installed here, and only what has changed.
+$(VENV)/installed: pyproject.toml setup.py tools/make_venv.sh
+	tools/make_venv.sh $(PYTHON) $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python tools/build_requirements.py > $(VENV)/build_requirements.txt
+	$(BIN)/python -m pip install --quiet -r $(VENV)/build_requirements.txt
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	touch $@
+
+wheel: $(VENV)/installed
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+clean:
+	rm -rf build dist accumops/ops/*.so accumops/ops/_build_info.json

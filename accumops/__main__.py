@@ -1,0 +1,5 @@
+"""`python -m accumops`."""
+
+from accumops.cli import main
+
+main(prog_name="python -m accumops")

@@ -1,0 +1,1 @@
+"""What `accumops bench` measures: contenders, models and suites."""

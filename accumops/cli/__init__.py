@@ -1,0 +1,33 @@
+"""The command `accumops`, also `python -m accumops`. Each command imports TensorFlow when it runs, not before."""
+
+import os
+
+import click
+
+from accumops.cli.demo import demo
+from accumops.cli.info import info
+from accumops.cli.verify import verify
+
+__all__ = ["main"]
+
+
+def _print_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        from accumops import __version__
+
+        click.echo(f"accumops {__version__}")
+        context.exit()
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version and exit."
+)
+def main() -> None:
+    """Training with large batches on small memory in TensorFlow and Keras."""
+    # TensorFlow's start-up messages would drown the commands' own; what matters of them `accumops info` tells.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+for _command in (info, verify, demo):
+    main.add_command(_command)

@@ -1,0 +1,91 @@
+"""What the compiled TensorFlow library exports and needs: one file has to load on every TensorFlow package."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import venv
+
+import pytest
+
+import accumops
+from accumops.ops import library
+
+LIBRARY = library._DIRECTORY / "_tensorflow_ops.so"
+
+
+def dynamic_symbols(*options):
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not installed")
+    output = subprocess.run(["nm", "-D", *options, str(LIBRARY)], capture_output=True, text=True, check=True).stdout
+    return [line.split()[-1] for line in output.splitlines() if line.strip()]
+
+
+def test_no_cuda_symbol_is_left_to_the_dynamic_linker():
+    """libtensorflow_framework exports stubs of the CUDA runtime's names, of another version than ours."""
+    symbols = dynamic_symbols()
+    assert symbols
+    assert [s for s in symbols if s.startswith(("cuda", "__cuda", "cu"))] == []
+
+
+def test_exports_nothing_of_ours():
+    assert [s for s in dynamic_symbols("--defined-only") if "accumops" in s or "cuda" in s.lower()] == []
+
+
+def test_needs_no_cuda_library():
+    if shutil.which("readelf") is None:
+        pytest.skip("readelf is not installed")
+    output = subprocess.run(["readelf", "-d", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
+    needed = [line.split("[")[1].rstrip("]") for line in output.splitlines() if "(NEEDED)" in line]
+    assert any("tensorflow" in name for name in needed)
+    assert [name for name in needed if "cuda" in name or "cudnn" in name or "cublas" in name] == []
+
+
+def test_kernels_module_needs_no_tensorflow():
+    path = next(library._DIRECTORY.glob("_kernels*.so"))
+    script = f"""
+import importlib.machinery, importlib.util, sys
+loader = importlib.machinery.ExtensionFileLoader("_kernels", {str(path)!r})
+module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_kernels", loader))
+loader.exec_module(module)
+assert "tensorflow" not in sys.modules
+print(module.instruction_set())
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() in ("baseline", "avx2", "avx512")
+
+
+@pytest.fixture(scope="module")
+def tensorflow_cpu():
+    """The interpreter of an environment with the tensorflow-cpu package instead of tensorflow, kept between runs."""
+    root = pathlib.Path(accumops.__file__).resolve().parent.parent
+    directory = root / "build" / f"tensorflow-cpu-{sys.implementation.cache_tag}"
+    python = directory / "bin" / "python"
+    version = accumops.build_info()["tensorflow"]
+    if not (directory / f"installed-{version}").exists():
+        venv.create(directory, with_pip=True, clear=True)
+        packages = [f"tensorflow-cpu=={version}", "click", "rich"]
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True)
+        (directory / f"installed-{version}").touch()
+    return python
+
+
+def test_loads_and_runs_on_tensorflow_cpu(tensorflow_cpu):
+    """That package lacks tens of thousands of the symbols that the other one exports."""
+    script = """
+import tensorflow as tf
+import accumops
+accumops.set_backend("fused")
+a = tf.Variable([1.0, 2.0])
+for jit_compile in (False, True):
+    tf.function(lambda: accumops.ops.accumulate([a], [tf.ones([2])], scale=3.0), jit_compile=jit_compile)()
+print(a.numpy().tolist(), accumops.build_info()["cuda"])
+"""
+    root = pathlib.Path(accumops.__file__).resolve().parent.parent
+    environment = os.environ | {"PYTHONPATH": str(root), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    result = subprocess.run(
+        [str(tensorflow_cpu), "-c", script], capture_output=True, text=True, env=environment, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == f"[7.0, 8.0] {accumops.build_info()['cuda']}"
