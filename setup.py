@@ -27,7 +27,7 @@ class CMakeBuild(build_ext):
             "-GNinja",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DACCUMOPS_VERSION={self.distribution.get_version()}",
-            # Given anew each time: pip's isolated environments come and go, a path cached from one does not exist later.
+            # Given anew each time: pip's isolated environments come and go, and with them the paths that CMake cached.
             f"-DCMAKE_MAKE_PROGRAM={self._find_ninja()}",
             f"-Dpybind11_DIR={self._find_pybind11()}",
         ]

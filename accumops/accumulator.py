@@ -8,8 +8,8 @@ closed by whoever applies the update:
       ▲                                         │                                   │
       └─────────────────────────────────────────┴──────────── close ────────────────┘
 
-The state is one accumulator a variable, `step` and `weight`; `GradientAccumulator` is their one owner. Closing only sets
-the two counters back: what the accumulators hold between windows has no influence, and nothing clears it.
+The state is one accumulator a variable, `step` and `weight`; `GradientAccumulator` is their one owner. Closing only
+sets `step` back: what the accumulators hold between windows has no influence, and nothing clears it.
 """
 
 import numbers
@@ -26,8 +26,8 @@ class GradientAccumulator(tf.Module):
 
     The gradient that `close` returns is the weighted mean over the window, `sum(weight * gradient) / sum(weight)`: with
     equal micro-batches and the default weight, the gradient of the whole window's mean loss. Accumulators are float32
-    whatever the variables are, and float64 for float64 variables. Sparse gradients (`tf.IndexedSlices`, from embeddings)
-    touch only their rows.
+    whatever the variables are, and float64 for float64 variables. Sparse gradients (`tf.IndexedSlices`, from
+    embeddings) touch only their rows.
 
     Args:
         accum_steps: Micro-batches a window, an int of at least 1.
@@ -258,7 +258,7 @@ def _new_accumulator(variable: tf.Variable | keras.Variable) -> keras.Variable:
 
 
 def _as_weight(weight: float | tf.Tensor) -> tf.Tensor:
-    if isinstance(weight, numbers.Real) and not weight >= 0:
+    if isinstance(weight, numbers.Real) and not float(weight) >= 0:
         raise ValueError(f"`weight` must not be negative. Received: {weight}")
     tensor = tf.cast(weight, tf.float32)
     if tensor.shape.rank not in (0, None):

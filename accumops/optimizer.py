@@ -38,7 +38,10 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
     """
 
     def __init__(
-        self, inner_optimizer: keras.optimizers.Optimizer | str | dict[str, Any], accum_steps: int, name: str | None = None
+        self,
+        inner_optimizer: keras.optimizers.Optimizer | str | dict[str, Any],
+        accum_steps: int,
+        name: str | None = None,
     ) -> None:
         accum_steps = check_accum_steps(accum_steps)
         inner_optimizer = _check_inner_optimizer(keras.optimizers.get(inner_optimizer))
@@ -77,8 +80,8 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         for variable in variables:
             if self._overwrite_variable_with_gradient(variable):
                 raise ValueError(
-                    f"The variable '{variable.path}' is overwritten with its gradient, as float8 training does; there is "
-                    "no accumulating such gradients."
+                    f"The variable '{variable.path}' is overwritten with its gradient, as float8 training does: such "
+                    "gradients cannot be accumulated."
                 )
         self.inner_optimizer.build(variables)
         self._accumulator.build(variables)
@@ -190,8 +193,8 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         return cls(**config)
 
     def __dir__(self) -> list[str]:
-        # Keras saves each attribute that it finds here and that can be saved. The wrapped optimizer's variables are saved
-        # among this one's, where a plain optimizer has them: once is enough.
+        # Keras saves each attribute that it finds here and that can be saved. The wrapped optimizer's variables are
+        # saved among this one's, where a plain optimizer has them: once is enough.
         return [name for name in super().__dir__() if name != "inner_optimizer"]
 
     def __repr__(self) -> str:

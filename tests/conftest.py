@@ -19,7 +19,7 @@ def backend(request):
 
 @pytest.fixture(params=MODES)
 def mode(request):
-    """`mode(function)` runs a function of tensors eagerly, as a `tf.function`, or compiled by XLA; `mode.name` says which."""
+    """`mode(function)` runs a function eagerly, as a `tf.function`, or compiled by XLA, as `mode.name` says."""
     import tensorflow as tf
 
     def wrap(function):

@@ -173,7 +173,8 @@ def test_one_accumulate_op_for_all_variables():
 
 class TestErrors:
     @pytest.mark.parametrize(
-        ("accum_steps", "error"), [(0, ValueError), (-1, ValueError), (2.5, TypeError), ("4", TypeError), (True, TypeError)]
+        ("accum_steps", "error"),
+        [(0, ValueError), (-1, ValueError), (2.5, TypeError), ("4", TypeError), (True, TypeError)],
     )
     def test_accum_steps(self, accum_steps, error):
         with pytest.raises(error, match=r"accum_steps.*Received"):

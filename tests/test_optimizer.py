@@ -183,7 +183,9 @@ def test_learning_rate_is_the_inner_optimizers(rng):
 
 
 def test_config_round_trip():
-    optimizer = GradientAccumulateOptimizer(keras.optimizers.AdamW(0.02, weight_decay=0.3), accum_steps=5, name="wrapped")
+    optimizer = GradientAccumulateOptimizer(
+        keras.optimizers.AdamW(0.02, weight_decay=0.3), accum_steps=5, name="wrapped"
+    )
     restored = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
     assert isinstance(restored, GradientAccumulateOptimizer)
     assert restored.get_config() == optimizer.get_config()

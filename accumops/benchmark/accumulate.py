@@ -1,4 +1,4 @@
-"""The `accumulate` suite: one micro-step over ResNet-50's trainable variables, against TensorFlow and against memory."""
+"""The `accumulate` suite: one micro-step over ResNet-50's variables, against TensorFlow and the memory."""
 
 import dataclasses
 import math
@@ -66,7 +66,7 @@ def run(*, rounds: int = 30, progress: Callable[[], object] = lambda: None) -> R
         values = sum(math.prod(shape) for shape in shapes)
         rng = np.random.default_rng(0)
         accumulators = [tf.Variable(rng.standard_normal(shape, np.float32)) for shape in shapes]
-        # Gradients are outputs of other ops; reading variables costs nothing and keeps them out of the graph's constants.
+        # Variables, which are read at no cost, keep the gradients out of the graph's constants.
         gradients = [tf.Variable(rng.standard_normal(shape, np.float32)) for shape in shapes]
         scale = 0.5
 

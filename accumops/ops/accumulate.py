@@ -31,15 +31,15 @@ def accumulate(
     Args:
         accumulators: Variables (`tf.Variable` or `keras.Variable`), each once; float32, or float64, which float64
             gradients need.
-        gradients: One for each accumulator, of its shape: tensors of float16, bfloat16, float32 or float64, mixed as you
-            like, or `tf.IndexedSlices`, whose rows add up, duplicates in their order. On a GPU, as in TensorFlow's own
+        gradients: One for each accumulator, of its shape: tensors of float16, bfloat16, float32 or float64, mixed as
+            you like, or `tf.IndexedSlices`, whose rows add up, duplicates in their order. On a GPU, as in TensorFlow's own
             scatters, a row with an index outside the accumulator is skipped; on a CPU it is an error.
         scale: A factor for all gradients: a number or a floating-point scalar tensor.
         overwrite: Whether to start from zero instead of what the accumulators hold, NaN included: a bool or a scalar
             bool tensor. This starts a window without a pass that clears.
         touched_rows: For each accumulator None or, where its gradient is `tf.IndexedSlices`, a bool variable of shape
-            `[rows]`. The op sets the flags of the rows it adds to; `overwrite` then clears the flagged rows and no others.
-            The rest of the accumulator has to be zero. Without it, `overwrite` clears all rows.
+            `[rows]`. The op sets the flags of the rows it adds to; `overwrite` then clears the flagged rows, and no
+            others: the rest of the accumulator has to be zero. Without it, `overwrite` clears all rows.
         check_finite: Whether to report if every gradient was finite, found in the same pass.
 
     Returns:
@@ -64,7 +64,9 @@ def accumulate(
     """
     variables = [_as_variable(v, f"accumulators[{i}]") for i, v in enumerate(accumulators)]
     checked = [_as_gradient(g, i) for i, g in enumerate(gradients)]
-    flags = None if touched_rows is None else [None if v is None else _as_variable(v, "touched_rows") for v in touched_rows]
+    flags = (
+        None if touched_rows is None else [None if v is None else _as_variable(v, "touched_rows") for v in touched_rows]
+    )
     _check_lists(variables, checked, flags)
     factor = _as_scale(scale, variables)
     start = _as_overwrite(overwrite)
@@ -133,7 +135,7 @@ def _check_lists(
         )
     if touched_rows is not None and len(touched_rows) != len(variables):
         raise ValueError(
-            f"`touched_rows` must have one item for each accumulator, a variable or None. Received: {len(touched_rows)} "
+            f"`touched_rows` must have one item for each accumulator. Received: {len(touched_rows)} "
             f"for {len(variables)} accumulators."
         )
     names: dict[int, str] = {}

@@ -47,7 +47,11 @@ def table():
 
 
 MALFORMED = {
-    "too few gradients": (INVALID, "one gradient|2 accumulators", lambda c: raw([c.a.handle, c.b.handle], [c.gradient])),
+    "too few gradients": (
+        INVALID,
+        "one gradient|2 accumulators",
+        lambda c: raw([c.a.handle, c.b.handle], [c.gradient]),
+    ),
     "more indices than accumulators": (
         INVALID,
         "2 indices",
@@ -58,9 +62,11 @@ MALFORMED = {
         "1 touched rows",
         lambda c: raw([c.a.handle], [c.gradient], touched_rows=[c.flags.handle]),
     ),
-    "shape": (INVALID, r"accumulators\[1\].*\[2,3\].*gradients\[1\].*\[2,4\]", lambda c: raw(
-        [c.a.handle, c.b.handle], [c.gradient, tf.ones([2, 4])]
-    )),
+    "shape": (
+        INVALID,
+        r"accumulators\[1\].*\[2,3\].*gradients\[1\].*\[2,4\]",
+        lambda c: raw([c.a.handle, c.b.handle], [c.gradient, tf.ones([2, 4])]),
+    ),
     "rank": (INVALID, r"gradients\[0\]", lambda c: raw([c.a.handle], [tf.ones([2, 3, 1])])),
     "same size, other shape": (INVALID, r"\[6\]", lambda c: raw([c.a.handle], [tf.ones([6])])),
     "integer accumulator": (INVALID, "int32", lambda c: raw([tf.Variable([1, 2]).handle], [tf.ones([2])])),
@@ -173,7 +179,6 @@ def test_shapes_unknown_until_run(jit_compile):
     with pytest.raises(INVALID, match=r"accumulators\[0\]"):
         run(tf.ones([3, 2]))
     np.testing.assert_array_equal(accumulator.numpy(), np.ones([2, 3]))
-
 
 
 @pytest.mark.parametrize(
