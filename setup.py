@@ -20,36 +20,34 @@ class CMakeBuild(build_ext):
     ``CMAKE_ARGS`` (any CMake argument), ``CMAKE_CUDA_ARCHITECTURES`` (such as ``80;90``) and CMake's own ``CUDACXX``.
     """
 
+    tree = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+
     def build_extension(self, ext: Extension) -> None:
-        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        tree = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        import ninja
+        import pybind11
+
         arguments = [
             "-GNinja",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DACCUMOPS_VERSION={self.distribution.get_version()}",
             # Given anew each time: pip's isolated environments come and go, and with them the paths that CMake cached.
-            f"-DCMAKE_MAKE_PROGRAM={self._find_ninja()}",
-            f"-Dpybind11_DIR={self._find_pybind11()}",
+            f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]
         architectures = os.environ.get("CMAKE_CUDA_ARCHITECTURES")
         if architectures:
             arguments.append(f"-DCMAKE_CUDA_ARCHITECTURES={architectures}")
         arguments += shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        subprocess.run(["cmake", "-S", str(ROOT), "-B", str(tree), *arguments], check=True)
-        subprocess.run(["cmake", "--build", str(tree)], check=True)
-        subprocess.run(["cmake", "--install", str(tree), "--prefix", str(target)], check=True)
+        subprocess.run(["cmake", "-S", str(ROOT), "-B", str(self.tree), *arguments], check=True)
+        subprocess.run(["cmake", "--build", str(self.tree)], check=True)
+        self.install_libraries(Path(self.get_ext_fullpath(ext.name)).parent)
 
-    @staticmethod
-    def _find_ninja() -> str:
-        import ninja
+    def copy_extensions_to_source(self) -> None:
+        # For an editable install: setuptools knows of one of the files that CMake makes.
+        self.install_libraries(ROOT / "accumops" / "ops")
 
-        return str(Path(ninja.BIN_DIR) / "ninja")
-
-    @staticmethod
-    def _find_pybind11() -> str:
-        import pybind11
-
-        return pybind11.get_cmake_dir()
+    def install_libraries(self, directory: Path) -> None:
+        subprocess.run(["cmake", "--install", str(self.tree), "--prefix", str(directory.resolve())], check=True)
 
 
 setup(

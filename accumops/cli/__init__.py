@@ -21,11 +21,16 @@ def _print_version(context: click.Context, _: click.Parameter, wanted: bool) -> 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option(
-    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version and exit."
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the version and exit.",
 )
 def main() -> None:
     """Training with large batches on small memory in TensorFlow and Keras."""
-    # TensorFlow's start-up messages would drown the commands' own; what matters of them `accumops info` tells.
+    # Most of TensorFlow's messages would drown the commands' own. It reads this when it is imported.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 

@@ -20,6 +20,7 @@ def table(title: str | None = None, caption: str | None = None, show_header: boo
         caption=caption,
         box=box.SIMPLE,
         show_header=show_header,
+        padding=(0, 1, 0, 0),
         title_justify="left",
         caption_justify="left",
         header_style="bold",

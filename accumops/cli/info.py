@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.markup import escape
 
 from accumops.cli.console import console, table
 
@@ -24,7 +25,7 @@ def info(as_json: bool) -> None:
     rows.add_column(style="bold", no_wrap=True)
     rows.add_column(overflow="fold")
     for name, value in _rows(facts):
-        rows.add_row(name, value)
+        rows.add_row(name, escape(value))
     console().print(rows)
 
 
@@ -41,7 +42,7 @@ def describe() -> dict[str, Any]:
     try:
         backend = accumops.get_backend()
     except ValueError as error:  # a typing error in ACCUMOPS_BACKEND
-        raise click.ClickException(str(error)) from error
+        raise click.UsageError(str(error)) from error
     kernels = library.load_kernels()
     cuda = kernels.cuda_status() if kernels else None
     gpus = tf.config.list_physical_devices("GPU")

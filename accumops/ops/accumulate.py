@@ -32,8 +32,8 @@ def accumulate(
         accumulators: Variables (`tf.Variable` or `keras.Variable`), each once; float32, or float64, which float64
             gradients need.
         gradients: One for each accumulator, of its shape: tensors of float16, bfloat16, float32 or float64, mixed as
-            you like, or `tf.IndexedSlices`, whose rows add up, duplicates in their order. On a GPU, as in TensorFlow's own
-            scatters, a row with an index outside the accumulator is skipped; on a CPU it is an error.
+            you like, or `tf.IndexedSlices`, whose rows add up, duplicates in their order. An index outside
+            the accumulator is an error on a CPU and, as in TensorFlow's own scatters, skipped on a GPU.
         scale: A factor for all gradients: a number or a floating-point scalar tensor.
         overwrite: Whether to start from zero instead of what the accumulators hold, NaN included: a bool or a scalar
             bool tensor. This starts a window without a pass that clears.

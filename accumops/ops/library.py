@@ -83,9 +83,9 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         A dict: `version` of accumops; `tensorflow` and `cuda` (the versions built for; `cuda` is None in a build
-        without CUDA kernels, for which `cuda_reason` says why), `cuda_architectures` and `instruction_sets` (what there are
-        kernels for), `compiler`; `loaded` (bool) and `reason` (None, or why the fused ops are not loaded). In a source
-        tree that was not built the first six are None.
+        without CUDA kernels, for which `cuda_reason` says why), `cuda_architectures` and `instruction_sets` (what
+        there are kernels for), `compiler`; `loaded` (bool) and `reason` (None, or why the fused ops are not loaded).
+        In a source tree that was not built the first six are None.
 
     Example:
 

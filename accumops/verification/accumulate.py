@@ -91,7 +91,7 @@ def _dense_cases(quick: bool) -> Iterator[Case]:
     for i, (dtypes, (name, shapes)) in enumerate(itertools.product(_DTYPES, shape_lists.items())):
         # A case of mixed dtypes has at least one tensor of each.
         tensors = shapes * len(_DTYPES[dtypes]) if len(shapes) == 1 else shapes
-        items = list(zip(tensors, itertools.cycle(_DTYPES[dtypes])))  # noqa: B905
+        items = list(zip(tensors, itertools.cycle(_DTYPES[dtypes])))
         for setting, modes in _settings(i, quick, compiled=i % 7 == 0):
             make = partial(_dense_trial, items, setting)
             yield Case(f"{dtypes}, dense", f"{name}, {setting}", make, modes, half=dtypes in _HALF)
@@ -290,7 +290,7 @@ def _plant(rng: np.random.Generator, gradients: Sequence[np.ndarray], setting: _
     if setting.planted is None or not candidates:
         return
     flat = candidates[rng.integers(len(candidates))].reshape(-1)
-    flat[rng.choice([0, flat.size - 1, rng.integers(flat.size)])] = setting.planted
+    flat[rng.choice([0, flat.size - 1, int(rng.integers(flat.size))])] = setting.planted
 
 
 def _expect_finite(gradients: Sequence[np.ndarray], setting: _Setting) -> list[Expected]:

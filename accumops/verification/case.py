@@ -1,4 +1,4 @@
-"""What a verification consists of: subjects (ops), their cases, and a trial, one case's inputs with what must come out."""
+"""What a verification consists of: subjects (ops), their cases, and for each case a trial: inputs and expectations."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

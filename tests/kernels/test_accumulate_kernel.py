@@ -280,6 +280,7 @@ def test_a_graph_takes_device_scalars_only(cuda):
     scale, overwrite = cupy.ones(1, cupy.float32), cupy.zeros(1, cupy.bool_)
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
+        cuda.accumulate([cupy.zeros_like(gradient)], [gradient], stream=stream.ptr)  # loads the kernel
         stream.begin_capture()
         with pytest.raises(ValueError, match="must be device arrays while the stream is captured"):
             cuda.accumulate([accumulator], [gradient], stream=stream.ptr)

@@ -4,7 +4,7 @@
 // - Rows are dealt to groups by a hash, and columns to slices of one cache line. A block owns one
 //   group in one slice, so nobody else writes there and the order is the block's own affair.
 // - Every block scans all indices and lists the positions of its own rows, in order. That reads the
-//   indices once a block, but out of the L2 cache, and costs less than sorting them.
+//   indices once a block, but out of the L2 cache; a sort would need memory of its own.
 // - It takes the list in rounds of 128 entries. All threads fetch: one round's values are on their
 //   way while the previous round is added, and duplicates do not hold each other up. Then, for each
 //   distinct row, the threads of its first entry add up all of the row's entries from shared

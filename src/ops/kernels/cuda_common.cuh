@@ -12,7 +12,7 @@
 namespace accumops {
 namespace cuda {
 
-// Only their bits are needed; cuda_fp16.h and cuda_bf16.h take longer to compile than the kernels.
+// Only their bits are needed; cuda_fp16.h and cuda_bf16.h would add seconds to the build.
 struct Float16 {
   std::uint16_t bits;
 };

@@ -23,7 +23,10 @@ class NothingToVerify(RuntimeError):
 
 @dataclass(frozen=True)
 class Result:
-    """How one case went in one mode. Errors and bounds are in ulp of the magnitude that was summed up, `sum(|terms|)`."""
+    """How one case went in one mode.
+
+    Errors and bounds are in ulp of the magnitude that was summed up, `sum(|terms|)`, in the accumulator's dtype.
+    """
 
     op: str
     layout: str
@@ -118,7 +121,7 @@ def run(
     planned = [(subject, case) for subject in SUBJECTS for case in subject.cases(quick)]
     total = sum(len(case.modes) for _, case in planned)
     results: list[Result] = []
-    with _fused_backend(), _no_retracing_warnings(), tf.device(place), np.errstate(all="ignore"):
+    with backend("fused"), _no_retracing_warnings(), tf.device(place), np.errstate(all="ignore"):
         for i, (subject, case) in enumerate(planned):
             for result in _run_case(subject, case, np.random.default_rng([seed, i])):
                 results.append(result)
@@ -128,9 +131,10 @@ def run(
 
 
 @contextlib.contextmanager
-def _fused_backend() -> Iterator[None]:
+def backend(name: str) -> Iterator[None]:
+    """Has accumops' ops run from `name`, as `set_backend` does, within a `with` block."""
     before = get_backend()
-    set_backend("fused")
+    set_backend(name)
     try:
         yield
     finally:
@@ -190,18 +194,19 @@ def _judge(result: Result, case: Case, trial: Trial, fused: list[np.ndarray], re
         if not where or max(peaks[:2]) > max(largest[:2]):
             where = _describe(expected, actual, definition, errors[0] if peaks[0] > peaks[1] else errors[1])
         largest = [max(pair) for pair in zip(largest, peaks, strict=True)]
-    # What XLA compiles it may contract to FMAs and reorder.
-    slack = 2.0 if result.mode == "jit_compile" else 0.0
+    # Rounding errors, half an ulp each, mostly cancel: what n terms leave grows with the root of n. Fused and reference
+    # may add them in different orders.
+    spread = math.sqrt(trial.terms)
+    slack = 2.0 if result.mode == "jit_compile" else 0.0  # XLA may contract to FMAs and reorder
     unbounded = math.inf
     return replace(
         result,
         fused_vs_reference=largest[0],
         fused_vs_float64=largest[1],
         reference_vs_float64=largest[2],
-        # Each term is a product and a sum, half an ulp each. The two may add up in different orders.
-        fused_vs_reference_bound=unbounded if case.half else trial.terms + 1 + slack,
-        fused_vs_float64_bound=2 * largest[2] + math.sqrt(trial.terms) + slack if case.half else unbounded,
-        reference_vs_float64_bound=trial.terms + 0.5,
+        fused_vs_reference_bound=unbounded if case.half else 1 + spread + slack,
+        fused_vs_float64_bound=2 * largest[2] + spread + slack if case.half else unbounded,
+        reference_vs_float64_bound=1 + spread,
         where=where,
         problem=problem,
     )
