@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 
 import keras
@@ -12,13 +13,17 @@ from accumops import ops
 from accumops.benchmark.timing import interleave
 from accumops.ops import library
 
+WARMUP = 5
+# For the micro-steps of one graph. With one scale TensorFlow would compute `g * s` once for all of them.
+SCALES = tuple(0.5 + i / 1024 for i in range(8))
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One contender's result."""
 
     name: str
-    milliseconds: float  # median
+    milliseconds: float  # median, of one micro-step
     spread: float  # quartile distance over median
     bytes_per_value: int  # what the operation has to move at least
     bytes_per_second: float
@@ -66,60 +71,75 @@ def run(*, rounds: int = 30, progress: Callable[[], object] = lambda: None) -> R
         values = sum(math.prod(shape) for shape in shapes)
         rng = np.random.default_rng(0)
         accumulators = [tf.Variable(rng.standard_normal(shape, np.float32)) for shape in shapes]
-        # Variables, which are read at no cost, keep the gradients out of the graph's constants.
         gradients = [tf.Variable(rng.standard_normal(shape, np.float32)) for shape in shapes]
-        scale = 0.5
 
-        @tf.function
-        def fused() -> None:
-            ops.accumulate(accumulators, [g.read_value() for g in gradients], scale=scale)
+        def steps(step: Callable[[list[tf.Tensor], float], object]) -> Callable[[], object]:
+            """A graph of several micro-steps, since calling one costs about a millisecond however little is in it."""
 
-        @tf.function
-        def fused_finite() -> tf.Tensor | None:
-            return ops.accumulate(accumulators, [g.read_value() for g in gradients], scale=scale, check_finite=True)
+            @tf.function
+            def run() -> None:
+                read = [gradient.read_value() for gradient in gradients]
 
-        @tf.function
-        def fused_overwrite() -> None:
-            ops.accumulate(accumulators, [g.read_value() for g in gradients], scale=scale, overwrite=True)
+                # One after another: left to itself, TensorFlow takes each variable through all steps, in the cache.
+                barrier = tf.no_op()
+                for scale in SCALES:
+                    before = len(barrier.graph.get_operations())
+                    with tf.control_dependencies([barrier]):
+                        step(read, scale)
+                    barrier = tf.group(*barrier.graph.get_operations()[before:])
 
-        @tf.function
-        def reference() -> None:
-            ops.reference.accumulate(accumulators, [g.read_value() for g in gradients], scale=scale)
+            return run
 
-        @tf.function
-        def assign() -> None:
-            for accumulator, gradient in zip(accumulators, gradients, strict=True):
+        def fused(read: list[tf.Tensor], scale: float) -> None:
+            ops.accumulate(accumulators, read, scale=scale)
+
+        def fused_finite(read: list[tf.Tensor], scale: float) -> None:
+            ops.accumulate(accumulators, read, scale=scale, check_finite=True)
+
+        def fused_overwrite(read: list[tf.Tensor], scale: float) -> None:
+            ops.accumulate(accumulators, read, scale=scale, overwrite=True)
+
+        def reference(read: list[tf.Tensor], scale: float) -> None:
+            ops.reference.accumulate(accumulators, read, scale=scale)
+
+        def assign(read: list[tf.Tensor], scale: float) -> None:
+            for accumulator, gradient in zip(accumulators, read, strict=True):
                 accumulator.assign(accumulator + gradient * scale)
 
-        @tf.function
-        def assign_add() -> None:
-            for accumulator, gradient in zip(accumulators, gradients, strict=True):
+        def assign_add(read: list[tf.Tensor], scale: float) -> None:
+            for accumulator, gradient in zip(accumulators, read, strict=True):
                 accumulator.assign_add(gradient * scale)
 
-    threads = tf.config.threading.get_intra_op_parallelism_threads() or kernels.hardware_threads()
+    threads = tf.config.threading.get_intra_op_parallelism_threads() or len(os.sched_getaffinity(0))
     a, b, c = (rng.standard_normal(values, np.float32) for _ in range(3))
 
     def triad(streaming: bool) -> Callable[[], object]:
-        return lambda: kernels.triad(a, b, c, scale=scale, threads=threads, streaming=streaming)
+        def run() -> None:
+            for scale in SCALES:
+                kernels.triad(a, b, c, scale=scale, threads=threads, streaming=streaming)
+
+        return run
 
     contenders: dict[str, tuple[Callable[[], object], int]] = {
         "triad, plain stores": (triad(False), 12),
         "triad, non-temporal stores": (triad(True), 12),
-        "fused": (fused, 12),
-        "fused, check_finite": (fused_finite, 12),
-        "fused, overwrite": (fused_overwrite, 8),
-        "reference": (reference, 12),
-        "acc.assign(acc + g * s)": (assign, 12),
-        "acc.assign_add(g * s)": (assign_add, 12),
+        "fused": (steps(fused), 12),
+        "fused, check_finite": (steps(fused_finite), 12),
+        "fused, overwrite": (steps(fused_overwrite), 8),
+        "reference": (steps(reference), 12),
+        "acc.assign(acc + g * s)": (steps(assign), 12),
+        "acc.assign_add(g * s)": (steps(assign_add), 12),
     }
     before = ops.get_backend()
     ops.set_backend("fused")
     try:
-        times = interleave({name: call for name, (call, _) in contenders.items()}, rounds=rounds, progress=progress)
+        times = interleave(
+            {name: call for name, (call, _) in contenders.items()}, rounds=rounds, warmup=WARMUP, progress=progress
+        )
     finally:
         ops.set_backend(before)
     rows = []
     for name, (_, size) in contenders.items():
-        median = times[name].median
+        median = times[name].median / len(SCALES)
         rows.append(Row(name, 1e3 * median, times[name].spread, size, size * values / median))
     return Result(values, len(shapes), threads, tuple(rows))

@@ -4,6 +4,7 @@ import os
 
 import click
 
+from accumops.cli.bench import bench
 from accumops.cli.demo import demo
 from accumops.cli.info import info
 from accumops.cli.verify import verify
@@ -34,5 +35,5 @@ def main() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
-for _command in (info, verify, demo):
+for _command in (info, verify, demo, bench):
     main.add_command(_command)

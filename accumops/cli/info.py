@@ -145,7 +145,6 @@ def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield f"  on {device.upper()}", "TensorFlow sees none"
         else:
             yield f"  on {device.upper()}", runs["runs"] + (f", as {runs['reason']}" if runs["reason"] else "")
-    yield "Memory bandwidth", "not measured here"
 
 
 def _device_line(device: dict[str, Any]) -> str:

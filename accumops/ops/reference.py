@@ -21,7 +21,9 @@ def accumulate(
         values = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
         if check_finite:
             finite.append(tf.reduce_all(tf.math.is_finite(values)))
-        product = tf.cast(values, accumulator.dtype) * tf.cast(scale, accumulator.dtype)
+        # A number straight to this dtype: on its own it would become float32 first.
+        factor = tf.cast(scale, accumulator.dtype) if tf.is_tensor(scale) else tf.constant(scale, accumulator.dtype)
+        product = tf.cast(values, accumulator.dtype) * factor
         if isinstance(gradient, tf.IndexedSlices):
             _accumulate_rows(accumulator, product, gradient.indices, overwrite, touched)
         else:
@@ -45,6 +47,8 @@ def _accumulate_rows(
         return tf.constant(0)
 
     tf.cond(tf.convert_to_tensor(overwrite), clear, lambda: tf.constant(0))
-    accumulator.scatter_add(tf.IndexedSlices(values, indices))
+    # Duplicates are summed before, where TensorFlow keeps to an order; its scatter lets threads race for a row.
+    rows, positions = tf.unique(indices)
+    accumulator.scatter_add(tf.IndexedSlices(tf.math.unsorted_segment_sum(values, positions, tf.size(rows)), rows))
     if touched is not None:
-        touched.scatter_update(tf.IndexedSlices(tf.ones_like(indices, dtype=tf.bool), indices))
+        touched.scatter_update(tf.IndexedSlices(tf.ones_like(rows, dtype=tf.bool), rows))

@@ -5,6 +5,7 @@
 #include <condition_variable>
 #include <memory>
 #include <mutex>
+#include <new>
 
 namespace accumops {
 namespace {
@@ -43,7 +44,11 @@ void ParallelFor(Executor& executor, std::int64_t count,
   auto loop = std::make_shared<Loop>();
   loop->count = count;
   loop->body = &body;
-  for (std::int64_t i = 0; i < helpers; ++i) executor.Schedule([loop] { loop->Work(); });
+  try {
+    for (std::int64_t i = 0; i < helpers; ++i) executor.Schedule([loop] { loop->Work(); });
+  } catch (const std::bad_alloc&) {
+    // Those that were scheduled refer to `body`: go on with them, not back to the caller.
+  }
   loop->Work();
   // Waits for the indices that helpers have claimed, not for helpers that never got to start.
   std::unique_lock<std::mutex> lock(loop->mutex);
