@@ -139,6 +139,10 @@ std::int64_t Head(const float* p, std::int64_t size) {
   return head < size ? head : size;
 }
 
+// The processor's own prefetcher stops at each 4 KiB page; TensorFlow's memory has no larger ones.
+constexpr std::int64_t kAhead = 512;  // elements
+void Prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
 template <bool kOverwrite, bool kStreaming, bool kCheck, typename Gradient>
 bool AccumulateVectors(float* accumulator, const Gradient* gradient, std::int64_t size,
                        float scale) {
@@ -146,6 +150,8 @@ bool AccumulateVectors(float* accumulator, const Gradient* gradient, std::int64_
   const Lanes factor = Broadcast(scale);
   Record record = NoRecord();
   const auto step = [&](std::int64_t i) __attribute__((always_inline)) {
+    Prefetch(gradient + i + kAhead);
+    if (!kOverwrite) Prefetch(accumulator + i + kAhead);
     const Lanes g = Load(gradient + i);
     if (kCheck) record = Note(record, g);
     const Lanes product = Multiply(factor, g);
