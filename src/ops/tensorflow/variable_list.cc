@@ -18,31 +18,30 @@ VariableList::~VariableList() {
 
 std::string VariableList::Describe(std::size_t i) const {
   const Entry& entry = entries_[i];
-  return absl::StrCat(entry.input, "[", entry.position, "] ('", entry.name, "')");
+  return absl::StrCat(entry.input, "[", entry.position, "] ('", entry.handle->name(), "')");
 }
 
 absl::Status VariableList::Add(OpKernelContext* ctx, const char* name) {
   tensorflow::OpInputList inputs;
   TF_RETURN_IF_ERROR(ctx->input_list(name, &inputs));
+  entries_.reserve(entries_.size() + static_cast<std::size_t>(inputs.size()));
   for (int i = 0; i < inputs.size(); ++i) {
-    const auto where = absl::StrCat(name, "[", i, "]");
     if (inputs[i].NumElements() != 1) {
-      return absl::InvalidArgumentError(absl::StrCat(where,
-                                                     " is not one variable but a tensor of shape ",
+      return absl::InvalidArgumentError(absl::StrCat(name, "[", i,
+                                                     "] is not one variable but a tensor of shape ",
                                                      inputs[i].shape().DebugString(), "."));
     }
-    const ResourceHandle& handle = inputs[i].scalar<ResourceHandle>()();
-    Entry entry = {nullptr, name, i, handle.name()};
-    const absl::Status found = tensorflow::LookupResource(ctx, handle, &entry.variable);
+    const ResourceHandle& handle = inputs[i].flat<ResourceHandle>()(0);
+    entries_.push_back({nullptr, name, i, &handle});
+    const absl::Status found = tensorflow::LookupResource(ctx, handle, &entries_.back().variable);
     if (absl::IsNotFound(found)) {
       return absl::FailedPreconditionError(absl::StrCat(
-          where, " ('", handle.name(), "') is uninitialized or was deleted: ", found.message()));
+          Describe(entries_.size() - 1), " is uninitialized or was deleted: ", found.message()));
     }
     if (!found.ok()) {
       return absl::InvalidArgumentError(
-          absl::StrCat(where, " ('", handle.name(), "'): ", found.message()));
+          absl::StrCat(Describe(entries_.size() - 1), ": ", found.message()));
     }
-    entries_.push_back(std::move(entry));
   }
   return absl::OkStatus();
 }

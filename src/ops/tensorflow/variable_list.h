@@ -43,9 +43,9 @@ class VariableList {
  private:
   struct Entry {
     tensorflow::core::RefCountPtr<tensorflow::Var> variable;
-    const char* input;  // the op's name for the list
-    int position;       // within the list
-    std::string name;   // the variable's
+    const char* input;                         // the op's name for the list
+    int position;                              // within the list
+    const tensorflow::ResourceHandle* handle;  // one of the op's inputs, which outlive this
   };
 
   std::vector<Entry> entries_;
