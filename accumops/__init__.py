@@ -5,6 +5,7 @@ from importlib.metadata import version as _version
 
 from accumops import ops
 from accumops.accumulator import GradientAccumulator
+from accumops.model import GradientAccumulateModel
 from accumops.ops import LibraryError, build_info, get_backend, set_backend
 from accumops.optimizer import GradientAccumulateOptimizer
 
@@ -14,6 +15,7 @@ except _PackageNotFoundError:  # imported from a source tree that is not install
     __version__ = "0+unknown"
 
 __all__ = [
+    "GradientAccumulateModel",
     "GradientAccumulateOptimizer",
     "GradientAccumulator",
     "LibraryError",

@@ -30,7 +30,8 @@ class GradientAccumulator(tf.Module):
     embeddings) touch only their rows.
 
     Args:
-        accum_steps: Micro-batches a window, an int of at least 1.
+        accum_steps: Micro-batches a window, an int of at least 1, or None: then a window is never `ready` and ends when
+            `close` is called.
         name: The name of the accumulator, in messages and checkpoints.
 
     Raises:
@@ -59,7 +60,7 @@ class GradientAccumulator(tf.Module):
     2
     """
 
-    def __init__(self, accum_steps: int, name: str = "gradient_accumulator") -> None:
+    def __init__(self, accum_steps: int | None, name: str = "gradient_accumulator") -> None:
         super().__init__(name=name)
         self._accum_steps = check_accum_steps(accum_steps)
         self.built = False
@@ -95,8 +96,8 @@ class GradientAccumulator(tf.Module):
         self.built = True
 
     @property
-    def accum_steps(self) -> int:
-        """Micro-batches a window."""
+    def accum_steps(self) -> int | None:
+        """Micro-batches a window, or None."""
         return self._accum_steps
 
     @property
@@ -120,7 +121,7 @@ class GradientAccumulator(tf.Module):
     @property
     def ready(self) -> tf.Tensor:
         """Whether the window is full and waits for `close`: a bool scalar."""
-        return self.step >= self._accum_steps
+        return tf.constant(False) if self._accum_steps is None else self.step >= self._accum_steps
 
     def accumulate(
         self,
@@ -189,9 +190,11 @@ class GradientAccumulator(tf.Module):
                 raise ValueError(empty)
         else:
             tf.debugging.assert_positive(self.step, message=empty)
+        # Before the first `accumulate` nothing is known: the window was restored, and holds what it holds.
+        connected = self._connected or range(len(self._accumulators))
         gradients = [
             tf.math.divide_no_nan(tf.convert_to_tensor(accumulator), tf.cast(self._weight, accumulator.dtype))
-            if i in self._connected
+            if i in connected
             else None
             for i, accumulator in enumerate(self._accumulators)
         ]
@@ -234,8 +237,10 @@ class GradientAccumulator(tf.Module):
                 )
 
 
-def check_accum_steps(accum_steps: int) -> int:
-    """Returns `accum_steps` if it is an int of at least 1, or raises what the user should read."""
+def check_accum_steps(accum_steps: int | None) -> int | None:
+    """Returns `accum_steps` if it is an int of at least 1 or None, or raises what the user should read."""
+    if accum_steps is None:
+        return None
     if isinstance(accum_steps, bool) or not isinstance(accum_steps, numbers.Integral):
         raise TypeError(f"`accum_steps` must be an int, the number of micro-batches. Received: {accum_steps!r}")
     if accum_steps < 1:

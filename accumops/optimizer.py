@@ -20,7 +20,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
 
     Args:
         inner_optimizer: Any `keras.optimizers.Optimizer`, or a string or config that `keras.optimizers.get` knows.
-        accum_steps: Micro-batches an update, an int of at least 1.
+        accum_steps: Micro-batches an update, an int of at least 1, or None: then only `flush` makes an update.
         name: The name of this optimizer.
 
     Raises:
@@ -40,7 +40,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
     def __init__(
         self,
         inner_optimizer: keras.optimizers.Optimizer | str | dict[str, Any],
-        accum_steps: int,
+        accum_steps: int | None,
         name: str | None = None,
     ) -> None:
         accum_steps = check_accum_steps(accum_steps)
@@ -50,8 +50,8 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         self._accumulator = GradientAccumulator(accum_steps, name=f"{self.name}_accumulator")
 
     @property
-    def accum_steps(self) -> int:
-        """Micro-batches an update."""
+    def accum_steps(self) -> int | None:
+        """Micro-batches an update, or None."""
         return self._accumulator.accum_steps
 
     @property
@@ -96,6 +96,8 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
     ) -> None:
         """Accumulates the gradients of one micro-batch; the last one of a window updates the variables.
 
+        This is `accumulate`, and `flush` when the window is full.
+
         Args:
             grads: One gradient for each variable: tensors, `tf.IndexedSlices` or None.
             trainable_variables: The variables, in the order of `grads`; by default those of `build`.
@@ -105,6 +107,49 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
             ValueError: If it is not built and `trainable_variables` is not given, a variable is not known, or a
                 gradient does not fit its variable.
         """
+        positions = self._accumulate(grads, trainable_variables, weight)
+        if self.accum_steps is not None:
+            keras.ops.cond(self._accumulator.ready, lambda: self._update(positions), lambda: None)
+
+    def accumulate(
+        self,
+        grads: Sequence[tf.Tensor | tf.IndexedSlices | None],
+        trainable_variables: Sequence[keras.Variable] | None = None,
+        *,
+        weight: float | tf.Tensor = 1.0,
+    ) -> None:
+        """Accumulates the gradients of one micro-batch, and leaves the update to `flush`.
+
+        Args:
+            grads: As for `apply`.
+            trainable_variables: As for `apply`.
+            weight: As for `apply`.
+
+        Raises:
+            ValueError: As `apply` does.
+        """
+        self._accumulate(grads, trainable_variables, weight)
+
+    def flush(self) -> None:
+        """Ends the open window, full or not, with an update; does nothing where none is open.
+
+        Raises:
+            ValueError: If it is not built.
+        """
+        if not self.built:
+            raise ValueError(
+                "`flush` needs an optimizer that is built: call `optimizer.build(trainable_variables)` first."
+            )
+        everything = list(range(len(self._trainable_variables)))
+        keras.ops.cond(self._accumulator.step > 0, lambda: self._update(everything), lambda: None)
+
+    def _accumulate(
+        self,
+        grads: Sequence[tf.Tensor | tf.IndexedSlices | None],
+        trainable_variables: Sequence[keras.Variable] | None,
+        weight: float | tf.Tensor,
+    ) -> list[int]:
+        """Returns the positions of the given variables among those of `build`."""
         grads = list(grads)
         if trainable_variables is None:
             if not self.built:
@@ -126,12 +171,12 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         positions = [self._get_variable_index(variable) for variable in trainable_variables]
         given = dict(zip(positions, grads, strict=True))
         self._accumulator.accumulate([given.get(i) for i in range(len(self._trainable_variables))], weight=weight)
+        return positions
 
-        def update() -> None:
-            closed = self._accumulator.close()
-            self.inner_optimizer.apply([closed[i] for i in positions], trainable_variables)
-
-        keras.ops.cond(self._accumulator.ready, update, lambda: None)
+    def _update(self, positions: list[int]) -> None:
+        gradients = self._accumulator.close()
+        variables = self._trainable_variables
+        self.inner_optimizer.apply([gradients[i] for i in positions], [variables[i] for i in positions])
 
     @property
     def variables(self) -> list[keras.Variable]:

@@ -245,7 +245,7 @@ def test_accumulators_are_one_float32_copy(rng):
 
 
 class TestErrors:
-    @pytest.mark.parametrize(("accum_steps", "error"), [(0, ValueError), (2.5, TypeError), (None, TypeError)])
+    @pytest.mark.parametrize(("accum_steps", "error"), [(0, ValueError), (2.5, TypeError), ("4", TypeError)])
     def test_accum_steps(self, accum_steps, error):
         with pytest.raises(error, match="accum_steps"):
             GradientAccumulateOptimizer(keras.optimizers.SGD(0.1), accum_steps=accum_steps)

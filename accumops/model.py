@@ -1,0 +1,381 @@
+"""A model that trains with windows of micro-batches: batch by batch in `fit`, or split from each batch in its step.
+
+accum_steps=K           a `fit` step is one micro-batch; every K-th ends a window with an update
+micro_batch_size=b      a `fit` step is a window: its batch is split into micro-batches of b samples, and one update
+                        is made. To `fit`, its callbacks, schedules and metrics this is large-batch training.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from accumops.accumulator import check_accum_steps
+from accumops.optimizer import GradientAccumulateOptimizer
+
+_PARTIAL_WINDOWS = ("flush", "carry", "drop")
+_NORMALIZATIONS = ("samples", "steps", "weights")
+
+Weighting = Callable[[Any, Any, Any], tf.Tensor]
+
+
+@keras.saving.register_keras_serializable(package="accumops")
+class GradientAccumulateModel(keras.Model):
+    """Trains a model with windows of micro-batches, whose gradients make one update: that of the whole window.
+
+    Give it the model, or the `inputs` and `outputs` of one. The wrapped model keeps its layers and weights: predict
+    with either, and save `model.model` to have it without accumops. Exactly one of `accum_steps` and
+    `micro_batch_size` says how a window is run:
+
+    - `accum_steps=K`: each batch of `fit` is a micro-batch, and every K-th makes an update.
+    - `micro_batch_size=b`: each batch of `fit` is a window, which the step splits into micro-batches of b samples; they
+      run one after another, so that activations take the memory of one. A last batch of any size is handled exactly.
+      Batch size, steps, schedules, callbacks and metrics are those of training with the large batch.
+
+    A layer that looks at a whole batch, such as batch normalization, sees micro-batches. Losses of `add_loss` that sum
+    over the batch, as activity regularizers do, are averaged over the window's micro-batches.
+
+    Args:
+        model: The `keras.Model` to train, with no `train_step` of its own.
+        accum_steps: Micro-batches a window, an int of at least 1.
+        micro_batch_size: Samples a micro-batch, an int of at least 1.
+        normalization: What a micro-batch counts for in the mean over its window: `"samples"` (their number, right for
+            losses that are means over samples), `"steps"` (all the same), `"weights"` (what the loss divides by: the
+            sum of sample weights where its reduction is `"mean_with_sample_weight"`, else the valid positions of the
+            predictions' mask) or a callable `(x, y, sample_weight) -> scalar`.
+        partial_window: What becomes of a window that an epoch's end leaves open, with `accum_steps`: `"flush"` (an
+            update, correctly weighted), `"carry"` (it goes on in the next epoch) or `"drop"`.
+        inputs: Instead of `model`, with `outputs`: those of a functional model.
+        outputs: Instead of `model`, with `inputs`.
+        name: The name of this model.
+
+    Raises:
+        TypeError: If `model` is not a Keras model, or a number is not an int.
+        ValueError: If arguments exclude each other, are out of range, or the model has a `train_step` of its own.
+
+    Example:
+
+    >>> inputs = keras.Input((3,))
+    >>> model = accumops.GradientAccumulateModel(
+    ...     inputs=inputs, outputs=keras.layers.Dense(1)(inputs), micro_batch_size=16
+    ... )
+    >>> model.compile(keras.optimizers.Adam(1e-3), loss="mse")
+    >>> history = model.fit(tf.ones([100, 3]), tf.ones([100, 1]), batch_size=64, verbose=0)
+    >>> int(model.optimizer.iterations)
+    2
+    """
+
+    def __init__(
+        self,
+        model: keras.Model | None = None,
+        *,
+        accum_steps: int | None = None,
+        micro_batch_size: int | None = None,
+        normalization: str | Weighting = "samples",
+        partial_window: str = "flush",
+        inputs: Any = None,
+        outputs: Any = None,
+        name: str | None = None,
+    ) -> None:
+        model = _check_model(model, inputs, outputs)
+        _check_mode(accum_steps, micro_batch_size)
+        if normalization not in _NORMALIZATIONS and not callable(normalization):
+            raise ValueError(
+                f"`normalization` must be one of {_NORMALIZATIONS} or a callable. Received: {normalization!r}"
+            )
+        if partial_window not in _PARTIAL_WINDOWS:
+            raise ValueError(f"`partial_window` must be one of {_PARTIAL_WINDOWS}. Received: {partial_window!r}")
+        super().__init__(name=name)
+        self.model = model
+        self.accum_steps = check_accum_steps(accum_steps)
+        self.micro_batch_size = micro_batch_size
+        self.normalization = normalization
+        self.partial_window = partial_window
+        self._flush_function: Callable[[], None] | None = None
+        self.built = model.built
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        """Calls the wrapped model."""
+        return self.model(inputs, training=training)
+
+    def build(self, input_shape: Any = None) -> None:
+        """Builds the wrapped model."""
+        if not self.model.built:
+            self.model.build(input_shape)
+        self.built = True
+
+    def compile(self, optimizer: Any = "rmsprop", *, auto_scale_loss: bool = True, **kwargs: Any) -> None:
+        """Configures training, as `keras.Model.compile` does.
+
+        Args:
+            optimizer: The optimizer that makes one update a window. It is wrapped in a `GradientAccumulateOptimizer`.
+            auto_scale_loss: Whether a `mixed_float16` model gets a `LossScaleOptimizer`, inside that wrapper: a window
+                with a gradient that is not finite is dropped, and the scale backs off.
+            **kwargs: Everything else that `keras.Model.compile` takes: `loss`, `metrics`, `jit_compile`, …
+
+        Raises:
+            ValueError: If the optimizer accumulates gradients itself, or a loss has a reduction that no weighted mean
+                of micro-batches gives.
+        """
+        _check_losses(kwargs.get("loss"), self.normalization)
+        optimizer = keras.optimizers.get(optimizer)
+        scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        if auto_scale_loss and self.model.dtype_policy.name == "mixed_float16" and not scaled:
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        wrapped = GradientAccumulateOptimizer(optimizer, accum_steps=self.accum_steps)
+        super().compile(wrapped, auto_scale_loss=False, **kwargs)
+        # What was given is what is saved: `compile` wraps it anew.
+        self._compile_config.config["optimizer"] = optimizer
+        self._flush_function = None
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compiles with what `get_compile_config` returned."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.built:
+            self.optimizer.build(self.trainable_variables)
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        """Runs one micro-batch, or with `micro_batch_size` one window.
+
+        Args:
+            data: A batch, as `fit` gives it.
+
+        Returns:
+            The metrics, by name.
+        """
+        if self.micro_batch_size is None:
+            return self._train_on_micro_batch(data, self.optimizer.apply)
+        _for_each_slice(
+            data,
+            self.micro_batch_size,
+            lambda part: self._train_on_micro_batch(part, self.optimizer.accumulate),
+            static_sizes=bool(self.jit_compile),
+        )
+        self.optimizer.flush()
+        return self.get_metrics_result()
+
+    def _train_on_micro_batch(self, data: Any, apply: Callable[..., None]) -> dict[str, Any]:
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        samples = tf.shape(next(leaf for leaf in keras.tree.flatten(x) if leaf is not None))[0]
+        with tf.GradientTape() as tape:
+            y_pred = self(x, training=True)
+            loss = self.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+            scaled = self.optimizer.scale_loss(loss)
+        self._loss_tracker.update_state(loss, sample_weight=samples)
+        variables = self.trainable_variables
+        weight = self._window_share(x, y, y_pred, sample_weight, samples)
+        apply(tape.gradient(scaled, variables), variables, weight=weight)
+        return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def _window_share(self, x: Any, y: Any, y_pred: Any, sample_weight: Any, samples: tf.Tensor) -> float | tf.Tensor:
+        if callable(self.normalization):
+            return tf.cast(self.normalization(x, y, sample_weight), tf.float32)
+        if self.normalization == "steps":
+            return 1.0
+        if self.normalization == "samples":
+            return tf.cast(samples, tf.float32)
+        return _loss_denominator(self.loss, y_pred, sample_weight, samples)
+
+    def flush(self) -> None:
+        """Ends the open window with an update; does nothing where none is open."""
+        if self.optimizer is None or not self.optimizer.built:
+            return
+        if self._flush_function is None:
+            self._flush_function = self.optimizer.flush if self.run_eagerly else tf.function(self.optimizer.flush)
+        self._flush_function()
+
+    def fit(
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        *args: Any,
+        callbacks: Any = None,
+        **kwargs: Any,
+    ) -> keras.callbacks.History:
+        """Trains as `keras.Model.fit` does; see `partial_window` for what an epoch's end does.
+
+        Raises:
+            ValueError: If `micro_batch_size` is larger than the batch.
+        """
+        self._check_batch_size(x, batch_size)
+        at_epoch_end = _EpochEnd(self)
+        if isinstance(callbacks, keras.callbacks.CallbackList):
+            callbacks.append(at_epoch_end)
+        else:
+            callbacks = [at_epoch_end, *keras.tree.flatten(callbacks or [])]
+        return super().fit(x, y, batch_size, *args, callbacks=callbacks, **kwargs)
+
+    def _check_batch_size(self, x: Any, batch_size: int | None) -> None:
+        if isinstance(x, tf.data.Dataset):
+            shapes = [getattr(spec, "shape", None) for spec in keras.tree.flatten(x.element_spec)]
+            batch_size = next((shape[0] for shape in shapes if shape is not None and shape.rank), None)
+        elif batch_size is None and (hasattr(x, "shape") or isinstance(x, dict | list | tuple)):
+            batch_size = 32  # what Keras makes of arrays
+        if self.micro_batch_size is not None and batch_size is not None and self.micro_batch_size > batch_size:
+            raise ValueError(
+                f"A batch is split into micro-batches: micro_batch_size={self.micro_batch_size} is larger than the "
+                f"batch size, {batch_size}."
+            )
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments to make this model again, without its weights."""
+        return {
+            "name": self.name,
+            "model": keras.saving.serialize_keras_object(self.model),
+            "accum_steps": self.accum_steps,
+            "micro_batch_size": self.micro_batch_size,
+            "normalization": keras.saving.serialize_keras_object(self.normalization),
+            "partial_window": self.partial_window,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
+        """Makes a model from what `get_config` returned."""
+        config = dict(config)
+        for key in ("model", "normalization"):
+            config[key] = keras.saving.deserialize_keras_object(config[key], custom_objects=custom_objects)
+        return cls(**config)
+
+    def __repr__(self) -> str:
+        window = f"accum_steps={self.accum_steps}" if self.accum_steps else f"micro_batch_size={self.micro_batch_size}"
+        return f"<GradientAccumulateModel {self.model.name}, {window}>"
+
+
+class _EpochEnd(keras.callbacks.Callback):
+    """Settles an open window when an epoch's batches are through, before its validation."""
+
+    def __init__(self, model: GradientAccumulateModel) -> None:
+        super().__init__()
+        self._accumulating = model
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        self._settle()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self._settle()
+
+    def _settle(self) -> None:
+        model = self._accumulating
+        if model.partial_window == "flush":
+            model.flush()
+        elif model.partial_window == "drop":
+            model.optimizer.accumulator.reset()
+
+
+def _for_each_slice(data: Any, size: int, run: Callable[[Any], object], static_sizes: bool) -> None:
+    """Calls `run` with slices of `size` samples, one after another, the last one smaller where it has to be.
+
+    In a graph one body serves all slices. XLA needs to know their sizes: with `static_sizes` the remainder has a body
+    of its own.
+    """
+    count = tf.shape(next(leaf for leaf in keras.tree.flatten(data) if leaf is not None))[0]
+
+    def part(begin: tf.Tensor | int, end: tf.Tensor | int) -> Any:
+        return keras.tree.map_structure(lambda leaf: None if leaf is None else leaf[begin:end], data)
+
+    def whole(begin: tf.Tensor) -> Any:
+        def cut(leaf: tf.Tensor | None) -> tf.Tensor | None:
+            if leaf is None:
+                return None
+            rest = leaf.shape.rank - 1
+            return tf.slice(leaf, [begin] + [0] * rest, [size] + [-1] * rest)
+
+        return keras.tree.map_structure(cut, data)
+
+    if tf.executing_eagerly():
+        for begin in range(0, int(count), size):
+            run(part(begin, begin + size))
+        return
+
+    def loop(end: tf.Tensor, cut: Callable[[tf.Tensor], Any]) -> None:
+        def body(begin: tf.Tensor) -> list[tf.Tensor]:
+            run(cut(begin))
+            return [begin + size]
+
+        # One at a time: side by side, every micro-batch's activations would be alive.
+        tf.while_loop(lambda begin: begin < end, body, [0], parallel_iterations=1)
+
+    if not static_sizes:
+        loop(count, lambda begin: part(begin, tf.minimum(begin + size, count)))
+        return
+    full = count // size * size
+    loop(full, whole)
+
+    def remainder() -> tf.Tensor:
+        run(part(full, count))
+        return tf.constant(0)
+
+    tf.cond(full < count, remainder, lambda: tf.constant(0))
+
+
+def _loss_denominator(loss: Any, y_pred: Any, sample_weight: Any, samples: tf.Tensor) -> tf.Tensor:
+    """What the loss's mean divides by."""
+    outputs = keras.tree.flatten(y_pred)
+    if len(outputs) != 1:
+        raise ValueError(
+            "normalization='weights' needs a model with one output, whose loss has one denominator. Received: "
+            f"{len(outputs)} outputs. Use normalization='samples' or a callable."
+        )
+    mask = getattr(outputs[0], "_keras_mask", None)
+    share = None if mask is None else tf.cast(mask, tf.float32)
+    if _reduction(loss) == "mean_with_sample_weight" and sample_weight is not None:
+        weights = tf.cast(keras.tree.flatten(sample_weight)[0], tf.float32)
+        if share is None:
+            share = weights
+        else:
+            missing = share.shape.rank - weights.shape.rank
+            share *= tf.reshape(weights, tf.concat([tf.shape(weights), [1] * missing], axis=0))
+    return tf.cast(samples, tf.float32) if share is None else tf.reduce_sum(share)
+
+
+def _reduction(loss: Any) -> str:
+    return getattr(loss, "reduction", "sum_over_batch_size")
+
+
+def _check_losses(loss: Any, normalization: str | Weighting) -> None:
+    for each in keras.tree.flatten(loss):
+        reduction = _reduction(each)
+        if reduction in (None, "none", "sum"):
+            raise ValueError(
+                f"The reduction of the loss '{each.name}' must be a mean, such as 'sum_over_batch_size': the window's "
+                f"gradient is a weighted mean over its micro-batches. Received: {reduction!r}"
+            )
+        if reduction == "mean_with_sample_weight" and normalization in ("samples", "steps"):
+            raise ValueError(
+                f"The loss '{each.name}' divides by the sum of sample weights: make the model with "
+                f"normalization='weights', or a callable. Received: {normalization!r}"
+            )
+
+
+def _check_model(model: keras.Model | None, inputs: Any, outputs: Any) -> keras.Model:
+    if model is None:
+        if inputs is None or outputs is None:
+            raise ValueError("Give either a model, or both `inputs` and `outputs`.")
+        return keras.Model(inputs=inputs, outputs=outputs)
+    if inputs is not None or outputs is not None:
+        raise ValueError("Give either a model, or `inputs` and `outputs`, not both.")
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"`model` must be a keras.Model. Received: {model!r}")
+    for method in ("train_step", "compute_loss", "compute_metrics"):
+        if getattr(type(model), method) is not getattr(keras.Model, method):
+            raise ValueError(
+                f"{type(model).__name__} has a `{method}` of its own, which would not be called. Compile it with a "
+                "GradientAccumulateOptimizer instead."
+            )
+    return model
+
+
+def _check_mode(accum_steps: int | None, micro_batch_size: int | None) -> None:
+    if (accum_steps is None) == (micro_batch_size is None):
+        raise ValueError(
+            "Give exactly one of `accum_steps` and `micro_batch_size`. "
+            f"Received: accum_steps={accum_steps}, micro_batch_size={micro_batch_size}"
+        )
+    check_accum_steps(accum_steps)
+    if micro_batch_size is not None:
+        if isinstance(micro_batch_size, bool) or not isinstance(micro_batch_size, int):
+            raise TypeError(f"`micro_batch_size` must be an int, a number of samples. Received: {micro_batch_size!r}")
+        if micro_batch_size < 1:
+            raise ValueError(f"`micro_batch_size` must be at least 1. Received: {micro_batch_size}")

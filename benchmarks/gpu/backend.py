@@ -1,0 +1,141 @@
+"""What the scripts here share: the compiled kernels, and where their arrays live.
+
+As a program, prints the GPU's architecture for CMake, or says why there is none to use.
+"""
+
+import importlib.machinery
+import importlib.util
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+
+def load_kernels() -> ModuleType:
+    """The pybind11 module in ACCUMOPS_KERNELS_DIR, or the one that `make build` leaves; by its path, as the package
+    that it belongs to imports TensorFlow."""
+    in_place = Path(__file__).parents[2] / "accumops" / "ops"
+    directory = Path(os.environ.get("ACCUMOPS_KERNELS_DIR") or in_place)
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = directory / f"_kernels{suffix}"
+        if path.is_file():
+            loader = importlib.machinery.ExtensionFileLoader("_kernels", str(path))
+            module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_kernels", loader))
+            loader.exec_module(module)
+            return module
+    raise SystemExit(
+        f"{directory} holds no _kernels module for this Python; run kernels.sh, or set ACCUMOPS_KERNELS_DIR"
+    )
+
+
+class Host:
+    """Arrays are NumPy's and the CPU's kernels run: for trying a script where there is no GPU."""
+
+    name = "cpu"
+
+    def __init__(self, kernels: ModuleType) -> None:
+        self.kernels = kernels
+
+    def empty(self, size: int, dtype: Any) -> Any:
+        """An array whose memory holds anything."""
+        return np.empty(size, dtype)
+
+    def put(self, array: np.ndarray) -> Any:
+        """A copy of an array, on the device."""
+        return array.copy()
+
+    def get(self, array: Any) -> np.ndarray:
+        """A copy of an array, on the host."""
+        return array.copy()
+
+    def copy(self, to: Any, source: Any) -> None:
+        """Copies a contiguous array into another of its size and type."""
+        to[...] = source
+
+    def poison(self, array: Any) -> None:
+        """Sets all bits of a contiguous array: NaN, as a float."""
+        array.view(np.uint8)[...] = 0xFF
+
+    def scalar(self, value: float, dtype: Any) -> Any:
+        """A number as the kernels take it from the fastest place there is."""
+        return np.dtype(dtype).type(value).item()
+
+    def stream(self) -> int:
+        """The stream to run on."""
+        return 0
+
+
+class Cuda(Host):
+    """Arrays are CuPy's, and work goes to CuPy's current stream."""
+
+    name = "cuda"
+
+    def __init__(self, kernels: ModuleType, cupy: Any) -> None:
+        super().__init__(kernels)
+        status = kernels.cuda_status()
+        if status["error"]:
+            raise SystemExit(f"the kernels module cannot use the GPU: {status['error']}")
+        self.cupy = cupy
+
+    def empty(self, size: int, dtype: Any) -> Any:  # noqa: D102
+        return self.cupy.empty(size, dtype)
+
+    def put(self, array: np.ndarray) -> Any:  # noqa: D102
+        return self.cupy.asarray(array)
+
+    def get(self, array: Any) -> np.ndarray:  # noqa: D102
+        return self.cupy.asnumpy(array)
+
+    def copy(self, to: Any, source: Any) -> None:  # noqa: D102
+        runtime = self.cupy.cuda.runtime
+        runtime.memcpyAsync(to.data.ptr, source.data.ptr, source.nbytes, runtime.memcpyDeviceToDevice, self.stream())
+
+    def poison(self, array: Any) -> None:  # noqa: D102
+        self.cupy.cuda.runtime.memsetAsync(array.data.ptr, 0xFF, array.nbytes, self.stream())
+
+    def scalar(self, value: float, dtype: Any) -> Any:  # noqa: D102
+        return self.put(np.array([value], dtype))
+
+    def stream(self) -> int:  # noqa: D102
+        return self.cupy.cuda.get_current_stream().ptr
+
+
+def import_cupy() -> Any:
+    """CuPy, with a GPU that it can use."""
+    try:
+        import cupy
+    except ImportError as error:
+        raise SystemExit(f"CuPy cannot be imported ({error}); install cupy-cuda13x") from None
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise SystemExit(f"there is no GPU that CUDA can use: {error}") from None
+    return cupy
+
+
+def open_device(name: str) -> Host:
+    """The device called "cuda" or "cpu"."""
+    if name == "cpu":
+        return Host(load_kernels())
+    cupy = import_cupy()
+    return Cuda(load_kernels(), cupy)
+
+
+def widen(values: np.ndarray, dtype: Any) -> np.ndarray:
+    """A gradient in the accumulator's type; bfloat16 travels as its bits in uint16."""
+    if values.dtype == np.uint16:
+        values = (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(dtype)
+
+
+def narrow(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Numbers in a gradient's type; to bfloat16 by cutting off."""
+    if dtype == "bfloat16":
+        return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    return values.astype(dtype)
+
+
+if __name__ == "__main__":
+    print(import_cupy().cuda.Device().compute_capability)

@@ -1,0 +1,503 @@
+"""GradientAccumulateModel in both modes against one large batch in plain Keras."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import accumops
+from accumops import GradientAccumulateModel
+
+BATCH, MICRO, UPDATES = 64, 16, 20
+OPTIMIZERS = {
+    "momentum": lambda **kw: keras.optimizers.SGD(0.05, momentum=0.9, nesterov=True, **kw),
+    "Adam": lambda **kw: keras.optimizers.Adam(0.01, **kw),
+    "AdamW": lambda **kw: keras.optimizers.AdamW(0.01, weight_decay=0.1, **kw),
+    "RMSprop": lambda **kw: keras.optimizers.RMSprop(0.005, **kw),
+    "Adafactor": lambda **kw: keras.optimizers.Adafactor(0.01, **kw),
+    "Lion": lambda **kw: keras.optimizers.Lion(0.002, **kw),
+}
+MODES = {"micro_batch_size": {"micro_batch_size": 24}, "accum_steps": {"accum_steps": BATCH // MICRO}}
+RUNS = {"graph": {}, "eager": {"run_eagerly": True}, "xla": {"jit_compile": True}}
+
+
+class Problem:
+    """A model, its data and how it is compiled; the data's last batch is a ragged one."""
+
+    def __init__(self, rng, samples=BATCH * (UPDATES - 1) + 38):
+        self.x = rng.standard_normal((samples, 5)).astype("float32")
+        self.y = rng.standard_normal((samples, 3)).astype("float32")
+        self.fit_arguments = {}
+        self.model_arguments = {}
+        self.compile_arguments = {"loss": "mse", "metrics": ["mae"]}
+        self.optimizer_arguments = {}
+
+    def layers(self):
+        return [keras.layers.Dense(16, activation="tanh"), keras.layers.Dense(3)]
+
+    def model(self, seed=7):
+        keras.utils.set_random_seed(seed)
+        return keras.Sequential([keras.Input(self.x.shape[1:], dtype=self.x.dtype), *self.layers()])
+
+
+class SampleWeights(Problem):
+    def __init__(self, rng):
+        super().__init__(rng)
+        self.fit_arguments = {"sample_weight": rng.uniform(0, 2, len(self.x)).astype("float32")}
+        self.compile_arguments["weighted_metrics"] = ["mse"]
+
+
+class WeightedMean(SampleWeights):
+    """A loss that divides by the sum of sample weights."""
+
+    def __init__(self, rng):
+        super().__init__(rng)
+        self.compile_arguments["loss"] = keras.losses.MeanSquaredError(reduction="mean_with_sample_weight")
+        self.model_arguments = {"normalization": "weights"}
+
+
+class Masked(Problem):
+    """A loss over the valid tokens of sequences, of which each micro-batch has another number."""
+
+    def __init__(self, rng):
+        super().__init__(rng)
+        self.x = rng.standard_normal((len(self.x), 7, 4)).astype("float32")
+        self.x[:, 4:] *= rng.integers(0, 2, (len(self.x), 3, 1))  # a step of zeros is masked
+        self.y = rng.standard_normal((len(self.x), 7, 3)).astype("float32")
+        self.model_arguments = {"normalization": "weights"}
+        self.compile_arguments = {"loss": "mse"}
+
+    def layers(self):
+        return [keras.layers.Masking(), *super().layers()]
+
+
+class ClassWeights(Problem):
+    def __init__(self, rng):
+        super().__init__(rng)
+        self.y = rng.integers(0, 3, len(self.x))
+        self.fit_arguments = {"class_weight": {0: 1.0, 1: 3.0, 2: 0.5}}
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        self.compile_arguments = {"loss": loss, "metrics": ["accuracy"]}
+
+
+class Regularized(Problem):
+    """Regularization counts once, and a constraint acts once, however many micro-batches there are."""
+
+    def layers(self):
+        regularizer, constraint = keras.regularizers.L2(0.05), keras.constraints.MaxNorm(0.7)
+        first = keras.layers.Dense(16, "tanh", kernel_regularizer=regularizer, kernel_constraint=constraint)
+        return [first, keras.layers.Dense(3, bias_regularizer=keras.regularizers.L1(0.01))]
+
+
+class Frozen(Problem):
+    def layers(self):
+        first, second = super().layers()
+        first.trainable = False
+        return [first, second]
+
+
+class ClipNorm(Problem):
+    def __init__(self, rng):
+        super().__init__(rng)
+        self.optimizer_arguments = {"clipnorm": 0.05}
+
+
+class ClipValue(ClipNorm):
+    def __init__(self, rng):
+        super().__init__(rng)
+        self.optimizer_arguments = {"clipvalue": 0.02}
+
+
+class GlobalClipNorm(ClipNorm):
+    def __init__(self, rng):
+        super().__init__(rng)
+        self.optimizer_arguments = {"global_clipnorm": 0.1}
+
+
+class MovingAverage(Problem):
+    def __init__(self, rng):
+        super().__init__(rng)
+        self.optimizer_arguments = {"use_ema": True, "ema_momentum": 0.9, "ema_overwrite_frequency": 3}
+
+
+class TwoInputsAndOutputs(Problem):
+    def __init__(self, rng):
+        super().__init__(rng)
+        self.x = {"a": self.x, "b": self.x[:, :2] + 1}
+        self.y = {"u": self.y, "v": self.y[:, :1]}
+        self.compile_arguments = {"loss": {"u": "mse", "v": "mae"}, "loss_weights": {"u": 1.0, "v": 0.3}}
+
+    def model(self, seed=7):
+        keras.utils.set_random_seed(seed)
+        a, b = keras.Input((5,), name="a"), keras.Input((2,), name="b")
+        hidden = keras.layers.Concatenate()([keras.layers.Dense(8, "tanh")(a), b])
+        outputs = {name: keras.layers.Dense(units, name=name)(hidden) for name, units in (("u", 3), ("v", 1))}
+        return keras.Model({"a": a, "b": b}, outputs)
+
+
+FEATURES = {
+    each.__name__: each
+    for each in (
+        Problem,
+        SampleWeights,
+        WeightedMean,
+        Masked,
+        ClassWeights,
+        Regularized,
+        Frozen,
+        ClipNorm,
+        ClipValue,
+        GlobalClipNorm,
+        MovingAverage,
+        TwoInputsAndOutputs,
+    )
+}
+
+
+def train(problem, optimizer, model, batch_size, **compile_arguments):
+    model.compile(optimizer(**problem.optimizer_arguments), **problem.compile_arguments, **compile_arguments)
+    return model.fit(
+        problem.x, problem.y, batch_size=batch_size, shuffle=False, verbose=0, **problem.fit_arguments
+    ).history
+
+
+def largest_difference(a, b):
+    """The largest difference of two models' weights, relative to the largest weight."""
+    a, b = (np.concatenate([w.ravel() for w in model.get_weights()]) for model in (a, b))
+    return np.abs(a - b).max() / np.abs(a).max()
+
+
+def check(problem, optimizer, mode, **run):
+    """Trains the full batch in plain Keras and the same in windows; weights, metrics and updates have to agree."""
+    full, inner = problem.model(), problem.model()
+    wanted = train(problem, optimizer, full, BATCH)
+    model = GradientAccumulateModel(inner, **MODES[mode], **problem.model_arguments)
+    history = train(problem, optimizer, model, MICRO if mode == "accum_steps" else BATCH, **run)
+    assert int(model.optimizer.iterations) == UPDATES
+    assert largest_difference(full, inner) <= 1e-5
+    for name, values in wanted.items():
+        if isinstance(problem, Masked | WeightedMean) and name == "loss":
+            continue  # Keras averages the batches' losses by samples, whatever these divide by
+        if isinstance(problem, TwoInputsAndOutputs) and name != "loss":
+            continue  # and those of single outputs with equal weights, whatever the sizes of the batches
+        np.testing.assert_allclose(history[name], values, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+@pytest.mark.parametrize("run", list(RUNS))
+def test_every_optimizer(rng, optimizer, mode, run):
+    check(SampleWeights(rng), OPTIMIZERS[optimizer], mode, **RUNS[run])
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("feature", list(FEATURES))
+def test_every_feature(backend, rng, feature, mode):
+    check(FEATURES[feature](rng), OPTIMIZERS["AdamW"], mode)
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("feature", ["Masked", "Regularized", "TwoInputsAndOutputs", "MovingAverage"])
+@pytest.mark.parametrize("run", ["eager", "xla"])
+def test_features_in_other_runs(rng, feature, mode, run):
+    check(FEATURES[feature](rng), OPTIMIZERS["Adam"], mode, **RUNS[run])
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_schedules_advance_once_a_window(rng, mode):
+    def optimizer():
+        return keras.optimizers.SGD(keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.8))
+
+    check(Problem(rng), optimizer, mode)
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_steps_per_execution(rng, mode):
+    check(Problem(rng), OPTIMIZERS["Adam"], mode, steps_per_execution=3)
+
+
+def test_normalization_by_steps_and_by_a_callable(rng):
+    """A callable that returns the number of samples is "samples"; by "steps" a ragged micro-batch counts as a whole."""
+    problem = Problem(rng, samples=40)
+    models = {}
+    for name, normalization in {
+        "samples": "samples",
+        "callable": lambda x, y, sample_weight: tf.shape(x)[0],
+        "steps": "steps",
+    }.items():
+        inner = problem.model()
+        model = GradientAccumulateModel(inner, micro_batch_size=24, normalization=normalization)
+        train(problem, OPTIMIZERS["momentum"], model, 40)
+        models[name] = inner
+    assert largest_difference(models["samples"], models["callable"]) == 0
+    assert largest_difference(models["samples"], models["steps"]) > 1e-3
+
+
+class TestPartialWindows:
+    """80 samples in micro-batches of 16 and windows of 4: one micro-batch of each epoch is left over."""
+
+    def train(self, rng, partial_window, epochs=2):
+        problem = Problem(rng, samples=80)
+        inner = problem.model()
+        model = GradientAccumulateModel(inner, accum_steps=4, partial_window=partial_window)
+        model.compile(keras.optimizers.SGD(0.1), loss="mse")
+        model.fit(problem.x, problem.y, batch_size=16, epochs=epochs, shuffle=False, verbose=0)
+        return problem, model
+
+    def by_hand(self, problem, windows):
+        model = problem.model()
+        model.compile(keras.optimizers.SGD(0.1), loss="mse")
+        for window in windows:
+            model.train_on_batch(problem.x[window], problem.y[window])
+        return model
+
+    def test_flush(self, rng):
+        problem, model = self.train(rng, "flush")
+        wanted = self.by_hand(problem, [slice(0, 64), slice(64, 80)] * 2)
+        assert int(model.optimizer.iterations) == 4
+        assert largest_difference(wanted, model.model) <= 1e-5
+
+    def test_drop(self, rng):
+        problem, model = self.train(rng, "drop")
+        wanted = self.by_hand(problem, [slice(0, 64)] * 2)
+        assert int(model.optimizer.iterations) == 2
+        assert largest_difference(wanted, model.model) <= 1e-5
+
+    def test_carry(self, rng):
+        problem, model = self.train(rng, "carry")
+        assert int(model.optimizer.iterations) == 2
+        assert int(model.optimizer.accumulator.step) == 2
+        wanted = self.by_hand(problem, [slice(0, 64), [*range(64, 80), *range(0, 48)]])
+        assert largest_difference(wanted, model.model) <= 1e-5
+        model.flush()
+        assert int(model.optimizer.iterations) == 3
+        model.flush()
+        assert int(model.optimizer.iterations) == 3
+
+    def test_validation_sees_the_flushed_weights(self, rng):
+        problem = Problem(rng, samples=80)
+        model = GradientAccumulateModel(problem.model(), accum_steps=4)
+        model.compile(keras.optimizers.SGD(0.1), loss="mse")
+        data = (problem.x, problem.y)
+        history = model.fit(*data, batch_size=16, shuffle=False, verbose=0, validation_data=data).history
+        assert history["val_loss"][0] == pytest.approx(model.evaluate(*data, verbose=0), rel=1e-6)
+
+
+def test_no_retracing_for_batches_of_any_size(rng):
+    """Trace once, and once more when the number of samples becomes unknown."""
+    traces = []
+
+    class Counted(keras.layers.Layer):
+        def call(self, x):
+            traces.append(1)
+            return x * 1.0
+
+    keras.utils.set_random_seed(0)
+    model = GradientAccumulateModel(
+        keras.Sequential([keras.Input((5,)), Counted(), keras.layers.Dense(1)]), micro_batch_size=8
+    )
+    model.compile(keras.optimizers.Adam(0.01), loss="mse")
+    for samples in (32, 40, 7, 19, 64, 8, 100):
+        model.train_on_batch(np.ones((samples, 5), "float32"), np.ones((samples, 1), "float32"))
+    settled = len(traces)
+    for samples in (33, 41, 9, 20, 65, 1, 101):
+        model.train_on_batch(np.ones((samples, 5), "float32"), np.ones((samples, 1), "float32"))
+    assert len(traces) == settled
+    assert int(model.optimizer.iterations) == 14
+
+
+def test_one_accumulate_op_in_the_step(rng):
+    accumops.set_backend("fused")
+    try:
+        problem = Problem(rng)
+        model = GradientAccumulateModel(problem.model(), accum_steps=4)
+        model.compile(keras.optimizers.Adam(0.01), loss="mse")
+        model.optimizer.build(model.trainable_variables)
+        data = (tf.constant(problem.x[:16]), tf.constant(problem.y[:16]))
+        graph = tf.function(lambda: model.train_step(data)).get_concrete_function().graph
+    finally:
+        accumops.set_backend("auto")
+    kinds = [op.type for op in graph.get_operations()]
+    assert kinds.count("AccumOps>Accumulate") == 1
+    assert "ZerosLike" not in kinds
+    assert "AddN" not in kinds
+
+
+def test_functional_arguments_and_the_wrapped_model(rng):
+    inputs = keras.Input((5,))
+    model = GradientAccumulateModel(accum_steps=4, inputs=inputs, outputs=keras.layers.Dense(3)(inputs))
+    assert isinstance(model.model, keras.Model)
+    x = rng.standard_normal((4, 5)).astype("float32")
+    np.testing.assert_array_equal(model.predict(x, verbose=0), model.model.predict(x, verbose=0))
+    assert repr(model) == f"<GradientAccumulateModel {model.model.name}, accum_steps=4>"
+
+
+def test_subclassed_model_built_by_fit(rng):
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(3)
+
+        def call(self, x, training=None):
+            return self.dense(x)
+
+    problem = Problem(rng)
+    full, inner = Net(), Net()
+    for model in (full, inner):
+        model(problem.x[:1])
+    inner.set_weights(full.get_weights())
+    train(problem, OPTIMIZERS["Adam"], full, BATCH)
+    train(problem, OPTIMIZERS["Adam"], GradientAccumulateModel(inner, micro_batch_size=24), BATCH)
+    assert largest_difference(full, inner) <= 1e-5
+    unbuilt = GradientAccumulateModel(Net(), accum_steps=4)
+    train(problem, OPTIMIZERS["Adam"], unbuilt, MICRO)
+    assert int(unbuilt.optimizer.iterations) == UPDATES
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_saved_and_loaded_in_the_middle_of_training(rng, tmp_path, mode):
+    """With `accum_steps` in the middle of a window: the same bits as without the save."""
+    problem = Problem(rng)
+
+    def make():
+        model = GradientAccumulateModel(problem.model(), **MODES[mode], partial_window="carry")
+        model.compile(keras.optimizers.Adam(0.01), loss="mse")
+        return model
+
+    def steps(model, first, last):
+        for i in range(first, last):
+            part = slice(i * MICRO, (i + 1) * MICRO)
+            model.train_on_batch(problem.x[part], problem.y[part])
+
+    straight, saved = make(), make()
+    steps(straight, 0, 12)
+    steps(saved, 0, 6)
+    saved.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert repr(loaded) == repr(saved)
+    assert loaded.partial_window == "carry"
+    if mode == "accum_steps":
+        assert int(loaded.optimizer.accumulator.step) == 2
+    steps(loaded, 6, 12)
+    for a, b in zip(straight.get_weights(), loaded.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("mode", list(MODES))
+def test_mixed_precision(rng, mode, policy):
+    problem = Problem(rng)
+    full = problem.model()
+    train(problem, OPTIMIZERS["momentum"], full, BATCH)
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        half, inner = problem.model(), problem.model()
+        train(problem, OPTIMIZERS["momentum"], half, BATCH)
+        model = GradientAccumulateModel(inner, **MODES[mode])
+        train(problem, OPTIMIZERS["momentum"], model, MICRO if mode == "accum_steps" else BATCH)
+    finally:
+        keras.config.set_dtype_policy(before)
+    scaled = isinstance(model.optimizer.inner_optimizer, keras.optimizers.LossScaleOptimizer)
+    assert scaled == (policy == "mixed_float16")
+    assert int(model.optimizer.iterations) == UPDATES
+    assert largest_difference(full, inner) <= 2 * largest_difference(full, half)
+
+
+def test_a_window_with_nan_is_dropped_and_the_scale_backs_off(rng):
+    problem = Problem(rng, samples=128)
+    problem.x[70] = np.nan
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        inner = problem.model()
+        model = GradientAccumulateModel(inner, accum_steps=4)
+        model.compile(keras.optimizers.SGD(0.1), loss="mse")
+        model.fit(problem.x[:64], problem.y[:64], batch_size=16, shuffle=False, verbose=0)
+        weights = model.get_weights()
+        scale = float(model.optimizer.inner_optimizer.dynamic_scale)
+        model.fit(problem.x[64:], problem.y[64:], batch_size=16, shuffle=False, verbose=0)
+        for a, b in zip(weights, model.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert float(model.optimizer.inner_optimizer.dynamic_scale) == scale / 2
+        model.fit(problem.x[:64], problem.y[:64], batch_size=16, shuffle=False, verbose=0)
+    finally:
+        keras.config.set_dtype_policy(before)
+    assert all(np.isfinite(w).all() for w in model.get_weights())
+    assert any(np.any(a != b) for a, b in zip(weights, model.get_weights(), strict=True))
+
+
+def test_callbacks_and_frozen_later(rng):
+    problem = Problem(rng)
+    model = GradientAccumulateModel(problem.model(), micro_batch_size=16)
+    model.compile(keras.optimizers.SGD(0.1), loss="mse")
+    rates = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)
+    model.fit(problem.x, problem.y, batch_size=64, epochs=2, verbose=0, callbacks=[rates])
+    assert float(model.optimizer.learning_rate) == pytest.approx(0.025)
+    first = model.model.layers[0]
+    first.trainable = False
+    before = first.get_weights()
+    model.compile(keras.optimizers.SGD(0.1), loss="mse")
+    model.fit(problem.x, problem.y, batch_size=64, verbose=0)
+    np.testing.assert_array_equal(before[0], first.get_weights()[0])
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            ({}, ValueError, "exactly one of"),
+            ({"accum_steps": 2, "micro_batch_size": 8}, ValueError, "exactly one of"),
+            ({"accum_steps": 0}, ValueError, "at least 1"),
+            ({"accum_steps": 2.5}, TypeError, "int"),
+            ({"micro_batch_size": 0}, ValueError, "at least 1"),
+            ({"micro_batch_size": 2.5}, TypeError, "int"),
+            ({"accum_steps": 2, "normalization": "mean"}, ValueError, "normalization"),
+            ({"accum_steps": 2, "partial_window": "keep"}, ValueError, "partial_window"),
+        ],
+    )
+    def test_arguments(self, rng, arguments, error, message):
+        with pytest.raises(error, match=message):
+            GradientAccumulateModel(Problem(rng).model(), **arguments)
+
+    def test_no_model(self):
+        with pytest.raises(ValueError, match="either a model"):
+            GradientAccumulateModel(accum_steps=2)
+        with pytest.raises(TypeError, match=r"keras\.Model"):
+            GradientAccumulateModel(keras.layers.Dense(1), accum_steps=2)
+
+    def test_own_train_step(self):
+        class Own(keras.Model):
+            def train_step(self, data):
+                return {}
+
+        with pytest.raises(ValueError, match=r"Own has a `train_step`.*GradientAccumulateOptimizer"):
+            GradientAccumulateModel(Own(), accum_steps=2)
+
+    @pytest.mark.parametrize("reduction", ["none", None, "sum"])
+    def test_reduction(self, rng, reduction):
+        model = GradientAccumulateModel(Problem(rng).model(), accum_steps=2)
+        with pytest.raises(ValueError, match="must be a mean"):
+            model.compile("sgd", loss=keras.losses.MeanSquaredError(reduction=reduction))
+
+    def test_weighted_mean_needs_weights(self, rng):
+        model = GradientAccumulateModel(Problem(rng).model(), accum_steps=2)
+        with pytest.raises(ValueError, match="normalization='weights'"):
+            model.compile("sgd", loss=keras.losses.MeanSquaredError(reduction="mean_with_sample_weight"))
+
+    def test_optimizer_that_accumulates(self, rng):
+        model = GradientAccumulateModel(Problem(rng).model(), accum_steps=2)
+        with pytest.raises(ValueError, match="must not accumulate"):
+            model.compile(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2), loss="mse")
+
+    def test_micro_batch_larger_than_the_batch(self, rng):
+        problem = Problem(rng)
+        model = GradientAccumulateModel(problem.model(), micro_batch_size=65)
+        model.compile("sgd", loss="mse")
+        with pytest.raises(ValueError, match=r"micro_batch_size=65.*64"):
+            model.fit(problem.x, problem.y, batch_size=64, verbose=0)
+        with pytest.raises(ValueError, match=r"micro_batch_size=65.*32"):
+            model.fit(problem.x, problem.y, verbose=0)
+        dataset = tf.data.Dataset.from_tensor_slices((problem.x, problem.y)).batch(64, drop_remainder=True)
+        with pytest.raises(ValueError, match=r"micro_batch_size=65.*64"):
+            model.fit(dataset, verbose=0)
