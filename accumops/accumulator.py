@@ -8,14 +8,17 @@ closed by whoever applies the update:
       ▲                                         │                                   │
       └─────────────────────────────────────────┴──────────── close ────────────────┘
 
-The state is one accumulator a variable, `step` and `weight`; `GradientAccumulator` is their one owner. Closing only
-sets `step` back: what the accumulators hold between windows has no influence, and nothing clears it.
+The state is one accumulator a variable, `step`, `weight`, `connected` and, for large tables, the flags of touched rows;
+`GradientAccumulator` is their one owner. Closing only sets `step` back: what the accumulators hold between windows has
+no influence, and nothing clears it.
 """
 
+import math
 import numbers
 from collections.abc import Sequence
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from accumops import ops
@@ -87,12 +90,25 @@ class GradientAccumulator(tf.Module):
                 )
         self._names = [_name(variable) for variable in variables]
         self._accumulators = [_new_accumulator(variable) for variable in variables]
-        self._step = keras.Variable(0, dtype="int64", trainable=False, name="step")
-        self._weight = keras.Variable(0.0, dtype="float32", trainable=False, name="weight")
-        # Row flags (see ops.accumulate) of the accumulators that have met a sparse gradient, by their position.
-        self._touched_rows: dict[str, tf.Variable] = {}
-        # The variables that have had a gradient; the others close with None, as they would without accumulation.
-        self._connected: set[int] = set()
+        self._step = _new_variable("step", (), "int64")
+        self._weight = _new_variable("weight", (), "float32")
+        # The variables that have had a gradient when a call was made or traced; the others close with None, as they
+        # would without accumulation. Once a gradient was None, `connected` keeps this for a process that goes on with a
+        # restored window. Where it holds nothing, the window has gradients of all variables.
+        self._connected = _new_variable("connected", (len(variables),), "bool")
+        self._seen: set[int] | None = None
+        self._has_gaps = False
+        self._closed_without: set[int] = set()
+        # Row flags, see ops.accumulate, by the accumulator's position. They start set: any row may be other than zero.
+        self._touched_rows = {
+            str(i): _new_touched_rows(variable, accumulator)
+            for i, (variable, accumulator) in enumerate(zip(variables, self._accumulators, strict=True))
+            if _may_be_table(accumulator)
+        }
+        # For which of them sparse gradients rely on the flags. A call that was traced with a dense gradient before does
+        # not set them: from then on the accumulator is cleared as a whole.
+        self._tracked: set[int] = set()
+        self._untracked: set[int] = set()
         self.built = True
 
     @property
@@ -108,9 +124,9 @@ class GradientAccumulator(tf.Module):
 
     @property
     def variables(self) -> list[keras.Variable]:
-        """All of the window's state, to save and to restore: step, weight and accumulators."""
+        """All of the window's state, to save and to restore: step, weight, flags and accumulators."""
         self._check_built()
-        return [self._step, self._weight, *self._accumulators]
+        return [self._step, self._weight, self._connected, *self._touched_rows.values(), *self._accumulators]
 
     @property
     def step(self) -> tf.Tensor:
@@ -151,26 +167,31 @@ class GradientAccumulator(tf.Module):
         self._check_gradients(gradients)
         weight = _as_weight(weight)
         present = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        self._connected.update(present)
-        for i in present:
-            if isinstance(gradients[i], tf.IndexedSlices):
-                self._track_rows(i)
+        self._seen_gradients()  # before the step says that a window is open
+        self._check_connections(present)
+        touched = self._choose_tracking(gradients)
         starts = tf.equal(self._step, 0)
-        ops.accumulate(
-            self._accumulators,
-            [
-                _no_change(accumulator) if gradient is None else gradient
-                for accumulator, gradient in zip(self._accumulators, gradients, strict=True)
-            ],
-            scale=weight,
-            overwrite=starts,
-            touched_rows=[self._touched_rows.get(str(i)) for i in range(len(gradients))],
-        )
-        for i in present:
-            if str(i) in self._touched_rows and not isinstance(gradients[i], tf.IndexedSlices):
-                _flag_all(self._touched_rows[str(i)])
-        self._weight.assign(tf.where(starts, weight, self._weight + weight))
-        self._step.assign_add(1)
+        total = tf.where(starts, weight, self._weight + weight)
+        with _Recording() as accumulation:
+            ops.accumulate(
+                self._accumulators,
+                [
+                    _no_change(accumulator) if gradient is None else gradient
+                    for accumulator, gradient in zip(self._accumulators, gradients, strict=True)
+                ],
+                scale=weight,
+                overwrite=starts,
+                touched_rows=touched,
+            )
+        # Counted when it is done: a micro-batch that fails is none.
+        with tf.control_dependencies(accumulation.operations):
+            for i in self._tracked.intersection(present):
+                if not isinstance(gradients[i], tf.IndexedSlices):
+                    flags = self._touched_rows[str(i)]
+                    flags.assign(tf.ones(flags.shape, tf.bool))
+            self._weight.assign(total)
+            self._step.assign_add(1)
+            self._connect(present)
 
     def close(self) -> list[tf.Tensor | None]:
         """Ends the window, full or not, and returns its gradient.
@@ -190,11 +211,12 @@ class GradientAccumulator(tf.Module):
                 raise ValueError(empty)
         else:
             tf.debugging.assert_positive(self.step, message=empty)
-        # Before the first `accumulate` nothing is known: the window was restored, and holds what it holds.
-        connected = self._connected or range(len(self._accumulators))
+        seen = self._seen_gradients() or range(len(self._accumulators))
+        if not tf.executing_eagerly():
+            self._closed_without.update(set(range(len(self._accumulators))).difference(seen))
         gradients = [
             tf.math.divide_no_nan(tf.convert_to_tensor(accumulator), tf.cast(self._weight, accumulator.dtype))
-            if i in connected
+            if i in seen
             else None
             for i, accumulator in enumerate(self._accumulators)
         ]
@@ -206,16 +228,44 @@ class GradientAccumulator(tf.Module):
         self._check_built()
         self._step.assign(0)
 
-    def forget_touched_rows(self) -> None:
-        """Has the next window clear all rows: to be called after the accumulators were assigned from outside."""
-        for flags in self._touched_rows.values():
-            _flag_all(flags)
+    def _choose_tracking(self, gradients: list[tf.Tensor | tf.IndexedSlices | None]) -> list[keras.Variable | None]:
+        """Returns the flags that sparse gradients of this call rely on, by position."""
+        for i, gradient in enumerate(gradients):
+            if isinstance(gradient, tf.IndexedSlices):
+                if str(i) in self._touched_rows and i not in self._untracked:
+                    self._tracked.add(i)
+            elif gradient is not None and i not in self._tracked:
+                self._untracked.add(i)
+        return [self._touched_rows[str(i)] if i in self._tracked else None for i in range(len(gradients))]
 
-    def _track_rows(self, i: int) -> None:
-        if str(i) not in self._touched_rows:
-            with tf.init_scope():  # a variable that a first trace makes has to outlive it
-                rows = self._accumulators[i].shape[0]
-                self._touched_rows[str(i)] = tf.Variable(tf.ones([rows], tf.bool), trainable=False, name="touched_rows")
+    def _seen_gradients(self) -> set[int]:
+        """Which variables have had a gradient, in this process or in the window that it was started with."""
+        if self._seen is None:
+            self._seen = set()
+            with tf.init_scope():
+                # Not yet initialized in a function that is being traced for the first time, and then not restored.
+                if self._step.value.is_initialized() and int(self._step.numpy()) > 0:
+                    restored = np.flatnonzero(self._connected.numpy())
+                    self._seen.update(restored.tolist() or range(len(self._accumulators)))
+        return self._seen
+
+    def _check_connections(self, present: list[int]) -> None:
+        late = self._closed_without.intersection(present)
+        if late:
+            raise ValueError(
+                f"The gradient of {[self._names[i] for i in sorted(late)]} was None in every call when the function "
+                f"that closes {self.name} was traced, which therefore leaves it out. Give zeros instead of None for a "
+                "variable that has a gradient in some calls only."
+            )
+
+    def _connect(self, present: list[int]) -> None:
+        seen = self._seen_gradients()
+        before = len(seen)
+        seen.update(present)
+        if len(seen) < len(self._accumulators) or before not in (0, len(seen)):
+            self._has_gaps = True
+        if self._has_gaps:
+            self._connected.assign([i in seen for i in range(len(self._accumulators))])
 
     def _check_built(self) -> None:
         if not self.built:
@@ -252,19 +302,62 @@ def _name(variable: tf.Variable | keras.Variable) -> str:
     return getattr(variable, "path", variable.name)
 
 
+class _Recording:
+    """The operations that a block adds to the graph that is being traced; none when executing eagerly."""
+
+    def __init__(self) -> None:
+        self.operations: list[tf.Operation] = []
+
+    def __enter__(self) -> "_Recording":
+        self._graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        self._before = 0 if self._graph is None else len(self._graph.get_operations())
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._graph is not None:
+            self.operations = self._graph.get_operations()[self._before :]
+
+
+# Where a window starts, a sparse gradient clears all of a smaller variable, for no more than it costs to ask its flags.
+_TABLE_VALUES = 1 << 16
+
+
+def _may_be_table(accumulator: keras.Variable) -> bool:
+    """Whether it is worth knowing which rows of it a sparse gradient has touched."""
+    shape = accumulator.shape
+    return len(shape) >= 2 and shape[0] >= 1024 and math.prod(shape) >= _TABLE_VALUES
+
+
 def _new_accumulator(variable: tf.Variable | keras.Variable) -> keras.Variable:
-    return keras.Variable(
-        initializer="zeros",
-        shape=tuple(variable.shape),
-        dtype="float64" if tf.as_dtype(variable.dtype) == tf.float64 else "float32",
-        trainable=False,
-        name=f"{_name(variable).replace('/', '_').replace(':', '_')}_accumulator",
-    )
+    dtype = "float64" if tf.as_dtype(variable.dtype) == tf.float64 else "float32"
+    return _new_variable(f"{_flat_name(variable)}_accumulator", tuple(variable.shape), dtype, beside=variable)
+
+
+def _new_touched_rows(variable: tf.Variable | keras.Variable, accumulator: keras.Variable) -> keras.Variable:
+    name = f"{_flat_name(variable)}_touched_rows"
+    return _new_variable(name, (accumulator.shape[0],), "bool", initializer="ones", beside=variable)
+
+
+def _new_variable(
+    name: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    initializer: str = "zeros",
+    beside: tf.Variable | keras.Variable | None = None,
+) -> keras.Variable:
+    with tf.device(getattr(getattr(beside, "value", beside), "device", None)):
+        return keras.Variable(
+            initializer=initializer, shape=shape, dtype=dtype, trainable=False, autocast=False, name=name
+        )
+
+
+def _flat_name(variable: tf.Variable | keras.Variable) -> str:
+    return _name(variable).replace("/", "_").replace(":", "_")
 
 
 def _as_weight(weight: float | tf.Tensor) -> tf.Tensor:
-    if isinstance(weight, numbers.Real) and not float(weight) >= 0:
-        raise ValueError(f"`weight` must not be negative. Received: {weight}")
+    if isinstance(weight, numbers.Real) and not 0 <= float(weight) < math.inf:
+        raise ValueError(f"`weight` must be finite and not negative. Received: {weight}")
     tensor = tf.cast(weight, tf.float32)
     if tensor.shape.rank not in (0, None):
         raise ValueError(f"`weight` must be a number or a scalar tensor. Received shape: {tensor.shape}")
@@ -277,7 +370,3 @@ def _no_change(accumulator: keras.Variable) -> tf.Tensor | tf.IndexedSlices:
         return tf.zeros([], accumulator.dtype)
     values = tf.zeros([0, *accumulator.shape[1:]], accumulator.dtype)
     return tf.IndexedSlices(values, tf.zeros([0], tf.int32))
-
-
-def _flag_all(flags: tf.Variable) -> None:
-    flags.assign(tf.ones_like(flags))

@@ -1,7 +1,7 @@
 """An optimizer that accumulates gradients over several calls and lets the one it wraps apply them as one update."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -66,17 +66,12 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
             variables: The trainable variables.
 
         Raises:
-            ValueError: If a variable cannot be accumulated for, or several replicas are in sync.
+            ValueError: If a variable cannot be accumulated for, or under a mirroring `tf.distribute` strategy.
         """
-        if self.built:
-            return
-        strategy = tf.distribute.get_strategy()
-        if strategy.num_replicas_in_sync > 1:
-            raise ValueError(
-                f"GradientAccumulateOptimizer works on one replica; {type(strategy).__name__} has "
-                f"{strategy.num_replicas_in_sync} in sync."
-            )
         variables = list(variables)
+        if self.built and (self._trainable_variables or not variables):
+            return
+        _check_strategy()
         for variable in variables:
             if self._overwrite_variable_with_gradient(variable):
                 raise ValueError(
@@ -84,7 +79,8 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
                     "gradients cannot be accumulated."
                 )
         self.inner_optimizer.build(variables)
-        self._accumulator.build(variables)
+        if variables:
+            self._accumulator.build(variables)
         super().build(variables)
 
     def apply(
@@ -108,7 +104,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
                 gradient does not fit its variable.
         """
         positions = self._accumulate(grads, trainable_variables, weight)
-        if self.accum_steps is not None:
+        if positions and self.accum_steps is not None:
             keras.ops.cond(self._accumulator.ready, lambda: self._update(positions), lambda: None)
 
     def accumulate(
@@ -140,8 +136,8 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
             raise ValueError(
                 "`flush` needs an optimizer that is built: call `optimizer.build(trainable_variables)` first."
             )
-        everything = list(range(len(self._trainable_variables)))
-        keras.ops.cond(self._accumulator.step > 0, lambda: self._update(everything), lambda: None)
+        if self._accumulator.built:
+            keras.ops.cond(self._accumulator.step > 0, lambda: self._update([]), lambda: None)
 
     def _accumulate(
         self,
@@ -151,6 +147,8 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
     ) -> list[int]:
         """Returns the positions of the given variables among those of `build`."""
         grads = list(grads)
+        if not grads:
+            return []
         if trainable_variables is None:
             if not self.built:
                 raise ValueError(
@@ -174,14 +172,29 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         return positions
 
     def _update(self, positions: list[int]) -> None:
-        gradients = self._accumulator.close()
-        variables = self._trainable_variables
-        self.inner_optimizer.apply([gradients[i] for i in positions], [variables[i] for i in positions])
+        """Closes the window and applies its gradient to all variables that have one.
+
+        Those of `positions` that have none go along, for the wrapped optimizer to warn of.
+        """
+        pairs = [
+            (gradient, variable)
+            for i, (gradient, variable) in enumerate(
+                zip(self._accumulator.close(), self._trainable_variables, strict=True)
+            )
+            if gradient is not None or i in positions
+        ]
+        self.inner_optimizer.apply([gradient for gradient, _ in pairs], [variable for _, variable in pairs])
+
+    def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, keras.Variable]]) -> keras.Variable:
+        """Calls `apply` with pairs of gradient and variable, and returns `iterations`."""
+        pairs = list(grads_and_vars)
+        self.apply([gradient for gradient, _ in pairs], [variable for _, variable in pairs])
+        return self.iterations
 
     @property
     def variables(self) -> list[keras.Variable]:
         """The wrapped optimizer's variables, then the window's state."""
-        return self.inner_optimizer.variables + (self._accumulator.variables if self.built else [])
+        return self.inner_optimizer.variables + (self._accumulator.variables if self._accumulator.built else [])
 
     @property
     def iterations(self) -> keras.Variable:
@@ -197,6 +210,29 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
     def learning_rate(self, learning_rate: Any) -> None:
         self.inner_optimizer.learning_rate = learning_rate
 
+    @property
+    def loss_scale_factor(self) -> float | None:
+        """The wrapped optimizer's loss scale factor; setting it sets that one's."""
+        return self.inner_optimizer.loss_scale_factor
+
+    @loss_scale_factor.setter
+    def loss_scale_factor(self, factor: float | None) -> None:
+        if not hasattr(self, "inner_optimizer"):
+            return  # the base class's constructor
+        if isinstance(self.inner_optimizer, keras.optimizers.LossScaleOptimizer):
+            # Where a LossScaleOptimizer is made, it switches off any scaling by what it wraps. This one it cannot.
+            raise ValueError(
+                "The wrapped optimizer is a LossScaleOptimizer: scaling the loss twice would undo the training. Use "
+                "`compile(auto_scale_loss=False)`, or have one LossScaleOptimizer only, around the "
+                "GradientAccumulateOptimizer (a micro-batch that is not finite is skipped) or within it (its window "
+                "is)."
+            )
+        self.inner_optimizer.loss_scale_factor = factor
+
+    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
+        """Has the wrapped optimizer exclude variables from weight decay."""
+        self.inner_optimizer.exclude_from_weight_decay(var_list=var_list, var_names=var_names)
+
     def scale_loss(self, loss: tf.Tensor) -> tf.Tensor:
         """Scales the loss as the wrapped optimizer wants it, which takes the scale back out of the gradients."""
         return self.inner_optimizer.scale_loss(loss)
@@ -210,13 +246,11 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
 
         The latter are what a model holds that was saved before it was wrapped; the next window then starts empty.
         """
-        if self.built and len(store.keys()) == len(self.inner_optimizer.variables):
+        if self._accumulator.built and len(store.keys()) == len(self.inner_optimizer.variables):
             self.inner_optimizer.load_own_variables(store)
             self._accumulator.reset()
             return
         super().load_own_variables(store)
-        if self.built:
-            self._accumulator.forget_touched_rows()
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments to make this optimizer again, without its state."""
@@ -244,6 +278,40 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
 
     def __repr__(self) -> str:
         return f"<GradientAccumulateOptimizer {type(self.inner_optimizer).__name__}, accum_steps={self.accum_steps}>"
+
+
+def _delegated(name: str) -> property:
+    def read(self: GradientAccumulateOptimizer) -> Any:
+        return getattr(self.inner_optimizer, name)
+
+    def write(self: GradientAccumulateOptimizer, value: Any) -> None:
+        if hasattr(self, "inner_optimizer"):  # not yet in the base class's constructor
+            setattr(self.inner_optimizer, name, value)
+
+    return property(read, write, doc=f"The wrapped optimizer's `{name}`.")
+
+
+# What Keras and its callbacks look up on an optimizer, and what acts once a window: the wrapped one's.
+for _setting in (
+    "weight_decay",
+    "clipnorm",
+    "clipvalue",
+    "global_clipnorm",
+    "use_ema",
+    "ema_momentum",
+    "ema_overwrite_frequency",
+    "_model_variables_moving_average",
+):
+    setattr(GradientAccumulateOptimizer, _setting, _delegated(_setting))
+
+
+def _check_strategy() -> None:
+    strategy = tf.distribute.get_strategy()
+    if strategy.num_replicas_in_sync > 1 or not tf.__internal__.distribute.strategy_supports_no_merge_call():
+        raise ValueError(
+            f"GradientAccumulateOptimizer does not work under {type(strategy).__name__}: it accumulates on one device, "
+            "without a strategy or under OneDeviceStrategy."
+        )
 
 
 def _check_inner_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:

@@ -7,6 +7,7 @@ import tensorflow as tf
 
 import accumops
 from accumops import GradientAccumulator
+from accumops import accumulator as accumulator_module
 
 
 @pytest.fixture
@@ -95,9 +96,17 @@ def test_accumulators_are_wide():
     assert [a.dtype for a in accumulator.accumulators] == ["float32", "float32", "float32", "float64"]
 
 
+@pytest.fixture
+def tables_of_any_size(monkeypatch):
+    """Small tables have flags for their rows too."""
+    monkeypatch.setattr(accumulator_module, "_may_be_table", lambda accumulator: len(accumulator.shape) >= 2)
+
+
+@pytest.mark.parametrize("first", ["s", "d"])
 @pytest.mark.parametrize("jit_compile", [False, True])
-def test_sparse_gradients_over_windows(backend, jit_compile, rng):
-    """Rows left from earlier windows, rows never touched, and a switch to a dense gradient in between."""
+@pytest.mark.usefixtures("tables_of_any_size")
+def test_sparse_gradients_over_windows(backend, jit_compile, first, rng):
+    """Rows left from earlier windows, rows never touched, and switches to dense gradients, traced in either order."""
     table = tf.Variable(tf.zeros([40, 5]))
     accumulator = GradientAccumulator(accum_steps=2)
     accumulator.build([table])
@@ -110,7 +119,7 @@ def test_sparse_gradients_over_windows(backend, jit_compile, rng):
     def dense(values):
         accumulator.accumulate([values])
 
-    for kinds in ("ss", "ss", "sd", "ss", "ds", "dd", "ss"):
+    for kinds in (first * 2, "ss", "ss", "sd", "ss", "ds", "dd", "ss"):
         wanted = np.zeros([40, 5])
         for kind in kinds:
             if kind == "s":
@@ -122,9 +131,99 @@ def test_sparse_gradients_over_windows(backend, jit_compile, rng):
                 values = rng.standard_normal((40, 5)).astype("float32")
                 dense(tf.constant(values))
                 wanted += values
-        np.testing.assert_allclose(accumulator.close()[0], wanted / 2, atol=1e-6)
+        np.testing.assert_allclose(accumulator.close()[0], wanted / 2, atol=1e-6, err_msg=kinds)
 
 
+@pytest.mark.usefixtures("tables_of_any_size")
+def test_dense_and_sparse_in_one_function(backend):
+    """The first sparse gradient may come with a retrace, when a tf.function makes no variables any more."""
+    table = tf.Variable(tf.zeros([4, 1]))
+    accumulator = GradientAccumulator(accum_steps=1)
+    accumulator.build([table])
+
+    @tf.function
+    def step(is_dense):
+        accumulator.accumulate([tf.ones([4, 1]) if is_dense else tf.IndexedSlices(tf.ones([1, 1]), tf.constant([0]))])
+        return accumulator.close()[0]
+
+    for is_dense in (True, False, True, False):
+        np.testing.assert_array_equal(step(is_dense)[:, 0], [1, 1, 1, 1] if is_dense else [1, 0, 0, 0])
+
+
+def test_large_tables_have_flags_and_small_ones_none():
+    accumulator = GradientAccumulator(accum_steps=1)
+    accumulator.build([tf.Variable(tf.zeros(shape)) for shape in [(5000, 16), (300, 2000), (100, 8), (70000,)]])
+    flags = [v for v in accumulator.variables if v.dtype == "bool"]
+    assert [tuple(v.shape) for v in flags] == [(4,), (5000,)]  # the first says which variables are connected
+
+
+def test_gradients_of_some_variables_in_some_traces():
+    """What is left out when the closing function is traced must not be lost silently later."""
+    a, b = (tf.Variable(0.0, name=name) for name in "ab")
+    accumulator = GradientAccumulator(accum_steps=1)
+    accumulator.build([a, b])
+
+    @tf.function
+    def step(with_b):
+        accumulator.accumulate([tf.constant(1.0), tf.constant(1.0) if with_b else None])
+        return [gradient for gradient in accumulator.close() if gradient is not None]
+
+    assert len(step(False)) == 1
+    with pytest.raises(ValueError, match=r"\['b:0'\] was None in every call"):
+        step(True)
+
+
+def test_restored_window_keeps_gradients_that_are_none_afterwards(tmp_path):
+    def make():
+        accumulator = GradientAccumulator(accum_steps=2)
+        accumulator.build([tf.Variable(0.0), tf.Variable(0.0), tf.Variable(0.0)])
+        return accumulator
+
+    for first in ([1.0, 2.0, 4.0], [1.0, 2.0, None]):
+        saved = make()
+        saved.accumulate([None if value is None else tf.constant(value) for value in first])
+        path = tf.train.Checkpoint(accumulator=saved).save(str(tmp_path / "checkpoint"))
+        restored = make()
+        tf.train.Checkpoint(accumulator=restored).restore(path)
+        restored.accumulate([tf.constant(3.0), None, None])
+        wanted = [2.0, 1.0, None if first[2] is None else 2.0]
+        assert [None if g is None else float(g) for g in restored.close()] == wanted
+        at_once = make()
+        tf.train.Checkpoint(accumulator=at_once).restore(path)
+        assert [None if g is None else float(g) for g in at_once.close()] == first
+
+
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_a_micro_batch_that_fails_changes_nothing(backend, in_graph):
+    dense, table = tf.Variable(tf.zeros([2])), tf.Variable(tf.zeros([3, 2]))
+    accumulator = GradientAccumulator(accum_steps=3)
+    accumulator.build([dense, table])
+
+    def accumulate(row):
+        accumulator.accumulate([tf.ones([2]), tf.IndexedSlices(tf.ones([1, 2]), row)])
+
+    step = tf.function(accumulate) if in_graph else accumulate
+    step(tf.constant([0]))
+    for _ in range(5):
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            step(tf.constant([7]))
+    assert int(accumulator.step) == 1
+    step(tf.constant([1]))
+    first, second = accumulator.close()
+    np.testing.assert_array_equal(first, [1, 1])
+    np.testing.assert_array_equal(second, [[0.5, 0.5], [0.5, 0.5], [0, 0]])
+
+
+def test_accumulators_are_beside_their_variables():
+    cpus = tf.config.list_logical_devices("CPU")
+    with tf.device(cpus[-1].name):
+        variable = tf.Variable(tf.zeros([2000, 64]))
+    accumulator = GradientAccumulator(accum_steps=1)
+    accumulator.build([variable])
+    assert {v.value.device for v in accumulator.variables if tuple(v.shape)[:1] == (2000,)} == {variable.device}
+
+
+@pytest.mark.usefixtures("tables_of_any_size")
 def test_checkpoint_in_the_middle_of_a_window(backend, tmp_path):
     """Restored into a new accumulator, and into one that is in the middle of another window."""
 
@@ -230,8 +329,9 @@ class TestErrors:
         accumulator = GradientAccumulator(accum_steps=2)
         with pytest.raises(ValueError, match=r"weight.*-1"):
             accumulator.accumulate(gradients(1), variables, weight=-1)
-        with pytest.raises(ValueError, match="weight"):
-            accumulator.accumulate(gradients(1), weight=float("nan"))
+        for weight in (float("nan"), float("inf")):
+            with pytest.raises(ValueError, match="weight"):
+                accumulator.accumulate(gradients(1), weight=weight)
 
     def test_nothing_to_close(self, variables):
         accumulator = GradientAccumulator(accum_steps=2)

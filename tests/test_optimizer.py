@@ -284,19 +284,89 @@ class TestErrors:
         with pytest.raises(ValueError, match="2 gradients for 1 variables"):
             optimizer.apply([tf.ones([2])] * 2, [a])
 
-    def test_several_replicas(self):
-        devices = ["CPU:0", "CPU:0"]
-        strategy = tf.distribute.MirroredStrategy(devices[:1])
-        assert strategy.num_replicas_in_sync == 1
-        optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0), accum_steps=2)
+    def test_mirrored_strategy(self):
+        with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+            model = mlp()
+            model.compile(GradientAccumulateOptimizer(keras.optimizers.SGD(1.0), accum_steps=2), loss="mse")
+            with pytest.raises(ValueError, match="does not work under MirroredStrategy"):
+                model.optimizer.build(model.trainable_variables)
 
-        class TwoReplicas:
-            num_replicas_in_sync = 2
+    def test_loss_scaled_twice(self, rng):
+        x, y = data(rng, updates=1)
+        keras.config.set_dtype_policy("mixed_float16")
+        try:
+            optimizer = GradientAccumulateOptimizer(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)), accum_steps=2)
+            with pytest.raises(ValueError, match="auto_scale_loss=False"):
+                mlp().compile(optimizer, loss="mse")
+            model = mlp()
+            model.compile(optimizer, loss="mse", auto_scale_loss=False)
+            model.fit(x, y, batch_size=8, verbose=0)
+            assert int(optimizer.iterations) > 0
+        finally:
+            keras.config.set_dtype_policy("float32")
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tf.distribute, "get_strategy", TwoReplicas)
-            with pytest.raises(ValueError, match=r"one replica; TwoReplicas has 2"):
-                optimizer.build([keras.Variable(np.ones(2, "float32"))])
+
+def test_different_variables_in_one_window(backend):
+    a, b = (keras.Variable(np.ones(2, "float32"), name=name) for name in "ab")
+    optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0), accum_steps=2)
+    optimizer.build([a, b])
+    optimizer.apply([tf.ones([2])], [a])
+    optimizer.apply([tf.ones([2])], [b])
+    np.testing.assert_array_equal(a.numpy(), [0.5, 0.5])
+    np.testing.assert_array_equal(b.numpy(), [0.5, 0.5])
+
+
+def test_settings_are_the_inner_optimizers():
+    inner = keras.optimizers.AdamW(0.1, weight_decay=0.25, clipnorm=2.0, use_ema=True, loss_scale_factor=8.0)
+    optimizer = GradientAccumulateOptimizer(inner, accum_steps=2)
+    assert (optimizer.weight_decay, optimizer.clipnorm, optimizer.use_ema) == (0.25, 2.0, True)
+    assert optimizer.loss_scale_factor == 8.0
+    optimizer.loss_scale_factor = None
+    optimizer.weight_decay = 0.5
+    assert (inner.loss_scale_factor, inner.weight_decay) == (None, 0.5)
+    a, b = (keras.Variable(np.ones(2, "float32"), name=name) for name in "ab")
+    optimizer.exclude_from_weight_decay(var_list=[b])
+    optimizer.build([a, b])
+    for _ in range(2):
+        assert optimizer.apply_gradients([(tf.zeros([2]), a), (tf.zeros([2]), b)]) is inner.iterations
+    assert a.numpy()[0] < 1
+    assert b.numpy()[0] == 1
+
+
+def test_loss_scaling_of_the_inner_optimizer_under_mixed_float16(rng):
+    """`compile` puts a LossScaleOptimizer around, which switches the inner optimizer's own scaling off."""
+    x, y = data(rng, updates=5)
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        models = []
+        for factor in (None, 64.0):
+            inner = keras.optimizers.SGD(0.05, loss_scale_factor=factor)
+            models.append(fit(mlp(), GradientAccumulateOptimizer(inner, accum_steps=8), x, y, MICRO))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert largest_difference(*models) == 0
+
+
+def test_loading_where_nothing_is_trainable(tmp_path):
+    model = mlp()
+    model.trainable = False
+    model.compile(GradientAccumulateOptimizer(keras.optimizers.SGD(0.1), accum_steps=2), loss="mse")
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert isinstance(loaded.optimizer, GradientAccumulateOptimizer)
+    loaded.optimizer.apply([], [])
+
+
+def test_a_batch_that_fails_does_not_count(backend):
+    """Not even where the forward pass fails, long before the gradients are there."""
+    model = embedding()
+    model.compile(GradientAccumulateOptimizer(keras.optimizers.SGD(0.1), accum_steps=3), loss="mse")
+    x, y = np.zeros((4, 6), "int32"), np.zeros((4, 3), "float32")
+    model.train_on_batch(x, y)
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        model.train_on_batch(x + 99, y)
+    assert int(model.optimizer.accumulator.step) == 1
+    assert float(model.optimizer.accumulator.variables[1].numpy()) == 1
 
 
 def test_memory_and_traces_stay_flat(backend, rng):

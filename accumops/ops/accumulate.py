@@ -33,7 +33,7 @@ def accumulate(
             gradients need.
         gradients: One for each accumulator, of its shape: tensors of float16, bfloat16, float32 or float64, mixed as
             you like, or `tf.IndexedSlices`, whose rows add up, duplicates in their order. An index outside
-            the accumulator is an error on a CPU and, as in TensorFlow's own scatters, skipped on a GPU.
+            the accumulator is an error on a CPU and, as in TensorFlow's own scatters, skipped on a GPU and by XLA.
         scale: A factor for all gradients: a number or a floating-point scalar tensor.
         overwrite: Whether to start from zero instead of what the accumulators hold, NaN included: a bool or a scalar
             bool tensor. This starts a window without a pass that clears.
@@ -114,7 +114,7 @@ def _as_variable(value: tf.Variable | keras.Variable, name: str) -> tf.Variable:
 
 def _as_gradient(value: tf.Tensor | tf.IndexedSlices, i: int) -> tf.Tensor | tf.IndexedSlices:
     if isinstance(value, tf.IndexedSlices):
-        return value
+        return tf.IndexedSlices(tf.convert_to_tensor(value.values), tf.convert_to_tensor(value.indices))
     if value is None:
         raise TypeError(f"`gradients[{i}]` is None: leave out the variables that have no gradient.")
     try:
@@ -146,7 +146,12 @@ def _check_lists(
         names[id(variable)] = name
         _check_pair(variable, gradient, name, i)
         touched = touched_rows[i] if touched_rows is not None else None
-        if touched is not None and (touched.dtype != tf.bool or touched.shape != variable.shape[:1]):
+        if touched is None:
+            continue
+        if id(touched) in names:
+            raise ValueError(f"`touched_rows[{i}]` and {names[id(touched)]} are the same variable; give it once.")
+        names[id(touched)] = f"`touched_rows[{i}]`"
+        if touched.dtype != tf.bool or touched.shape != variable.shape[:1]:
             raise ValueError(
                 f"`touched_rows[{i}]` must be bool of shape {variable.shape[:1]}, one flag for each row of {name}. "
                 f"Received: {touched.dtype.name} of shape {touched.shape}."
@@ -156,6 +161,8 @@ def _check_lists(
 def _check_pair(variable: tf.Variable, gradient: tf.Tensor | tf.IndexedSlices, name: str, i: int) -> None:
     if variable.dtype not in _ACCUMULATOR_DTYPES:
         raise ValueError(f"{name} must be float32 or float64. Received: {variable.dtype.name}.")
+    if not variable.shape.is_fully_defined():
+        raise ValueError(f"{name} must have a shape that is known. Received: {variable.shape}.")
     if gradient.dtype not in _GRADIENT_DTYPES:
         raise ValueError(
             f"`gradients[{i}]`, for {name}, must be float16, bfloat16, float32 or float64. "
@@ -167,6 +174,10 @@ def _check_pair(variable: tf.Variable, gradient: tf.Tensor | tf.IndexedSlices, n
         values, expected = gradient.values.shape, tf.TensorShape([None]).concatenate(variable.shape[1:])
         if variable.shape.rank == 0:
             raise ValueError(f"{name} is a scalar and cannot take tf.IndexedSlices.")
+        if gradient.indices.dtype not in (tf.int32, tf.int64):
+            raise ValueError(
+                f"The indices of `gradients[{i}]` must be int32 or int64. Received: {gradient.indices.dtype.name}."
+            )
         if not gradient.indices.shape.is_compatible_with(values[:1]) or gradient.indices.shape.rank not in (None, 1):
             raise ValueError(
                 f"`gradients[{i}]` must have one index for each of its values. Received: indices of shape "

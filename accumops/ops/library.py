@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import pathlib
+import re
 import types
 import warnings
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ from typing import Any
 import tensorflow as tf
 
 _DIRECTORY = pathlib.Path(__file__).resolve().parent
-_REBUILD = "`pip install --no-build-isolation --force-reinstall --no-deps accumops` builds it for the installed one"
+_REBUILD = "`pip install --no-build-isolation .` in accumops' source tree builds them for the installed one"
 _BACKENDS = ("auto", "fused", "reference")
 
 _backend: str | None = None
@@ -162,12 +163,25 @@ def gpu_problem() -> str | None:
             f"the CUDA {recorded['cuda']} runtime they were built with does not work with this machine's driver "
             f"(version {status['driver_version']}): {status['error']}; update the driver, or build with an older nvcc"
         )
-    oldest = min(int(name.split("-")[0]) for name in _split(recorded["cuda_architectures"]) or ["0"])
+    built = _split(recorded["cuda_architectures"]) or []
     for device in tf.config.list_physical_devices("GPU"):
-        major, minor = tf.config.experimental.get_device_details(device).get("compute_capability", (0, 0))
-        if 10 * major + minor < oldest:
-            return f"{device.name} has compute capability {major}.{minor} and they start at {oldest / 10}"
+        capability = tf.config.experimental.get_device_details(device).get("compute_capability")
+        if capability is not None and not _runs_on(built, *capability):
+            major, minor = capability
+            return f"{device.name} has compute capability {major}.{minor} and they are for {', '.join(built)}"
     return None
+
+
+def _runs_on(architectures: list[str], major: int, minor: int) -> bool:
+    """Machine code runs within its major version, from its minor on; PTX on everything that is not older."""
+    for architecture in architectures:
+        match = re.fullmatch(r"(\d+)(\d)[af]?(-real|-virtual)?", architecture)
+        if match is None:
+            return True  # "native" or "all": what that came to is not recorded
+        built = int(match[1]), int(match[2])
+        if built <= (major, minor) and (built[0] == major or match[3] != "-real"):
+            return True
+    return False
 
 
 def fused_ops(variables: Iterable[tf.Variable]) -> types.ModuleType | None:

@@ -17,20 +17,35 @@ def accumulate(
     """The definition of `accumops.ops.accumulate`, with the same arguments; it trusts them."""
     touched_rows = touched_rows or [None] * len(accumulators)
     finite = []
-    for accumulator, gradient, touched in zip(accumulators, gradients, touched_rows, strict=True):
-        values = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
-        if check_finite:
-            finite.append(tf.reduce_all(tf.math.is_finite(values)))
-        # A number straight to this dtype: on its own it would become float32 first.
-        factor = tf.cast(scale, accumulator.dtype) if tf.is_tensor(scale) else tf.constant(scale, accumulator.dtype)
-        product = tf.cast(values, accumulator.dtype) * factor
-        if isinstance(gradient, tf.IndexedSlices):
-            _accumulate_rows(accumulator, product, gradient.indices, overwrite, touched)
-        else:
-            accumulator.assign(tf.where(overwrite, product, accumulator + product))
+    with tf.control_dependencies(_check_indices(accumulators, gradients)):
+        for accumulator, gradient, touched in zip(accumulators, gradients, touched_rows, strict=True):
+            values = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
+            if check_finite:
+                finite.append(tf.reduce_all(tf.math.is_finite(values)))
+            # A number straight to this dtype: on its own it would become float32 first.
+            factor = tf.cast(scale, accumulator.dtype) if tf.is_tensor(scale) else tf.constant(scale, accumulator.dtype)
+            product = tf.cast(values, accumulator.dtype) * factor
+            if isinstance(gradient, tf.IndexedSlices):
+                _accumulate_rows(accumulator, product, gradient.indices, overwrite, touched)
+            else:
+                accumulator.assign(tf.where(overwrite, product, accumulator + product))
     if not check_finite:
         return None
     return tf.reduce_all(tf.stack(finite)) if finite else tf.constant(True)
+
+
+def _check_indices(
+    accumulators: Sequence[tf.Variable], gradients: Sequence[tf.Tensor | tf.IndexedSlices]
+) -> list[tf.Operation]:
+    """Fails before anything is written; TensorFlow's scatters on a GPU skip what is out of range instead."""
+    checks = []
+    for accumulator, gradient in zip(accumulators, gradients, strict=True):
+        if isinstance(gradient, tf.IndexedSlices) and "GPU" not in (accumulator.device or ""):
+            rows = tf.cast(accumulator.shape[0], gradient.indices.dtype)
+            message = f"An index is not a row of '{accumulator.name}', which has {accumulator.shape[0]} rows."
+            checks.append(tf.debugging.assert_non_negative(gradient.indices, message=message))
+            checks.append(tf.debugging.assert_less(gradient.indices, rows, message=message))
+    return [check for check in checks if check is not None]
 
 
 def _accumulate_rows(

@@ -249,7 +249,9 @@ def test_threads_with_opposite_orders_do_not_deadlock():
         except Exception as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=work, args=(order,)) for order in (accumulators, accumulators[::-1]) * 2]
+    threads = [
+        threading.Thread(target=work, args=(order,), daemon=True) for order in (accumulators, accumulators[::-1]) * 2
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

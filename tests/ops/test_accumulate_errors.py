@@ -203,6 +203,25 @@ def test_shapes_unknown_until_run(jit_compile):
         ),
         (
             ValueError,
+            r"touched_rows\[1\]` and `touched_rows\[0\]` are the same",
+            lambda v: ops.accumulate(
+                [v, tf.Variable(tf.ones([2, 3]))],
+                [tf.ones([2, 3])] * 2,
+                touched_rows=[flags := tf.Variable([True] * 2), flags],
+            ),
+        ),
+        (
+            ValueError,
+            "shape that is known",
+            lambda v: ops.accumulate([tf.Variable(tf.ones([2, 3]), shape=[None, 3])], [tf.ones([2, 3])]),
+        ),
+        (
+            ValueError,
+            "int32 or int64",
+            lambda v: ops.accumulate([v], [tf.IndexedSlices(tf.ones([1, 3]), tf.constant([0], tf.int16))]),
+        ),
+        (
+            ValueError,
             "one index for each",
             lambda v: ops.accumulate([v], [tf.IndexedSlices(tf.ones([2, 3]), tf.constant([0]))]),
         ),
@@ -218,6 +237,15 @@ def test_public_function_checks_its_arguments(backend, error, message, call):
     with pytest.raises(error, match=message):
         call(variable)
     np.testing.assert_array_equal(variable.numpy(), np.ones([2, 3]))
+
+
+def test_index_out_of_range_changes_nothing(backend):
+    dense, table = tf.Variable(tf.ones([2])), tf.Variable(tf.ones([3, 2]))
+    for row in (-1, 3):
+        with pytest.raises(INVALID):
+            ops.accumulate([dense, table], [tf.ones([2]), tf.IndexedSlices(tf.ones([1, 2]), tf.constant([row]))])
+        np.testing.assert_array_equal(dense.numpy(), [1, 1])
+        np.testing.assert_array_equal(table.numpy(), np.ones([3, 2]))
 
 
 @pytest.mark.gpu

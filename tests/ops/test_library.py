@@ -126,6 +126,22 @@ def test_gpu_variables_without_usable_cuda_kernels(installation, monkeypatch):
     library.gpu_problem.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        ("75-real;80-real;90", (9, 0), True),
+        ("75-real;80-real;90", (8, 6), True),
+        ("75-real;80-real;90", (12, 0), True),  # from PTX
+        ("75-real;80-real;90-real", (12, 0), False),
+        ("80-real;90", (7, 5), False),
+        ("90a", (9, 0), True),
+        ("native", (7, 0), True),
+    ],
+)
+def test_architectures_that_run_on_a_gpu(architectures, capability, runs):
+    assert library._runs_on(architectures.split(";"), *capability) == runs
+
+
 def test_backend_choice(monkeypatch):
     monkeypatch.setattr(library, "_backend", None)
     monkeypatch.setenv("ACCUMOPS_BACKEND", "reference")

@@ -200,8 +200,8 @@ class AccumulateOp : public OpKernel {
   }
 
  protected:
-  // Makes the variables writable and accumulates; on an error nothing has been added to any of
-  // them.
+  // Makes the variables writable and accumulates. On an error nothing has been added to any of
+  // them, unless a GPU fails between two launches.
   virtual absl::Status Run(OpKernelContext* ctx, Inputs& inputs, bool* all_finite) = 0;
 
  private:
