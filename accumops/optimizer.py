@@ -212,8 +212,10 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
 
     @property
     def loss_scale_factor(self) -> float | None:
-        """The wrapped optimizer's loss scale factor; setting it sets that one's."""
-        return self.inner_optimizer.loss_scale_factor
+        """The wrapped optimizer's loss scale factor, of a LossScaleOptimizer its initial one; it can be set."""
+        inner = self.inner_optimizer
+        scales_itself = isinstance(inner, keras.optimizers.LossScaleOptimizer)
+        return inner.initial_scale if scales_itself else inner.loss_scale_factor
 
     @loss_scale_factor.setter
     def loss_scale_factor(self, factor: float | None) -> None:

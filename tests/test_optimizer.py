@@ -295,7 +295,8 @@ class TestErrors:
         x, y = data(rng, updates=1)
         keras.config.set_dtype_policy("mixed_float16")
         try:
-            optimizer = GradientAccumulateOptimizer(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)), accum_steps=2)
+            scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1))
+            optimizer = GradientAccumulateOptimizer(scaled, accum_steps=2)
             with pytest.raises(ValueError, match="auto_scale_loss=False"):
                 mlp().compile(optimizer, loss="mse")
             model = mlp()
