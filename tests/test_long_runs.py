@@ -107,7 +107,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def test_a_window_takes_the_memory_of_one_micro_batch():
-    """16 micro-batches of 16 in one step beside one of them, and beside the batch of 256 at once; MiB of the process."""
+    """16 micro-batches of 16 in one step beside one of them and beside the batch of 256 at once: MiB of the process."""
 
     def peak(samples, micro_batch_size):
         environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}

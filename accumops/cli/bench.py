@@ -1,6 +1,5 @@
 """`accumops bench`: how fast the fused ops are, beside TensorFlow's own and beside the memory."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from accumops.cli.console import console, table
 from accumops.cli.info import describe
+from accumops.cli.report import json_option, write_json
 
 if TYPE_CHECKING:
     from accumops.benchmark.accumulate import Result
@@ -20,12 +20,7 @@ NOTHING_TO_MEASURE = 3
 @click.command()
 @click.argument("suite", type=click.Choice(["accumulate"]))
 @click.option("--rounds", type=click.IntRange(min=2), default=30, help="Timed runs of each contender.")
-@click.option(
-    "--json",
-    "json_file",
-    type=click.Path(dir_okay=False, writable=True, path_type=Path),
-    help="Write all results to this file, with a description of machine and build.",
-)
+@json_option
 @click.pass_context
 def bench(context: click.Context, suite: str, rounds: int, json_file: Path | None) -> None:
     """Time contenders interleaved in one process, and print their medians.
@@ -33,8 +28,6 @@ def bench(context: click.Context, suite: str, rounds: int, json_file: Path | Non
     The suite `accumulate` is one micro-step over the 214 trainable variables of ResNet-50 on the CPU. Exits with 3
     where there are no fused ops to measure.
     """
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise click.BadParameter(f"there is no directory {str(json_file.parent)!r}", param_hint="'--json'")
     facts = describe()
 
     from accumops import LibraryError
@@ -50,8 +43,7 @@ def bench(context: click.Context, suite: str, rounds: int, json_file: Path | Non
             context.exit(NOTHING_TO_MEASURE)
     _print(result)
     if json_file is not None:
-        report = {"suite": suite, "rounds": rounds, **facts, "result": asdict(result)}
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(json_file, {"accumops": facts, "suite": suite, "rounds": rounds, "result": asdict(result)})
 
 
 def _print(result: "Result") -> None:

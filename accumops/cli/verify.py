@@ -1,6 +1,5 @@
 """`accumops verify`: whether the fused ops compute here what the reference does."""
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from accumops.cli.console import console, table
 from accumops.cli.info import describe
+from accumops.cli.report import json_option, write_json
 
 if TYPE_CHECKING:
     from accumops.verification import Result
@@ -30,12 +30,7 @@ NOTHING_TO_VERIFY = 3
     help="Where the ops run; auto takes a GPU if the fused ops can use it.",
 )
 @click.option("--quick", is_flag=True, help="Go through a small part of the grid only.")
-@click.option(
-    "--json",
-    "json_file",
-    type=click.Path(dir_okay=False, writable=True, path_type=Path),
-    help="Write all results to this file, with a description of machine and build.",
-)
+@json_option
 @click.pass_context
 def verify(context: click.Context, device: str, quick: bool, json_file: Path | None) -> None:
     """Compare every fused op with the reference, and both with float64.
@@ -43,8 +38,6 @@ def verify(context: click.Context, device: str, quick: bool, json_file: Path | N
     Exits with 0 if all errors are within their bounds, with 1 if one is not, and with 3 where there are no fused ops to
     verify.
     """
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise click.BadParameter(f"there is no directory {str(json_file.parent)!r}", param_hint="'--json'")
     facts = describe()
 
     from accumops.verification import NothingToVerify, find_device
@@ -67,11 +60,7 @@ def verify(context: click.Context, device: str, quick: bool, json_file: Path | N
             "groups": groups,
             "cases": [{**asdict(result), "ok": result.ok} for result in results],
         }
-        try:
-            json_file.write_text(json.dumps(_as_json(record), indent=1, allow_nan=False) + "\n")
-        except OSError as error:
-            raise click.FileError(str(json_file), error.strerror) from error
-        click.echo(f"Results written to {json_file}")
+        write_json(json_file, _as_json(record))
     context.exit(0 if all(result.ok for result in results) else OVER_BOUND)
 
 
