@@ -211,6 +211,7 @@ class GradientAccumulator(tf.Module):
                 raise ValueError(empty)
         else:
             tf.debugging.assert_positive(self.step, message=empty)
+        # Before the first gradient all variables may have one: the function that closes is traced before the others.
         seen = self._seen_gradients() or range(len(self._accumulators))
         if not tf.executing_eagerly():
             self._closed_without.update(set(range(len(self._accumulators))).difference(seen))

@@ -5,10 +5,13 @@ micro_batch_size=b      a `fit` step is a window: its batch is split into micro-
                         is made. To `fit`, its callbacks, schedules and metrics this is large-batch training.
 """
 
+import numbers
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from accumops.accumulator import check_accum_steps
@@ -33,8 +36,8 @@ class GradientAccumulateModel(keras.Model):
       run one after another, so that activations take the memory of one. A last batch of any size is handled exactly.
       Batch size, steps, schedules, callbacks and metrics are those of training with the large batch.
 
-    A layer that looks at a whole batch, such as batch normalization, sees micro-batches. Losses of `add_loss` that sum
-    over the batch, as activity regularizers do, are averaged over the window's micro-batches.
+    A layer that looks at a whole batch, such as batch normalization, sees micro-batches. A loss of `add_loss` that is a
+    sum over the batch, and not a mean, is averaged over the window's micro-batches.
 
     Args:
         model: The `keras.Model` to train, with no `train_step` of its own.
@@ -86,14 +89,20 @@ class GradientAccumulateModel(keras.Model):
             )
         if partial_window not in _PARTIAL_WINDOWS:
             raise ValueError(f"`partial_window` must be one of {_PARTIAL_WINDOWS}. Received: {partial_window!r}")
-        super().__init__(name=name)
+        # Inputs reach the wrapped model as they are; what it casts, it casts itself.
+        super().__init__(name=name, autocast=False)
+        self._convert_input_args = False
         self.model = model
+        if hasattr(model, "output_names"):  # by which losses and metrics are found, and called in the logs
+            self.output_names = model.output_names
         self.accum_steps = check_accum_steps(accum_steps)
-        self.micro_batch_size = micro_batch_size
+        self.micro_batch_size = None if micro_batch_size is None else int(micro_batch_size)
         self.normalization = normalization
         self.partial_window = partial_window
         self._flush_function: Callable[[], None] | None = None
-        self.built = model.built
+        if model.built:
+            self.built = True
+            self._build_shapes_dict = getattr(model, "_build_shapes_dict", None)
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Calls the wrapped model."""
@@ -105,26 +114,33 @@ class GradientAccumulateModel(keras.Model):
             self.model.build(input_shape)
         self.built = True
 
-    def compile(self, optimizer: Any = "rmsprop", *, auto_scale_loss: bool = True, **kwargs: Any) -> None:
+    def compile(
+        self, optimizer: Any = "rmsprop", loss: Any = None, *args: Any, auto_scale_loss: bool = True, **kwargs: Any
+    ) -> None:
         """Configures training, as `keras.Model.compile` does.
 
         Args:
-            optimizer: The optimizer that makes one update a window. It is wrapped in a `GradientAccumulateOptimizer`.
+            optimizer: The optimizer that makes one update a window. It is wrapped in a `GradientAccumulateOptimizer`;
+                this model's own, from an earlier `compile`, goes on with its state.
+            loss: The loss, or one for each output; their reductions have to be means.
+            *args: As `keras.Model.compile` takes them.
             auto_scale_loss: Whether a `mixed_float16` model gets a `LossScaleOptimizer`, inside that wrapper: a window
                 with a gradient that is not finite is dropped, and the scale backs off.
-            **kwargs: Everything else that `keras.Model.compile` takes: `loss`, `metrics`, `jit_compile`, …
+            **kwargs: Everything else that `keras.Model.compile` takes: `metrics`, `jit_compile`, …
 
         Raises:
             ValueError: If the optimizer accumulates gradients itself, or a loss has a reduction that no weighted mean
                 of micro-batches gives.
         """
-        _check_losses(kwargs.get("loss"), self.normalization)
+        _check_losses(loss, self.normalization)
+        if optimizer is getattr(self, "optimizer", None) and isinstance(optimizer, GradientAccumulateOptimizer):
+            optimizer = optimizer.inner_optimizer
         optimizer = keras.optimizers.get(optimizer)
         scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
         if auto_scale_loss and self.model.dtype_policy.name == "mixed_float16" and not scaled:
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
         wrapped = GradientAccumulateOptimizer(optimizer, accum_steps=self.accum_steps)
-        super().compile(wrapped, auto_scale_loss=False, **kwargs)
+        super().compile(wrapped, loss, *args, auto_scale_loss=False, **kwargs)
         # What was given is what is saved: `compile` wraps it anew.
         self._compile_config.config["optimizer"] = optimizer
         self._flush_function = None
@@ -146,13 +162,16 @@ class GradientAccumulateModel(keras.Model):
         """
         if self.micro_batch_size is None:
             return self._train_on_micro_batch(data, self.optimizer.apply)
+        if self.optimizer.accumulator.built:
+            self.optimizer.accumulator.reset()  # what a step that failed may have left open
         _for_each_slice(
             data,
             self.micro_batch_size,
             lambda part: self._train_on_micro_batch(part, self.optimizer.accumulate),
             static_sizes=bool(self.jit_compile),
         )
-        self.optimizer.flush()
+        if self.optimizer.built:
+            self.optimizer.flush()
         return self.get_metrics_result()
 
     def _train_on_micro_batch(self, data: Any, apply: Callable[..., None]) -> dict[str, Any]:
@@ -164,6 +183,9 @@ class GradientAccumulateModel(keras.Model):
             scaled = self.optimizer.scale_loss(loss)
         self._loss_tracker.update_state(loss, sample_weight=samples)
         variables = self.trainable_variables
+        if not variables:
+            warnings.warn("The model does not have any trainable weights.", stacklevel=2)
+            return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
         weight = self._window_share(x, y, y_pred, sample_weight, samples)
         apply(tape.gradient(scaled, variables), variables, weight=weight)
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
@@ -179,7 +201,8 @@ class GradientAccumulateModel(keras.Model):
 
     def flush(self) -> None:
         """Ends the open window with an update; does nothing where none is open."""
-        if self.optimizer is None or not self.optimizer.built:
+        optimizer = getattr(self, "optimizer", None)
+        if optimizer is None or not optimizer.accumulator.built or int(optimizer.accumulator.step) == 0:
             return
         if self._flush_function is None:
             self._flush_function = self.optimizer.flush if self.run_eagerly else tf.function(self.optimizer.flush)
@@ -190,28 +213,40 @@ class GradientAccumulateModel(keras.Model):
         x: Any = None,
         y: Any = None,
         batch_size: int | None = None,
-        *args: Any,
+        epochs: int = 1,
+        verbose: Any = "auto",
         callbacks: Any = None,
+        *args: Any,
         **kwargs: Any,
     ) -> keras.callbacks.History:
         """Trains as `keras.Model.fit` does; see `partial_window` for what an epoch's end does.
 
+        A window that an interrupted `fit` or `train_on_batch` has left open is dropped at the start, unless
+        `partial_window` is `"carry"`.
+
         Raises:
             ValueError: If `micro_batch_size` is larger than the batch.
         """
-        self._check_batch_size(x, batch_size)
-        at_epoch_end = _EpochEnd(self)
-        if isinstance(callbacks, keras.callbacks.CallbackList):
-            callbacks.append(at_epoch_end)
-        else:
-            callbacks = [at_epoch_end, *keras.tree.flatten(callbacks or [])]
-        return super().fit(x, y, batch_size, *args, callbacks=callbacks, **kwargs)
+        self._check_batch_size(x, batch_size, kwargs.get("steps_per_epoch"))
+        windows = _WindowEnds(self)  # the first of all: a checkpoint is to see what it does
+        if not isinstance(callbacks, keras.callbacks.CallbackList):
+            callbacks = [windows, *keras.tree.flatten(callbacks or [])]
+            return super().fit(x, y, batch_size, epochs, verbose, callbacks, *args, **kwargs)
+        callbacks.callbacks.insert(0, windows)
+        try:
+            return super().fit(x, y, batch_size, epochs, verbose, callbacks, *args, **kwargs)
+        finally:
+            callbacks.callbacks.remove(windows)
 
-    def _check_batch_size(self, x: Any, batch_size: int | None) -> None:
+    def _check_batch_size(self, x: Any, batch_size: int | None, steps_per_epoch: int | None) -> None:
         if isinstance(x, tf.data.Dataset):
             shapes = [getattr(spec, "shape", None) for spec in keras.tree.flatten(x.element_spec)]
             batch_size = next((shape[0] for shape in shapes if shape is not None and shape.rank), None)
-        elif batch_size is None and (hasattr(x, "shape") or isinstance(x, dict | list | tuple)):
+        elif (
+            batch_size is None
+            and steps_per_epoch is None
+            and isinstance(x, np.ndarray | tf.Tensor | dict | list | tuple)
+        ):
             batch_size = 32  # what Keras makes of arrays
         if self.micro_batch_size is not None and batch_size is not None and self.micro_batch_size > batch_size:
             raise ValueError(
@@ -243,12 +278,16 @@ class GradientAccumulateModel(keras.Model):
         return f"<GradientAccumulateModel {self.model.name}, {window}>"
 
 
-class _EpochEnd(keras.callbacks.Callback):
+class _WindowEnds(keras.callbacks.Callback):
     """Settles an open window when an epoch's batches are through, before its validation."""
 
     def __init__(self, model: GradientAccumulateModel) -> None:
         super().__init__()
         self._accumulating = model
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        if self._accumulating.partial_window != "carry":
+            self._drop()
 
     def on_test_begin(self, logs: Any = None) -> None:
         self._settle()
@@ -257,11 +296,15 @@ class _EpochEnd(keras.callbacks.Callback):
         self._settle()
 
     def _settle(self) -> None:
-        model = self._accumulating
-        if model.partial_window == "flush":
-            model.flush()
-        elif model.partial_window == "drop":
-            model.optimizer.accumulator.reset()
+        if self._accumulating.partial_window == "flush":
+            self._accumulating.flush()
+        elif self._accumulating.partial_window == "drop":
+            self._drop()
+
+    def _drop(self) -> None:
+        accumulator = self._accumulating.optimizer.accumulator
+        if accumulator.built:
+            accumulator.reset()
 
 
 def _for_each_slice(data: Any, size: int, run: Callable[[Any], object], static_sizes: bool) -> None:
@@ -270,7 +313,12 @@ def _for_each_slice(data: Any, size: int, run: Callable[[Any], object], static_s
     In a graph one body serves all slices. XLA needs to know their sizes: with `static_sizes` the remainder has a body
     of its own.
     """
-    count = tf.shape(next(leaf for leaf in keras.tree.flatten(data) if leaf is not None))[0]
+    leaves = [leaf for leaf in keras.tree.flatten(data) if leaf is not None]
+    if any(isinstance(leaf, tf.SparseTensor) for leaf in leaves):
+        raise ValueError(
+            "A batch with a tf.SparseTensor cannot be split: use `accum_steps` instead of `micro_batch_size`."
+        )
+    count = tf.shape(leaves[0])[0]
 
     def part(begin: tf.Tensor | int, end: tf.Tensor | int) -> Any:
         return keras.tree.map_structure(lambda leaf: None if leaf is None else leaf[begin:end], data)
@@ -280,7 +328,7 @@ def _for_each_slice(data: Any, size: int, run: Callable[[Any], object], static_s
             if leaf is None:
                 return None
             rest = leaf.shape.rank - 1
-            return tf.slice(leaf, [begin] + [0] * rest, [size] + [-1] * rest)
+            return tf.slice(leaf, [begin] + [0] * rest, [tf.minimum(size, count)] + [-1] * rest)
 
         return keras.tree.map_structure(cut, data)
 
@@ -320,7 +368,10 @@ def _loss_denominator(loss: Any, y_pred: Any, sample_weight: Any, samples: tf.Te
         )
     mask = getattr(outputs[0], "_keras_mask", None)
     share = None if mask is None else tf.cast(mask, tf.float32)
-    if _reduction(loss) == "mean_with_sample_weight" and sample_weight is not None:
+    if (
+        _reduction(next(iter(keras.tree.flatten(loss)), None)) == "mean_with_sample_weight"
+        and sample_weight is not None
+    ):
         weights = tf.cast(keras.tree.flatten(sample_weight)[0], tf.float32)
         if share is None:
             share = weights
@@ -358,12 +409,17 @@ def _check_model(model: keras.Model | None, inputs: Any, outputs: Any) -> keras.
         raise ValueError("Give either a model, or `inputs` and `outputs`, not both.")
     if not isinstance(model, keras.Model):
         raise TypeError(f"`model` must be a keras.Model. Received: {model!r}")
-    for method in ("train_step", "compute_loss", "compute_metrics"):
+    for method in ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics"):
         if getattr(type(model), method) is not getattr(keras.Model, method):
             raise ValueError(
                 f"{type(model).__name__} has a `{method}` of its own, which would not be called. Compile it with a "
                 "GradientAccumulateOptimizer instead."
             )
+    if model._metrics:
+        raise ValueError(
+            f"{type(model).__name__} has metrics of its own, which would not be reset. Give them to `compile`, or have "
+            "a GradientAccumulateOptimizer in its own `compile` instead."
+        )
     return model
 
 
@@ -375,7 +431,7 @@ def _check_mode(accum_steps: int | None, micro_batch_size: int | None) -> None:
         )
     check_accum_steps(accum_steps)
     if micro_batch_size is not None:
-        if isinstance(micro_batch_size, bool) or not isinstance(micro_batch_size, int):
+        if isinstance(micro_batch_size, bool) or not isinstance(micro_batch_size, numbers.Integral):
             raise TypeError(f"`micro_batch_size` must be an int, a number of samples. Received: {micro_batch_size!r}")
         if micro_batch_size < 1:
             raise ValueError(f"`micro_batch_size` must be at least 1. Received: {micro_batch_size}")

@@ -135,6 +135,34 @@ class TwoInputsAndOutputs(Problem):
         return keras.Model({"a": a, "b": b}, outputs)
 
 
+class ListOutputs(Problem):
+    """Outputs in a list, whose losses are found by the layers' names."""
+
+    def __init__(self, rng):
+        super().__init__(rng)
+        self.y = [self.y, self.y[:, :1]]
+        self.compile_arguments = {"loss": {"u": "mse", "v": "mae"}, "metrics": {"u": ["mae"]}}
+
+    def model(self, seed=7):
+        keras.utils.set_random_seed(seed)
+        inputs = keras.Input((5,))
+        hidden = keras.layers.Dense(8, "tanh")(inputs)
+        return keras.Model(inputs, [keras.layers.Dense(3, name="u")(hidden), keras.layers.Dense(1, name="v")(hidden)])
+
+
+class WeightedMeanInAList(WeightedMean):
+    def __init__(self, rng):
+        super().__init__(rng)
+        self.compile_arguments["loss"] = [self.compile_arguments["loss"]]
+
+
+class TinyLastBatch(Problem):
+    """The last batch is smaller than a micro-batch."""
+
+    def __init__(self, rng):
+        super().__init__(rng, samples=BATCH * (UPDATES - 1) + 5)
+
+
 FEATURES = {
     each.__name__: each
     for each in (
@@ -150,6 +178,9 @@ FEATURES = {
         GlobalClipNorm,
         MovingAverage,
         TwoInputsAndOutputs,
+        ListOutputs,
+        WeightedMeanInAList,
+        TinyLastBatch,
     )
 }
 
@@ -175,10 +206,11 @@ def check(problem, optimizer, mode, **run):
     history = train(problem, optimizer, model, MICRO if mode == "accum_steps" else BATCH, **run)
     assert int(model.optimizer.iterations) == UPDATES
     assert largest_difference(full, inner) <= 1e-5
+    assert list(history) == list(wanted)
     for name, values in wanted.items():
         if isinstance(problem, Masked | WeightedMean) and name == "loss":
             continue  # Keras averages the batches' losses by samples, whatever these divide by
-        if isinstance(problem, TwoInputsAndOutputs) and name != "loss":
+        if isinstance(problem, TwoInputsAndOutputs | ListOutputs) and name.endswith("_loss"):
             continue  # and those of single outputs with equal weights, whatever the sizes of the batches
         np.testing.assert_allclose(history[name], values, rtol=1e-5, err_msg=name)
 
@@ -197,7 +229,7 @@ def test_every_feature(backend, rng, feature, mode):
 
 
 @pytest.mark.parametrize("mode", list(MODES))
-@pytest.mark.parametrize("feature", ["Masked", "Regularized", "TwoInputsAndOutputs", "MovingAverage"])
+@pytest.mark.parametrize("feature", ["Masked", "Regularized", "ListOutputs", "TinyLastBatch"])
 @pytest.mark.parametrize("run", ["eager", "xla"])
 def test_features_in_other_runs(rng, feature, mode, run):
     check(FEATURES[feature](rng), OPTIMIZERS["Adam"], mode, **RUNS[run])
@@ -427,6 +459,113 @@ def test_a_window_with_nan_is_dropped_and_the_scale_backs_off(rng):
     assert any(np.any(a != b) for a, b in zip(weights, model.get_weights(), strict=True))
 
 
+def test_a_step_that_fails_leaves_no_window_open(rng):
+    def make():
+        keras.utils.set_random_seed(0)
+        layers = [
+            keras.Input((2,), dtype="int32"),
+            keras.layers.Embedding(10, 3),
+            keras.layers.Flatten(),
+            keras.layers.Dense(1),
+        ]
+        return keras.Sequential(layers)
+
+    good, bad, y = np.ones((8, 2), "int32"), np.ones((8, 2), "int32"), np.ones((8, 1), "float32")
+    bad[6] = 99  # in the second micro-batch
+    full, inner = make(), make()
+    full.compile(keras.optimizers.SGD(0.1), loss="mse")
+    model = GradientAccumulateModel(inner, micro_batch_size=4)
+    model.compile(keras.optimizers.SGD(0.1), loss="mse")
+    for each in (full, model):
+        each.train_on_batch(good, y)
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            each.train_on_batch(bad, y)
+        each.train_on_batch(2 * good, y)
+    assert largest_difference(full, inner) <= 1e-6
+
+
+@pytest.mark.parametrize("partial_window", ["flush", "drop"])
+def test_an_interrupted_fit_leaves_nothing_for_the_next(rng, partial_window):
+    class Interrupt(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 1:
+                raise KeyboardInterrupt
+
+    problem = Problem(rng, samples=64)
+    full, inner = problem.model(), problem.model()
+    train(problem, OPTIMIZERS["momentum"], full, 64)
+    model = GradientAccumulateModel(inner, accum_steps=4, partial_window=partial_window)
+    model.compile(OPTIMIZERS["momentum"](), loss="mse")
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(problem.x + 1, problem.y, batch_size=16, verbose=0, callbacks=Interrupt())
+    model.fit(problem.x, problem.y, batch_size=16, shuffle=False, verbose=0)
+    assert int(model.optimizer.iterations) == 1
+    assert largest_difference(full, inner) <= 1e-6
+
+
+def test_a_callback_list(rng):
+    """Its own callbacks see the flushed weights, and it can be used again."""
+    problem = Problem(rng, samples=40)
+    model = GradientAccumulateModel(problem.model(), accum_steps=2)
+    model.compile(keras.optimizers.SGD(0.1), loss="mse")
+    steps = []
+    probe = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: steps.append(int(model.optimizer.accumulator.step))
+    )
+    callbacks = keras.callbacks.CallbackList([probe], add_history=True, model=model, epochs=1)
+    for _ in range(2):
+        model.fit(problem.x, problem.y, batch_size=16, verbose=0, callbacks=callbacks)
+        assert len(callbacks.callbacks) == 2
+    assert steps == [0, 0]
+    assert int(model.optimizer.iterations) == 4
+
+
+def test_inputs_reach_the_model_as_they_are():
+    """Under mixed precision float16 would lose what the model casts itself."""
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        layers = [keras.Input((1,)), keras.layers.Rescaling(1e-5, dtype="float32"), keras.layers.Dense(1)]
+        net = keras.Sequential(layers)
+        model = GradientAccumulateModel(net, accum_steps=2)
+        x = np.full((4, 1), 70000.0, "float32")
+        np.testing.assert_array_equal(model.predict(x, verbose=0), net.predict(x, verbose=0))
+        assert np.isfinite(model.predict(x, verbose=0)).all()
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def test_flush_before_there_is_anything(rng):
+    model = GradientAccumulateModel(Problem(rng).model(), accum_steps=2)
+    model.flush()
+    model.compile("sgd", "mse")
+    model.flush()
+    model.optimizer.build(model.trainable_variables)
+    model.flush()
+    assert int(model.optimizer.iterations) == 0
+
+
+@pytest.mark.parametrize("arguments", [{"accum_steps": 2, "partial_window": "drop"}, {"micro_batch_size": 8}])
+def test_nothing_trainable(rng, arguments):
+    problem = Problem(rng, samples=64)
+    inner = problem.model()
+    inner.trainable = False
+    model = GradientAccumulateModel(inner, **arguments)
+    model.compile("sgd", "mse")
+    with pytest.warns(UserWarning, match="trainable"):
+        history = model.fit(problem.x, problem.y, 32, 1, 0).history
+    assert np.isfinite(history["loss"]).all()
+
+
+def test_compiled_again_with_its_own_optimizer(rng):
+    problem = Problem(rng, samples=64)
+    model = GradientAccumulateModel(problem.model(), micro_batch_size=np.int64(16))
+    model.compile("adam", "mse")
+    model.fit(problem.x, problem.y, steps_per_epoch=1, verbose=0)
+    model.compile(model.optimizer, "mse")
+    model.fit(problem.x, problem.y, batch_size=64, verbose=0)
+    assert int(model.optimizer.iterations) == 2
+
+
 def test_callbacks_and_frozen_later(rng):
     problem = Problem(rng)
     model = GradientAccumulateModel(problem.model(), micro_batch_size=16)
@@ -465,6 +604,22 @@ class TestErrors:
             GradientAccumulateModel(accum_steps=2)
         with pytest.raises(TypeError, match=r"keras\.Model"):
             GradientAccumulateModel(keras.layers.Dense(1), accum_steps=2)
+
+    def test_sparse_input(self):
+        inputs = keras.Input((5,), sparse=True)
+        model = GradientAccumulateModel(keras.Model(inputs, keras.layers.Dense(1)(inputs)), micro_batch_size=2)
+        model.compile("sgd", "mse")
+        with pytest.raises(ValueError, match="accum_steps"):
+            model.train_on_batch(tf.sparse.from_dense(tf.ones([4, 5])), tf.ones([4, 1]))
+
+    def test_own_metrics(self):
+        class Own(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.mean = keras.metrics.Mean()
+
+        with pytest.raises(ValueError, match="Own has metrics of its own"):
+            GradientAccumulateModel(Own(), accum_steps=2)
 
     def test_own_train_step(self):
         class Own(keras.Model):
