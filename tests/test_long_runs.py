@@ -115,6 +115,7 @@ def test_a_window_takes_the_memory_of_one_micro_batch():
         return float(subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout)
 
     one, window, at_once = peak(16, 16), peak(256, 16), peak(256, 0)
-    data = 2 * 256 * 64 * 64 * 3 * 4 / 2**20  # the batch itself, and its copy for TensorFlow
-    assert window - data < 1.05 * one
-    assert at_once > 1.8 * one
+    # What the window adds is the batch itself, twice 12 MiB, and what the allocator did not find again; the activations
+    # of the batch at once are sixteen times those of a micro-batch.
+    assert at_once - one > 500
+    assert window - one < 0.15 * (at_once - one)
