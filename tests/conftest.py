@@ -1,5 +1,8 @@
 """Fixtures that run a test over both backends and the ways TensorFlow executes. TensorFlow is imported when used."""
 
+import gc
+import os
+
 import pytest
 
 BACKENDS = ("fused", "reference")
@@ -39,6 +42,18 @@ def rng(request):
     import numpy as np
 
     return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def resident_bytes():
+    """A function that returns how much memory this process has now."""
+
+    def read():
+        gc.collect()
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    return read
 
 
 def pytest_collection_modifyitems(items):
