@@ -226,11 +226,13 @@ def test_loads_what_the_inner_optimizer_saved_alone(rng, tmp_path):
     plain.save_weights(tmp_path / "model.weights.h5")
     wrapped = mlp(seed=4)
     wrapped.compile(GradientAccumulateOptimizer(keras.optimizers.Adam(0.01), accum_steps=2), loss="mse")
-    wrapped.optimizer.build(wrapped.trainable_variables)
+    wrapped.train_on_batch(x[:8], y[:8])
+    assert int(wrapped.optimizer.accumulator.step) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # Keras warns where it skips a variable
         wrapped.load_weights(tmp_path / "model.weights.h5")
     assert int(wrapped.optimizer.iterations) == 4
+    assert int(wrapped.optimizer.accumulator.step) == 0  # the window was that of other weights
     pairs = zip(plain.optimizer.variables, wrapped.optimizer.inner_optimizer.variables, strict=True)
     for a, b in pairs:
         np.testing.assert_array_equal(a.numpy(), b.numpy())
@@ -277,6 +279,14 @@ class TestErrors:
         optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0), accum_steps=2)
         with pytest.raises(ValueError, match="build"):
             optimizer.apply([tf.ones([2])])
+
+    def test_float8(self):
+        """Such layers have variables whose "gradient" is their next value."""
+        scale = keras.Variable(1.0, name="scale")
+        scale.overwrite_with_gradient = True
+        optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0), accum_steps=2)
+        with pytest.raises(ValueError, match=r"'scale'.*float8"):
+            optimizer.build([scale])
 
     def test_lengths(self):
         a = keras.Variable(np.ones(2, "float32"))

@@ -30,7 +30,6 @@ class VariableList {
   // keeps them until this object ends. Fails where a variable is given twice or has no value yet.
   absl::Status Lock();
 
-  std::size_t size() const { return entries_.size(); }
   const tensorflow::Tensor& tensor(std::size_t i) const { return *entries_[i].variable->tensor(); }
   // How error messages call variable `i`, such as "accumulators[3] ('dense/kernel_accumulator')".
   std::string Describe(std::size_t i) const;
