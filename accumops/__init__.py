@@ -5,6 +5,8 @@ from importlib.metadata import version as _version
 
 from accumops import ops
 from accumops.accumulator import GradientAccumulator
+from accumops.callbacks import AccumStepsScheduler, EffectiveBatchSize, PartialWindow
+from accumops.clipping import AdaptiveGradientClipping
 from accumops.model import GradientAccumulateModel
 from accumops.ops import LibraryError, build_info, get_backend, set_backend
 from accumops.optimizer import GradientAccumulateOptimizer
@@ -15,10 +17,14 @@ except _PackageNotFoundError:  # imported from a source tree that is not install
     __version__ = "0+unknown"
 
 __all__ = [
+    "AccumStepsScheduler",
+    "AdaptiveGradientClipping",
+    "EffectiveBatchSize",
     "GradientAccumulateModel",
     "GradientAccumulateOptimizer",
     "GradientAccumulator",
     "LibraryError",
+    "PartialWindow",
     "build_info",
     "get_backend",
     "ops",

@@ -3,25 +3,31 @@
 A window opens with the first micro-batch after the last close, whose gradients overwrite the accumulators, and is
 closed by whoever applies the update:
 
-                      accumulate (overwrites)                    accumulate (adds)
-    EMPTY  step = 0 ────────────────────────▶ OPEN  0 < step < K ───────────────▶ FULL  step = K, `ready`
-      ▲                                         │                                   │
-      └─────────────────────────────────────────┴──────────── close ────────────────┘
+                accumulate (overwrites; limit = K)                  accumulate (adds)
+    EMPTY  step = 0 ────────────────────▶ OPEN  0 < step < limit ─────────────▶ FULL  step = limit, `ready`
+      ▲                                     │                                     │
+      └─────────────────────────────────────┴──────────── close ──────────────────┘
 
-The state is one accumulator a variable, `step`, `weight`, `connected` and, for large tables, the flags of touched rows;
-`GradientAccumulator` is their one owner. Closing only sets `step` back: what the accumulators hold between windows has
-no influence, and nothing clears it.
+The state is one accumulator a variable, `step`, `limit`, `weight`, `connected` and, for tables, the flags of touched
+rows; `GradientAccumulator` is their one owner. Closing only sets `step` back: what the accumulators hold between
+windows has no influence, and nothing clears it. `limit` is what `accum_steps` was when the window started: a K that
+changes does so with the next one.
 """
 
+import contextlib
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.ops import control_flow_util
 
 from accumops import ops
+
+Schedule = Callable[[tf.Tensor], "tf.Tensor | int"]
 
 
 class GradientAccumulator(tf.Module):
@@ -33,12 +39,13 @@ class GradientAccumulator(tf.Module):
     embeddings) touch only their rows.
 
     Args:
-        accum_steps: Micro-batches a window, an int of at least 1, or None: then a window is never `ready` and ends when
-            `close` is called.
+        accum_steps: Micro-batches a window, an int of at least 1; or a callable that gives it for a count of updates,
+            an int64 scalar; or None: then a window is never `ready` and ends when `close` is called. An int can be
+            changed, by setting the attribute, and holds from the next window on.
         name: The name of the accumulator, in messages and checkpoints.
 
     Raises:
-        TypeError: If `accum_steps` is not an int.
+        TypeError: If `accum_steps` is not an int, and no callable that returns one.
         ValueError: If `accum_steps` is less than 1.
 
     Example:
@@ -63,16 +70,30 @@ class GradientAccumulator(tf.Module):
     2
     """
 
-    def __init__(self, accum_steps: int | None, name: str = "gradient_accumulator") -> None:
+    def __init__(self, accum_steps: int | Schedule | None, name: str = "gradient_accumulator") -> None:
         super().__init__(name=name)
         self._accum_steps = check_accum_steps(accum_steps)
+        # AutoGraph, as in any tf.function: the callable may say `4 if updates < 100 else 8`.
+        self._schedule = tf.function(accum_steps) if callable(accum_steps) else None
         self.built = False
 
-    def build(self, variables: Sequence[tf.Variable]) -> None:
+    def build(
+        self,
+        variables: Sequence[tf.Variable],
+        *,
+        iterations: tf.Variable | None = None,
+        jit_compile: bool | None = None,
+        track_all_rows: bool = False,
+    ) -> None:
         """Creates the accumulators; `accumulate` does it where it is given `variables`.
 
         Args:
             variables: The trainable variables (`tf.Variable` or `keras.Variable`), of floating-point dtypes.
+            iterations: The count of updates that a callable `accum_steps` is given; by default, of closed windows.
+            jit_compile: Whether XLA will compile the functions that accumulate; by default, whether it will compile the
+                one that is being traced. The counters of functions that it will not live on the host, where they
+                decide without waiting for a GPU. XLA needs them on the GPU, as does who cannot say.
+            track_all_rows: Whether `close(keep_sparse=True)` is to know the touched rows of small tables too.
 
         Raises:
             ValueError: If there are none, one is not of a floating-point dtype, or `build` was called before.
@@ -90,7 +111,16 @@ class GradientAccumulator(tf.Module):
                 )
         self._names = [_name(variable) for variable in variables]
         self._accumulators = [_new_accumulator(variable) for variable in variables]
-        self._step = _new_variable("step", (), "int64")
+        with _counter_device(jit_compile):
+            self._step = _new_variable("step", (), "int64")
+            self._limit = _new_variable("limit", (), "int64", initializer="ones")
+            # What `accum_steps` is, for functions that are traced. It is no state: a process that goes on with another
+            # one's window takes it from its own arguments.
+            steps = self._accum_steps if isinstance(self._accum_steps, int) else 1
+            self._next_limit = _new_variable("next_limit", (), "int64", keras.initializers.Constant(steps))
+            counts_itself = self._schedule is not None and iterations is None
+            self._closed = _new_variable("closed", (), "int64") if counts_itself else None
+        self._iterations = self._closed if counts_itself else iterations
         self._weight = _new_variable("weight", (), "float32")
         # The variables that have had a gradient when a call was made or traced; the others close with None, as they
         # would without accumulation. Once a gradient was None, `connected` keeps this for a process that goes on with a
@@ -103,7 +133,7 @@ class GradientAccumulator(tf.Module):
         self._touched_rows = {
             str(i): _new_touched_rows(variable, accumulator)
             for i, (variable, accumulator) in enumerate(zip(variables, self._accumulators, strict=True))
-            if _may_be_table(accumulator)
+            if _may_be_table(accumulator) or (track_all_rows and len(accumulator.shape) >= 1)
         }
         # For which of them sparse gradients rely on the flags. A call that was traced with a dense gradient before does
         # not set them: from then on the accumulator is cleared as a whole.
@@ -112,9 +142,20 @@ class GradientAccumulator(tf.Module):
         self.built = True
 
     @property
-    def accum_steps(self) -> int | None:
-        """Micro-batches a window, or None."""
+    def accum_steps(self) -> int | Schedule | None:
+        """Micro-batches a window, a callable that gives them, or None. An int can be set, for the next window on."""
         return self._accum_steps
+
+    @accum_steps.setter
+    def accum_steps(self, accum_steps: int) -> None:
+        if not isinstance(self._accum_steps, int) or accum_steps is None or callable(accum_steps):
+            raise ValueError(
+                f"`accum_steps` can be changed from one int to another. Received: {accum_steps!r} instead of "
+                f"{self._accum_steps!r}"
+            )
+        self._accum_steps = check_accum_steps(accum_steps)
+        if self.built:
+            self._next_limit.assign(self._accum_steps)
 
     @property
     def accumulators(self) -> list[keras.Variable]:
@@ -124,9 +165,11 @@ class GradientAccumulator(tf.Module):
 
     @property
     def variables(self) -> list[keras.Variable]:
-        """All of the window's state, to save and to restore: step, weight, flags and accumulators."""
+        """All of the window's state, to save and to restore: counters, weight, flags and accumulators."""
         self._check_built()
-        return [self._step, self._weight, self._connected, *self._touched_rows.values(), *self._accumulators]
+        counters = [self._limit] if self._closed is None else [self._limit, self._closed]
+        flags = [self._connected, *self._touched_rows.values()]
+        return [self._step, self._weight, *counters, *flags, *self._accumulators]
 
     @property
     def step(self) -> tf.Tensor:
@@ -137,7 +180,11 @@ class GradientAccumulator(tf.Module):
     @property
     def ready(self) -> tf.Tensor:
         """Whether the window is full and waits for `close`: a bool scalar."""
-        return tf.constant(False) if self._accum_steps is None else self.step >= self._accum_steps
+        if self._accum_steps is None:
+            return tf.constant(False)
+        self._check_built()
+        with tf.device(self._step.value.device):
+            return tf.greater_equal(self._step, self._limit)
 
     def accumulate(
         self,
@@ -170,7 +217,9 @@ class GradientAccumulator(tf.Module):
         self._seen_gradients()  # before the step says that a window is open
         self._check_connections(present)
         touched = self._choose_tracking(gradients)
-        starts = tf.equal(self._step, 0)
+        with tf.device(self._step.value.device):
+            starts = tf.equal(self._step, 0)
+            limit = tf.where(starts, self._upcoming_limit(), self._limit)
         total = tf.where(starts, weight, self._weight + weight)
         with _Recording() as accumulation:
             ops.accumulate(
@@ -190,15 +239,21 @@ class GradientAccumulator(tf.Module):
                     flags = self._touched_rows[str(i)]
                     flags.assign(tf.ones(flags.shape, tf.bool))
             self._weight.assign(total)
+            self._limit.assign(limit)
             self._step.assign_add(1)
             self._connect(present)
 
-    def close(self) -> list[tf.Tensor | None]:
+    def close(self, *, keep_sparse: bool = False) -> list[tf.Tensor | tf.IndexedSlices | None]:
         """Ends the window, full or not, and returns its gradient.
 
+        Args:
+            keep_sparse: Whether a variable whose gradients were sparse gives `tf.IndexedSlices` of the rows that they
+                touched, each once and in order, where these are known: for variables of at least 1024 rows and 65,536
+                values, or all with `build(track_all_rows=True)`.
+
         Returns:
-            For each variable the weighted mean of its gradients, a tensor of the accumulator's dtype, or None where it
-            had none. If the weights add up to zero, so do the gradients.
+            For each variable the weighted mean of its gradients, of the accumulator's dtype, or None where it had none.
+            If the weights add up to zero, so do the gradients.
 
         Raises:
             ValueError: If no window is open, when executing eagerly. In a graph, `tf.errors.InvalidArgumentError`,
@@ -216,18 +271,38 @@ class GradientAccumulator(tf.Module):
         if not tf.executing_eagerly():
             self._closed_without.update(set(range(len(self._accumulators))).difference(seen))
         gradients = [
-            tf.math.divide_no_nan(tf.convert_to_tensor(accumulator), tf.cast(self._weight, accumulator.dtype))
-            if i in seen
-            else None
-            for i, accumulator in enumerate(self._accumulators)
+            self._mean(i, sparse=keep_sparse and self._knows_rows(i)) if i in seen else None
+            for i in range(len(self._accumulators))
         ]
         self._step.assign(0)
+        if self._closed is not None:
+            self._closed.assign_add(1)
         return gradients
+
+    def _mean(self, i: int, sparse: bool) -> tf.Tensor | tf.IndexedSlices:
+        accumulator = self._accumulators[i]
+        weight = tf.cast(self._weight, accumulator.dtype)
+        if not sparse:
+            return tf.math.divide_no_nan(tf.convert_to_tensor(accumulator), weight)
+        rows = tf.where(self._touched_rows[str(i)])[:, 0]
+        values = tf.math.divide_no_nan(tf.gather(accumulator.value, rows), weight)
+        return tf.IndexedSlices(values, rows, dense_shape=tf.constant(accumulator.shape, rows.dtype))
 
     def reset(self) -> None:
         """Drops the open window, if there is one: the next micro-batch starts a new one."""
         self._check_built()
         self._step.assign(0)
+
+    def _upcoming_limit(self) -> tf.Tensor:
+        if self._schedule is None:
+            return tf.convert_to_tensor(self._next_limit)
+        limit: tf.Tensor = self._schedule(tf.cast(self._iterations, tf.int64))
+        if limit.shape.rank != 0 or not limit.dtype.is_integer:
+            raise TypeError(f"The callable `accum_steps` must return an int. Received: {limit}")
+        return tf.maximum(tf.cast(limit, tf.int64), 1)
+
+    def _knows_rows(self, i: int) -> bool:
+        return str(i) in self._touched_rows and i not in self._untracked
 
     def _choose_tracking(self, gradients: list[tf.Tensor | tf.IndexedSlices | None]) -> list[keras.Variable | None]:
         """Returns the flags that sparse gradients of this call rely on, by position."""
@@ -235,9 +310,18 @@ class GradientAccumulator(tf.Module):
             if isinstance(gradient, tf.IndexedSlices):
                 if str(i) in self._touched_rows and i not in self._untracked:
                     self._tracked.add(i)
-            elif gradient is not None and i not in self._tracked:
+            elif gradient is not None and i not in self._tracked and i not in self._untracked:
                 self._untracked.add(i)
+                self._flag_all_rows(i)
         return [self._touched_rows[str(i)] if i in self._tracked else None for i in range(len(gradients))]
+
+    def _flag_all_rows(self, i: int) -> None:
+        """For a window that is restored, and functions that are traced already."""
+        flags = self._touched_rows.get(str(i))
+        if flags is not None:
+            with tf.init_scope():
+                if flags.value.is_initialized():  # else it starts so
+                    flags.assign(tf.ones(flags.shape, tf.bool))
 
     def _seen_gradients(self) -> set[int]:
         """Which variables have had a gradient, in this process or in the window that it was started with."""
@@ -288,15 +372,25 @@ class GradientAccumulator(tf.Module):
                 )
 
 
-def check_accum_steps(accum_steps: int | None) -> int | None:
-    """Returns `accum_steps` if it is an int of at least 1 or None, or raises what the user should read."""
+def check_accum_steps(accum_steps: int | Schedule | None) -> int | Schedule | None:
+    """Returns `accum_steps` if it can be one, or raises what the user should read."""
     if accum_steps is None:
         return None
-    if isinstance(accum_steps, bool) or not isinstance(accum_steps, numbers.Integral):
-        raise TypeError(f"`accum_steps` must be an int, the number of micro-batches. Received: {accum_steps!r}")
-    if accum_steps < 1:
-        raise ValueError(f"`accum_steps` must be at least 1. Received: {accum_steps}")
-    return int(accum_steps)
+    steps: Any = accum_steps
+    if callable(accum_steps):
+        steps = accum_steps(tf.constant(0, tf.int64))
+        if tf.is_tensor(steps) and steps.shape.rank == 0 and steps.dtype.is_integer:
+            steps = int(steps)
+    source = "" if steps is accum_steps else " from the callable for 0 updates"
+    if isinstance(steps, bool) or not isinstance(steps, numbers.Integral):
+        hint = " In an AccumStepsScheduler callback a dict of epochs can be given." if isinstance(steps, dict) else ""
+        raise TypeError(
+            f"`accum_steps` must be an int, the number of micro-batches, or a callable that returns one.{hint} "
+            f"Received{source}: {steps!r}"
+        )
+    if steps < 1:
+        raise ValueError(f"`accum_steps` must be at least 1. Received{source}: {steps}")
+    return accum_steps if callable(accum_steps) else int(steps)
 
 
 def _name(variable: tf.Variable | keras.Variable) -> str:
@@ -339,14 +433,24 @@ def _new_touched_rows(variable: tf.Variable | keras.Variable, accumulator: keras
     return _new_variable(name, (accumulator.shape[0],), "bool", initializer="ones", beside=variable)
 
 
+def _counter_device(jit_compile: bool | None) -> contextlib.AbstractContextManager[None]:
+    if jit_compile is None:
+        # Executing eagerly says nothing about the functions to come.
+        jit_compile = tf.executing_eagerly() or control_flow_util.GraphOrParentsInXlaContext(
+            tf.compat.v1.get_default_graph()
+        )
+    return contextlib.nullcontext() if jit_compile else tf.device("/CPU:0")
+
+
 def _new_variable(
     name: str,
     shape: tuple[int, ...],
     dtype: str,
-    initializer: str = "zeros",
+    initializer: str | keras.Initializer = "zeros",
     beside: tf.Variable | keras.Variable | None = None,
 ) -> keras.Variable:
-    with tf.device(getattr(getattr(beside, "value", beside), "device", None)):
+    reference = beside.value if isinstance(beside, keras.Variable) else beside
+    with contextlib.nullcontext() if reference is None else tf.device(reference.device):
         return keras.Variable(
             initializer=initializer, shape=shape, dtype=dtype, trainable=False, autocast=False, name=name
         )

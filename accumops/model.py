@@ -14,10 +14,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from accumops.accumulator import check_accum_steps
-from accumops.optimizer import GradientAccumulateOptimizer
+from accumops.accumulator import Schedule, check_accum_steps
+from accumops.callbacks import PARTIAL_WINDOWS, AccumStepsScheduler, PartialWindow
+from accumops.optimizer import Clipping, GradientAccumulateOptimizer
 
-_PARTIAL_WINDOWS = ("flush", "carry", "drop")
 _NORMALIZATIONS = ("samples", "steps", "weights")
 
 Weighting = Callable[[Any, Any, Any], tf.Tensor]
@@ -41,14 +41,20 @@ class GradientAccumulateModel(keras.Model):
 
     Args:
         model: The `keras.Model` to train, with no `train_step` of its own.
-        accum_steps: Micro-batches a window, an int of at least 1.
+        accum_steps: Micro-batches a window: an int of at least 1; or a dict of epochs, counted from 0, to the number
+            from this epoch on; or a callable that gives it for the count of updates so far, an int64 scalar. A change,
+            also of an int by setting the attribute, holds from the next window on.
         micro_batch_size: Samples a micro-batch, an int of at least 1.
+        parallel_micro_batches: With `micro_batch_size`, how many micro-batches TensorFlow may run side by side, for who
+            has the memory for their activations. The result is the same, bit for bit.
         normalization: What a micro-batch counts for in the mean over its window: `"samples"` (their number, right for
             losses that are means over samples), `"steps"` (all the same), `"weights"` (what the loss divides by: the
             sum of sample weights where its reduction is `"mean_with_sample_weight"`, else the valid positions of the
             predictions' mask) or a callable `(x, y, sample_weight) -> scalar`.
         partial_window: What becomes of a window that an epoch's end leaves open, with `accum_steps`: `"flush"` (an
             update, correctly weighted), `"carry"` (it goes on in the next epoch) or `"drop"`.
+        gradient_clipping: As for `GradientAccumulateOptimizer`.
+        lazy_sparse: As for `GradientAccumulateOptimizer`.
         inputs: Instead of `model`, with `outputs`: those of a functional model.
         outputs: Instead of `model`, with `inputs`.
         name: The name of this model.
@@ -73,36 +79,63 @@ class GradientAccumulateModel(keras.Model):
         self,
         model: keras.Model | None = None,
         *,
-        accum_steps: int | None = None,
+        accum_steps: int | dict[int, int] | Schedule | None = None,
         micro_batch_size: int | None = None,
+        parallel_micro_batches: int = 1,
         normalization: str | Weighting = "samples",
         partial_window: str = "flush",
+        gradient_clipping: Clipping | None = None,
+        lazy_sparse: bool = False,
         inputs: Any = None,
         outputs: Any = None,
         name: str | None = None,
     ) -> None:
         model = _check_model(model, inputs, outputs)
-        _check_mode(accum_steps, micro_batch_size)
+        _check_mode(accum_steps, micro_batch_size, parallel_micro_batches)
         if normalization not in _NORMALIZATIONS and not callable(normalization):
             raise ValueError(
                 f"`normalization` must be one of {_NORMALIZATIONS} or a callable. Received: {normalization!r}"
             )
-        if partial_window not in _PARTIAL_WINDOWS:
-            raise ValueError(f"`partial_window` must be one of {_PARTIAL_WINDOWS}. Received: {partial_window!r}")
+        if partial_window not in PARTIAL_WINDOWS:
+            raise ValueError(f"`partial_window` must be one of {PARTIAL_WINDOWS}. Received: {partial_window!r}")
         # Inputs reach the wrapped model as they are; what it casts, it casts itself.
         super().__init__(name=name, autocast=False)
         self._convert_input_args = False
         self.model = model
         if hasattr(model, "output_names"):  # by which losses and metrics are found, and called in the logs
             self.output_names = model.output_names
-        self.accum_steps = check_accum_steps(accum_steps)
+        # A tuple, as Keras and TensorFlow would track a dict, and refuse to save its keys.
+        self._epochs = tuple(accum_steps.items()) if isinstance(accum_steps, dict) else None
+        self._accum_steps = accum_steps[0] if isinstance(accum_steps, dict) else check_accum_steps(accum_steps)
         self.micro_batch_size = None if micro_batch_size is None else int(micro_batch_size)
+        self.parallel_micro_batches = int(parallel_micro_batches)
         self.normalization = normalization
         self.partial_window = partial_window
+        self.gradient_clipping = gradient_clipping
+        self.lazy_sparse = bool(lazy_sparse)
         self._flush_function: Callable[[], None] | None = None
         if model.built:
             self.built = True
             self._build_shapes_dict = getattr(model, "_build_shapes_dict", None)
+
+    @property
+    def accum_steps(self) -> int | dict[int, int] | Schedule | None:
+        """Micro-batches a window, as given, or None with `micro_batch_size`. An int can be set."""
+        if self._epochs is not None:
+            return dict(self._epochs)
+        optimizer = getattr(self, "optimizer", None)
+        return self._accum_steps if optimizer is None else optimizer.accum_steps
+
+    @accum_steps.setter
+    def accum_steps(self, accum_steps: int) -> None:
+        if not isinstance(self.accum_steps, int) or not isinstance(check_accum_steps(accum_steps), int):
+            raise ValueError(
+                f"`accum_steps` can be changed from one int to another. Received: {accum_steps!r} instead of "
+                f"{self.accum_steps!r}"
+            )
+        self._accum_steps = accum_steps
+        if getattr(self, "optimizer", None) is not None:
+            self.optimizer.accum_steps = accum_steps
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Calls the wrapped model."""
@@ -139,8 +172,11 @@ class GradientAccumulateModel(keras.Model):
         scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
         if auto_scale_loss and self.model.dtype_policy.name == "mixed_float16" and not scaled:
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-        wrapped = GradientAccumulateOptimizer(optimizer, accum_steps=self.accum_steps)
+        wrapped = GradientAccumulateOptimizer(
+            optimizer, self._accum_steps, gradient_clipping=self.gradient_clipping, lazy_sparse=self.lazy_sparse
+        )
         super().compile(wrapped, loss, *args, auto_scale_loss=False, **kwargs)
+        wrapped.jit_compile = bool(self.jit_compile)
         # What was given is what is saved: `compile` wraps it anew.
         self._compile_config.config["optimizer"] = optimizer
         self._flush_function = None
@@ -169,6 +205,7 @@ class GradientAccumulateModel(keras.Model):
             self.micro_batch_size,
             lambda part: self._train_on_micro_batch(part, self.optimizer.accumulate),
             static_sizes=bool(self.jit_compile),
+            at_once=self.parallel_micro_batches,
         )
         if self.optimizer.built:
             self.optimizer.flush()
@@ -228,15 +265,20 @@ class GradientAccumulateModel(keras.Model):
             ValueError: If `micro_batch_size` is larger than the batch.
         """
         self._check_batch_size(x, batch_size, kwargs.get("steps_per_epoch"))
-        windows = _WindowEnds(self)  # the first of all: a checkpoint is to see what it does
+        # The first of all: a checkpoint is to see what it does.
+        own: list[keras.callbacks.Callback] = [PartialWindow(self.partial_window)]
+        if self._epochs is not None:
+            own.append(AccumStepsScheduler(dict(self._epochs)))
         if not isinstance(callbacks, keras.callbacks.CallbackList):
-            callbacks = [windows, *keras.tree.flatten(callbacks or [])]
+            callbacks = [*own, *keras.tree.flatten(callbacks or [])]
             return super().fit(x, y, batch_size, epochs, verbose, callbacks, *args, **kwargs)
-        callbacks.callbacks.insert(0, windows)
+        for callback in own:
+            callback.set_model(self)
+        callbacks.callbacks[:0] = own
         try:
             return super().fit(x, y, batch_size, epochs, verbose, callbacks, *args, **kwargs)
         finally:
-            callbacks.callbacks.remove(windows)
+            del callbacks.callbacks[: len(own)]
 
     def _check_batch_size(self, x: Any, batch_size: int | None, steps_per_epoch: int | None) -> None:
         if isinstance(x, tf.data.Dataset):
@@ -259,59 +301,41 @@ class GradientAccumulateModel(keras.Model):
         return {
             "name": self.name,
             "model": keras.saving.serialize_keras_object(self.model),
-            "accum_steps": self.accum_steps,
+            "accum_steps": keras.saving.serialize_keras_object(
+                self.accum_steps if self._epochs is None else {str(epoch): steps for epoch, steps in self._epochs}
+            ),
             "micro_batch_size": self.micro_batch_size,
+            "parallel_micro_batches": self.parallel_micro_batches,
             "normalization": keras.saving.serialize_keras_object(self.normalization),
             "partial_window": self.partial_window,
+            "gradient_clipping": keras.saving.serialize_keras_object(self.gradient_clipping),
+            "lazy_sparse": self.lazy_sparse,
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
         """Makes a model from what `get_config` returned."""
         config = dict(config)
-        for key in ("model", "normalization"):
+        for key in ("model", "accum_steps", "normalization", "gradient_clipping"):
             config[key] = keras.saving.deserialize_keras_object(config[key], custom_objects=custom_objects)
+        if isinstance(config["accum_steps"], dict):
+            config["accum_steps"] = {int(epoch): steps for epoch, steps in config["accum_steps"].items()}
         return cls(**config)
 
     def __repr__(self) -> str:
-        window = f"accum_steps={self.accum_steps}" if self.accum_steps else f"micro_batch_size={self.micro_batch_size}"
+        sliced = self.micro_batch_size is not None
+        window = f"micro_batch_size={self.micro_batch_size}" if sliced else f"accum_steps={self.accum_steps}"
         return f"<GradientAccumulateModel {self.model.name}, {window}>"
 
 
-class _WindowEnds(keras.callbacks.Callback):
-    """Settles an open window when an epoch's batches are through, before its validation."""
-
-    def __init__(self, model: GradientAccumulateModel) -> None:
-        super().__init__()
-        self._accumulating = model
-
-    def on_train_begin(self, logs: Any = None) -> None:
-        if self._accumulating.partial_window != "carry":
-            self._drop()
-
-    def on_test_begin(self, logs: Any = None) -> None:
-        self._settle()
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        self._settle()
-
-    def _settle(self) -> None:
-        if self._accumulating.partial_window == "flush":
-            self._accumulating.flush()
-        elif self._accumulating.partial_window == "drop":
-            self._drop()
-
-    def _drop(self) -> None:
-        accumulator = self._accumulating.optimizer.accumulator
-        if accumulator.built:
-            accumulator.reset()
-
-
-def _for_each_slice(data: Any, size: int, run: Callable[[Any], object], static_sizes: bool) -> None:
+def _for_each_slice(
+    data: Any, size: int, run: Callable[[Any], object], *, static_sizes: bool, at_once: int = 1
+) -> None:
     """Calls `run` with slices of `size` samples, one after another, the last one smaller where it has to be.
 
-    In a graph one body serves all slices. XLA needs to know their sizes: with `static_sizes` the remainder has a body
-    of its own.
+    In a graph one body serves all slices, or one `at_once` of them, which then may run side by side, as far as what
+    `run` does depends on no state, and another one the rest. XLA needs to know their sizes: with `static_sizes` the
+    remainder has a body of its own.
     """
     leaves = [leaf for leaf in keras.tree.flatten(data) if leaf is not None]
     if any(isinstance(leaf, tf.SparseTensor) for leaf in leaves):
@@ -337,19 +361,24 @@ def _for_each_slice(data: Any, size: int, run: Callable[[Any], object], static_s
             run(part(begin, begin + size))
         return
 
-    def loop(end: tf.Tensor, cut: Callable[[tf.Tensor], Any]) -> None:
+    def loop(begin: tf.Tensor | int, end: tf.Tensor, cut: Callable[[tf.Tensor], Any], slices: int = 1) -> None:
         def body(begin: tf.Tensor) -> list[tf.Tensor]:
-            run(cut(begin))
-            return [begin + size]
+            for i in range(slices):
+                run(cut(begin + i * size))
+            return [begin + slices * size]
 
-        # One at a time: side by side, every micro-batch's activations would be alive.
-        tf.while_loop(lambda begin: begin < end, body, [0], parallel_iterations=1)
+        # One at a time: side by side, every micro-batch's activations would be alive, and their sums in any order.
+        tf.while_loop(lambda begin: begin < end, body, [begin], parallel_iterations=1)
 
+    done: tf.Tensor | int = 0
+    if at_once > 1:
+        done = count // (size * at_once) * (size * at_once)
+        loop(0, done, whole, at_once)
     if not static_sizes:
-        loop(count, lambda begin: part(begin, tf.minimum(begin + size, count)))
+        loop(done, count, lambda begin: part(begin, tf.minimum(begin + size, count)))
         return
     full = count // size * size
-    loop(full, whole)
+    loop(done, full, whole)
 
     def remainder() -> tf.Tensor:
         run(part(full, count))
@@ -423,15 +452,28 @@ def _check_model(model: keras.Model | None, inputs: Any, outputs: Any) -> keras.
     return model
 
 
-def _check_mode(accum_steps: int | None, micro_batch_size: int | None) -> None:
+def _check_mode(
+    accum_steps: int | dict[int, int] | Schedule | None, micro_batch_size: int | None, parallel_micro_batches: int
+) -> None:
     if (accum_steps is None) == (micro_batch_size is None):
         raise ValueError(
             "Give exactly one of `accum_steps` and `micro_batch_size`. "
             f"Received: accum_steps={accum_steps}, micro_batch_size={micro_batch_size}"
         )
-    check_accum_steps(accum_steps)
+    if isinstance(accum_steps, dict):
+        AccumStepsScheduler(accum_steps)
+    _check_count("parallel_micro_batches", parallel_micro_batches, "a number of micro-batches")
     if micro_batch_size is not None:
-        if isinstance(micro_batch_size, bool) or not isinstance(micro_batch_size, numbers.Integral):
-            raise TypeError(f"`micro_batch_size` must be an int, a number of samples. Received: {micro_batch_size!r}")
-        if micro_batch_size < 1:
-            raise ValueError(f"`micro_batch_size` must be at least 1. Received: {micro_batch_size}")
+        _check_count("micro_batch_size", micro_batch_size, "a number of samples")
+    elif parallel_micro_batches != 1:
+        raise ValueError(
+            "`parallel_micro_batches` needs `micro_batch_size`: with `accum_steps` each step is one micro-batch. "
+            f"Received: {parallel_micro_batches}"
+        )
+
+
+def _check_count(name: str, value: int, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"`{name}` must be an int, {what}. Received: {value!r}")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1. Received: {value}")

@@ -1,13 +1,18 @@
 """An optimizer that accumulates gradients over several calls and lets the one it wraps apply them as one update."""
 
+import contextlib
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from accumops.accumulator import GradientAccumulator, check_accum_steps
+from accumops import row_update
+from accumops.accumulator import GradientAccumulator, Schedule, check_accum_steps
+
+Gradients = Sequence[tf.Tensor | tf.IndexedSlices | None]
+Clipping = Callable[[Gradients, Sequence[keras.Variable]], Gradients]
 
 
 @keras.saving.register_keras_serializable(package="accumops")
@@ -20,12 +25,24 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
 
     Args:
         inner_optimizer: Any `keras.optimizers.Optimizer`, or a string or config that `keras.optimizers.get` knows.
-        accum_steps: Micro-batches an update, an int of at least 1, or None: then only `flush` makes an update.
+        accum_steps: Micro-batches an update, an int of at least 1; or a callable that gives it for the count of updates
+            so far, an int64 scalar; or None: then only `flush` makes an update. An int can be changed, by setting the
+            attribute or with the callback `AccumStepsScheduler`, and holds from the next window on.
+        gradient_clipping: What clips the window's gradient before the wrapped optimizer's own clipping, such as
+            `AdaptiveGradientClipping()`: a callable `(gradients, variables) -> gradients`.
+        lazy_sparse: Whether rows of variables with sparse gradients (`tf.IndexedSlices`, from embeddings) stay as they
+            are in a window that has no gradient for them: no momentum moves them, no weight decay, and their momentums
+            do not decay either. The update then costs what the touched rows cost. It is another algorithm than dense
+            training, and known for SGD, Adam, AdamW, RMSprop, Adagrad and Lion. Rows are kept apart without it too
+            where that changes nothing: for SGD without momentum and for Adagrad, in tables of at least 1024 rows and
+            65,536 values.
         name: The name of this optimizer.
 
     Raises:
-        TypeError: If `accum_steps` is not an int.
-        ValueError: If `accum_steps` is less than 1, or `inner_optimizer` accumulates gradients itself.
+        TypeError: If `accum_steps` is not an int, and no callable that returns one, or `gradient_clipping` is not
+            callable.
+        ValueError: If `accum_steps` is less than 1, `inner_optimizer` accumulates gradients itself, or it does not
+            go with `lazy_sparse`.
 
     Example:
 
@@ -40,19 +57,37 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
     def __init__(
         self,
         inner_optimizer: keras.optimizers.Optimizer | str | dict[str, Any],
-        accum_steps: int | None,
+        accum_steps: int | Schedule | None,
         name: str | None = None,
+        *,
+        gradient_clipping: Clipping | None = None,
+        lazy_sparse: bool = False,
     ) -> None:
         accum_steps = check_accum_steps(accum_steps)
         inner_optimizer = _check_inner_optimizer(keras.optimizers.get(inner_optimizer))
+        if gradient_clipping is not None and not callable(gradient_clipping):
+            raise TypeError(
+                "`gradient_clipping` must be a callable `(gradients, variables) -> gradients`, or None. "
+                f"Received: {gradient_clipping!r}"
+            )
+        if lazy_sparse:
+            _check_lazy(inner_optimizer)
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = inner_optimizer
+        self.gradient_clipping = gradient_clipping
+        self.lazy_sparse = bool(lazy_sparse)
+        # Whether XLA compiles the step, where that is known before a step is traced; see GradientAccumulator.build.
+        self.jit_compile: bool | None = None
         self._accumulator = GradientAccumulator(accum_steps, name=f"{self.name}_accumulator")
 
     @property
-    def accum_steps(self) -> int | None:
-        """Micro-batches an update, or None."""
+    def accum_steps(self) -> int | Schedule | None:
+        """Micro-batches an update, a callable that gives them, or None. An int can be set, for the next window on."""
         return self._accumulator.accum_steps
+
+    @accum_steps.setter
+    def accum_steps(self, accum_steps: int) -> None:
+        self._accumulator.accum_steps = accum_steps
 
     @property
     def accumulator(self) -> GradientAccumulator:
@@ -80,12 +115,17 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
                 )
         self.inner_optimizer.build(variables)
         if variables:
-            self._accumulator.build(variables)
+            self._accumulator.build(
+                variables,
+                iterations=self.inner_optimizer.iterations,
+                jit_compile=self.jit_compile,
+                track_all_rows=self.lazy_sparse,
+            )
         super().build(variables)
 
     def apply(
         self,
-        grads: Sequence[tf.Tensor | tf.IndexedSlices | None],
+        grads: Gradients,
         trainable_variables: Sequence[keras.Variable] | None = None,
         *,
         weight: float | tf.Tensor = 1.0,
@@ -109,7 +149,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
 
     def accumulate(
         self,
-        grads: Sequence[tf.Tensor | tf.IndexedSlices | None],
+        grads: Gradients,
         trainable_variables: Sequence[keras.Variable] | None = None,
         *,
         weight: float | tf.Tensor = 1.0,
@@ -141,7 +181,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
 
     def _accumulate(
         self,
-        grads: Sequence[tf.Tensor | tf.IndexedSlices | None],
+        grads: Gradients,
         trainable_variables: Sequence[keras.Variable] | None,
         weight: float | tf.Tensor,
     ) -> list[int]:
@@ -176,14 +216,41 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
 
         Those of `positions` that have none go along, for the wrapped optimizer to warn of.
         """
+        innermost = _innermost(self.inner_optimizer)
+        rows_suffice = row_update.leaves_other_rows(innermost) and innermost.loss_scale_factor is None
+        if self.lazy_sparse:
+            _check_lazy(self.inner_optimizer)
+        gradients: Gradients = self._accumulator.close(keep_sparse=self.lazy_sparse or rows_suffice)
+        variables = self._trainable_variables
+        rows = {i: g.indices for i, g in enumerate(gradients) if isinstance(g, tf.IndexedSlices)}
+        if self.gradient_clipping is not None:
+            gradients = self._clip(gradients, variables, self.gradient_clipping)
+        if self.lazy_sparse:
+            _check_no_constraints([variables[i] for i in rows])
         pairs = [
             (gradient, variable)
-            for i, (gradient, variable) in enumerate(
-                zip(self._accumulator.close(), self._trainable_variables, strict=True)
-            )
+            for i, (gradient, variable) in enumerate(zip(gradients, variables, strict=True))
             if gradient is not None or i in positions
         ]
-        self.inner_optimizer.apply([gradient for gradient, _ in pairs], [variable for _, variable in pairs])
+        with row_update.updating_rows(innermost, rows, self.lazy_sparse) if rows else contextlib.nullcontext():
+            self.inner_optimizer.apply([gradient for gradient, _ in pairs], [variable for _, variable in pairs])
+
+    def _clip(self, gradients: Gradients, variables: Sequence[keras.Variable], clip: Clipping) -> Gradients:
+        """Clips the gradients of the loss itself, where the wrapped optimizer is to scale them back."""
+        inner, scale = self.inner_optimizer, None
+        if isinstance(inner, keras.optimizers.LossScaleOptimizer):
+            scale = tf.convert_to_tensor(inner.dynamic_scale)
+        elif inner.loss_scale_factor is not None:
+            scale = tf.constant(inner.loss_scale_factor, tf.float32)
+        if scale is not None:
+            gradients = [_times(gradient, 1 / scale) for gradient in gradients]
+        clipped = clip(gradients, variables)
+        if len(clipped) != len(gradients):
+            raise ValueError(
+                f"`gradient_clipping` must return one gradient for each of {len(gradients)} variables. "
+                f"Received: {len(clipped)}"
+            )
+        return clipped if scale is None else [_times(gradient, scale) for gradient in clipped]
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, keras.Variable]]) -> keras.Variable:
         """Calls `apply` with pairs of gradient and variable, and returns `iterations`."""
@@ -259,7 +326,9 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         return {
             "name": self.name,
             "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
-            "accum_steps": self.accum_steps,
+            "accum_steps": keras.saving.serialize_keras_object(self.accum_steps),
+            "gradient_clipping": keras.saving.serialize_keras_object(self.gradient_clipping),
+            "lazy_sparse": self.lazy_sparse,
         }
 
     @classmethod
@@ -268,9 +337,8 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
     ) -> "GradientAccumulateOptimizer":
         """Makes an optimizer from what `get_config` returned."""
         config = copy.copy(config)
-        config["inner_optimizer"] = keras.saving.deserialize_keras_object(
-            config["inner_optimizer"], custom_objects=custom_objects
-        )
+        for key in ("inner_optimizer", "accum_steps", "gradient_clipping"):
+            config[key] = keras.saving.deserialize_keras_object(config[key], custom_objects=custom_objects)
         return cls(**config)
 
     def __dir__(self) -> list[str]:
@@ -314,6 +382,43 @@ def _check_strategy() -> None:
             f"GradientAccumulateOptimizer does not work under {type(strategy).__name__}: it accumulates on one device, "
             "without a strategy or under OneDeviceStrategy."
         )
+
+
+def _innermost(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    while hasattr(optimizer, "inner_optimizer"):
+        optimizer = optimizer.inner_optimizer
+    return optimizer
+
+
+def _check_lazy(optimizer: keras.optimizers.Optimizer) -> None:
+    innermost = _innermost(optimizer)
+    if row_update.rule_of(innermost) is None:
+        raise ValueError(
+            f"`lazy_sparse=True` knows the updates of {', '.join(row_update.names_of_optimizers())}. "
+            f"Received: {type(innermost).__name__}"
+        )
+    if innermost.use_ema:
+        raise ValueError("`lazy_sparse=True` does not go with `use_ema=True`, whose averages are of all rows.")
+    if innermost.loss_scale_factor is not None:
+        raise ValueError(
+            "`lazy_sparse=True` does not go with `loss_scale_factor`, which Keras does not take out of sparse "
+            "gradients. Use a keras.optimizers.LossScaleOptimizer."
+        )
+
+
+def _check_no_constraints(variables: Sequence[keras.Variable]) -> None:
+    for variable in variables:
+        if variable.constraint is not None:
+            raise ValueError(
+                f"`lazy_sparse=True` cannot update '{variable.path}', whose constraint is for all of its rows: "
+                f"{variable.constraint}."
+            )
+
+
+def _times(gradient: tf.Tensor | tf.IndexedSlices | None, factor: tf.Tensor) -> tf.Tensor | tf.IndexedSlices | None:
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(_times(gradient.values, factor), gradient.indices, gradient.dense_shape)
+    return None if gradient is None else gradient * tf.cast(factor, gradient.dtype)
 
 
 def _check_inner_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:

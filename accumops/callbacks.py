@@ -1,0 +1,200 @@
+"""Callbacks for `fit`: a K that changes, open windows at the end of an epoch, the effective batch size in the logs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from accumops.accumulator import check_accum_steps
+from accumops.optimizer import GradientAccumulateOptimizer
+
+PARTIAL_WINDOWS = ("flush", "carry", "drop")
+
+
+class _WindowCallback(keras.callbacks.Callback):
+    """A callback that finds the optimizer which accumulates."""
+
+    @property
+    def _optimizer(self) -> GradientAccumulateOptimizer:
+        optimizer = getattr(self.model, "optimizer", None)
+        while optimizer is not None and not isinstance(optimizer, GradientAccumulateOptimizer):
+            optimizer = getattr(optimizer, "inner_optimizer", None)
+        if optimizer is None:
+            raise ValueError(
+                f"{type(self).__name__} needs a model that is compiled with a GradientAccumulateOptimizer, or a "
+                f"GradientAccumulateModel. Received: {type(self.model).__name__} with "
+                f"{type(getattr(self.model, 'optimizer', None)).__name__}"
+            )
+        return optimizer
+
+
+class AccumStepsScheduler(_WindowCallback):
+    """Sets `accum_steps` at the start of each epoch; it is in the logs as `accum_steps`.
+
+    A window that is open then goes on with the number it started with.
+
+    Args:
+        schedule: A dict of epochs, counted from 0, to the number of micro-batches a window from this epoch on, with an
+            entry for epoch 0; or a callable `(epoch, accum_steps) -> accum_steps`.
+        verbose: 1 prints the number where it changes.
+
+    Raises:
+        TypeError: If `schedule` is neither, or a number is not an int.
+        ValueError: If there is no entry for epoch 0, or a number is out of range; in `fit`, if nothing accumulates, or
+            the number of micro-batches is not an int that can be changed.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    >>> model.compile(accumops.GradientAccumulateOptimizer("sgd", accum_steps=1), loss="mse")
+    >>> scheduler = accumops.AccumStepsScheduler({0: 1, 2: 4})
+    >>> history = model.fit(
+    ...     tf.ones([64, 3]), tf.ones([64, 1]), batch_size=8, epochs=3, callbacks=[scheduler], verbose=0
+    ... )
+    >>> history.history["accum_steps"]
+    [1, 1, 4]
+    """
+
+    def __init__(self, schedule: dict[int, int] | Callable[[int, int], int], verbose: int = 0) -> None:
+        super().__init__()
+        if isinstance(schedule, dict):
+            _check_epochs(schedule)
+            self._schedule = lambda epoch, _: schedule[max(key for key in schedule if key <= epoch)]
+        elif callable(schedule):
+            self._schedule = schedule
+        else:
+            raise TypeError(
+                "`schedule` must be a dict of epochs to numbers of micro-batches, or a callable "
+                f"`(epoch, accum_steps) -> accum_steps`. Received: {schedule!r}"
+            )
+        self.verbose = verbose
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Sets the number of micro-batches."""
+        optimizer = self._optimizer
+        before = optimizer.accum_steps
+        optimizer.accum_steps = self._schedule(epoch, before)
+        if self.verbose and optimizer.accum_steps != before:
+            keras.utils.io_utils.print_msg(f"\nEpoch {epoch + 1}: accum_steps={optimizer.accum_steps}.")
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Adds the number to the logs."""
+        if logs is not None:
+            logs["accum_steps"] = self._optimizer.accum_steps
+
+
+class PartialWindow(_WindowCallback):
+    """Settles the window that an epoch's end leaves open, for a model compiled with a GradientAccumulateOptimizer.
+
+    Before the epoch's validation. Without it the window goes on in the next epoch; a `GradientAccumulateModel` settles
+    its windows itself. Give it as the first callback: others are to see, or to save, what it leaves.
+
+    Args:
+        policy: `"flush"`: an update, correctly weighted; `"drop"`; or `"carry"`: the window goes on in the next epoch.
+            A window that was open before `fit` starts is dropped, unless it is carried.
+
+    Raises:
+        ValueError: If `policy` is another; in `fit`, if nothing accumulates.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    >>> model.compile(accumops.GradientAccumulateOptimizer("sgd", accum_steps=4), loss="mse")
+    >>> x, y = tf.ones([48, 3]), tf.ones([48, 1])
+    >>> history = model.fit(x, y, batch_size=8, callbacks=[accumops.PartialWindow("flush")], verbose=0)
+    >>> int(model.optimizer.iterations)
+    2
+    """
+
+    def __init__(self, policy: str = "flush") -> None:
+        super().__init__()
+        if policy not in PARTIAL_WINDOWS:
+            raise ValueError(f"`policy` must be one of {PARTIAL_WINDOWS}. Received: {policy!r}")
+        self.policy = policy
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Drops what an interrupted training has left open."""
+        if self.policy != "carry":
+            self._drop()
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        """Settles the window before the validation of an epoch."""
+        self._settle()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Settles the window of an epoch without validation."""
+        self._settle()
+
+    def _settle(self) -> None:
+        if self.policy == "flush":
+            optimizer = self._optimizer
+            if optimizer.accumulator.built:
+                # The model's own flush is compiled.
+                getattr(self.model, "flush", optimizer.flush)()
+        elif self.policy == "drop":
+            self._drop()
+
+    def _drop(self) -> None:
+        accumulator = self._optimizer.accumulator
+        if accumulator.built:
+            accumulator.reset()
+
+
+class EffectiveBatchSize(_WindowCallback):
+    """Adds `effective_batch_size` to the logs of each epoch: samples an update, on average over the epoch.
+
+    It is `nan` in an epoch without an update.
+
+    Raises:
+        ValueError: In `fit`, if nothing accumulates, or the model has a `train_step` of its own, whose samples nobody
+            counts.
+
+    Example:
+
+    >>> net = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    >>> model = accumops.GradientAccumulateModel(net, accum_steps=4)
+    >>> model.compile("sgd", loss="mse")
+    >>> callbacks = [accumops.EffectiveBatchSize()]
+    >>> history = model.fit(tf.ones([64, 3]), tf.ones([64, 1]), batch_size=8, callbacks=callbacks, verbose=0)
+    >>> history.history["effective_batch_size"]
+    [32.0]
+    """
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Checks that samples are counted."""
+        kind = type(self.model)
+        ours = any(each.__module__.startswith("accumops.") for each in kind.__mro__)
+        if kind.train_step is not keras.Model.train_step and not ours:
+            raise ValueError(
+                f"EffectiveBatchSize cannot tell how many samples the `train_step` of {kind.__name__} sees."
+            )
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Starts to count."""
+        self._samples: float | None = None
+        self._updates = int(self._optimizer.iterations)
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        """Keeps the count, which validation sets back."""
+        self._samples = self._seen()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Adds the effective batch size to the logs."""
+        if logs is not None:
+            updates = int(self._optimizer.iterations) - self._updates
+            samples = self._seen() if self._samples is None else self._samples
+            logs["effective_batch_size"] = samples / updates if updates else float("nan")
+
+    def _seen(self) -> float:
+        # Keras weighs the mean of the losses by the batches' sizes.
+        return float(self.model._loss_tracker.count)
+
+
+def _check_epochs(schedule: dict[int, int]) -> None:
+    for epoch, steps in schedule.items():
+        if isinstance(epoch, bool) or not isinstance(epoch, int):
+            raise TypeError(f"The keys of a schedule must be epochs, ints counted from 0. Received: {epoch!r}")
+        if not isinstance(check_accum_steps(steps), int):
+            raise TypeError(f"The schedule must have an int for epoch {epoch}. Received: {steps!r}")
+    if 0 not in schedule or min(schedule) < 0:
+        raise ValueError(f"A schedule must have an entry for epoch 0, its first. Received: {schedule}")

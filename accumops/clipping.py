@@ -1,0 +1,204 @@
+"""Clipping a gradient by the size of the weights that it belongs to."""
+
+import math
+import numbers
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+@keras.saving.register_keras_serializable(package="accumops")
+class AdaptiveGradientClipping:
+    """Scales gradients down where they are large beside their weights, unit by unit.
+
+    Adaptive gradient clipping as in Brock et al., 2021, [High-Performance Large-Scale Image Recognition Without
+    Normalization](https://arxiv.org/abs/2102.06171), equation 3. For each unit `i`, with gradient `G_i` and weights
+    `W_i`:
+
+        G_i  <-  clip_factor * max(|W_i|, epsilon) / |G_i| * G_i    if |G_i| / max(|W_i|, epsilon) > clip_factor
+
+    A unit is what feeds one output: all of a variable at one index of its last axis, as in the kernels of `Dense`,
+    `(in, out)`, and `Conv2D`, `(height, width, in, out)`. A vector or scalar, such as a bias or a gain, is one unit.
+    Layouts with another fan-in (multi-head projections, depthwise kernels and transposed convolutions) are treated
+    alike: their units are the indices of the last axis, too.
+
+    The norms are those of the gradients as they are: give it unscaled ones, and where gradients are accumulated, those
+    of the whole window. A unit whose gradient is not finite is left as it is, for loss scaling to find.
+
+    Args:
+        clip_factor: The largest norm of a unit's gradient, as a share of the norm of its weights: a finite number
+            greater than 0. The paper calls it lambda; the larger the batch, the smaller it should be.
+        epsilon: The least norm that weights count with, so that weights of zero can grow: a finite number greater
+            than 0.
+        exclude: Regular expressions. A variable in whose `path` (for a `tf.Variable`, `name`) `re.search` finds one
+            of them is not clipped. The paper leaves out the final linear layer.
+
+    Raises:
+        TypeError: If `clip_factor` or `epsilon` is not a number, or `exclude` is not an iterable of strings.
+        ValueError: If `clip_factor` or `epsilon` is not finite or not greater than 0, or a string of `exclude` is not
+            a regular expression.
+
+    Example:
+
+    >>> from accumops.clipping import AdaptiveGradientClipping
+    >>> layers = [keras.layers.Dense(4, activation="relu"), keras.layers.Dense(1, name="head")]
+    >>> model = keras.Sequential([keras.Input((3,)), *layers])
+    >>> variables = model.trainable_variables
+    >>> optimizer = keras.optimizers.SGD(0.1)
+    >>> optimizer.build(variables)
+    >>> clip = AdaptiveGradientClipping(clip_factor=0.01, exclude=["head/"])
+    >>> @tf.function
+    ... def train_step(x, y):
+    ...     with tf.GradientTape() as tape:
+    ...         loss = tf.reduce_mean((model(x, training=True) - y) ** 2)
+    ...     gradients = clip(tape.gradient(loss, variables), variables)
+    ...     optimizer.apply(gradients, variables)
+    ...     return gradients
+    >>> limits = 0.01 * tf.norm(tf.convert_to_tensor(variables[0]), axis=0)
+    >>> gradients = train_step(tf.ones([8, 3]), tf.fill([8, 1], 100.0))
+    >>> bool(tf.reduce_all(tf.norm(gradients[0], axis=0) <= 1.001 * limits))
+    True
+    """
+
+    def __init__(self, clip_factor: float = 0.01, epsilon: float = 1e-3, exclude: Iterable[str] = ()) -> None:
+        self._clip_factor = _check_positive("clip_factor", clip_factor)
+        self._epsilon = _check_positive("epsilon", epsilon)
+        self._exclude = _check_exclude(exclude)
+
+    @property
+    def clip_factor(self) -> float:
+        """The largest norm of a unit's gradient, as a share of the norm of its weights."""
+        return self._clip_factor
+
+    @property
+    def epsilon(self) -> float:
+        """The least norm that weights count with."""
+        return self._epsilon
+
+    @property
+    def exclude(self) -> tuple[str, ...]:
+        """The regular expressions for variables that are not clipped."""
+        return tuple(pattern.pattern for pattern in self._exclude)
+
+    def __call__(
+        self,
+        gradients: Sequence[tf.Tensor | tf.IndexedSlices | None],
+        variables: Sequence[tf.Variable | keras.Variable],
+    ) -> list[tf.Tensor | tf.IndexedSlices | None]:
+        """Returns the clipped gradients, each of its own dtype.
+
+        Args:
+            gradients: One for each variable: tensors, `tf.IndexedSlices` or None, which stay what they are.
+                `tf.IndexedSlices` keep their indices; rows that repeat count with their sum.
+            variables: The variables, in the order of `gradients`.
+
+        Raises:
+            ValueError: If their numbers differ, or a gradient's shape or dtype does not fit.
+        """
+        gradients, variables = list(gradients), list(variables)
+        if len(gradients) != len(variables):
+            raise ValueError(
+                "There must be one gradient for each variable. "
+                f"Received: {len(gradients)} gradients for {len(variables)} variables."
+            )
+        return [
+            gradient if gradient is None or self._excludes(variable) else self._clip(gradient, variable)
+            for gradient, variable in zip(gradients, variables, strict=True)
+        ]
+
+    def _excludes(self, variable: tf.Variable | keras.Variable) -> bool:
+        return any(pattern.search(_name(variable)) for pattern in self._exclude)
+
+    def _clip(
+        self, gradient: tf.Tensor | tf.IndexedSlices, variable: tf.Variable | keras.Variable
+    ) -> tf.Tensor | tf.IndexedSlices:
+        is_sparse = isinstance(gradient, tf.IndexedSlices)
+        values = tf.convert_to_tensor(gradient.values if is_sparse else gradient)
+        _check_gradient(values, variable, is_sparse)
+        dtype = tf.float64 if tf.float64 in (values.dtype, tf.as_dtype(variable.dtype)) else tf.float32
+        rank = len(variable.shape)
+        axes = list(range(rank - 1)) if rank >= 2 else None
+        scale, norm = _scaled_norm(tf.convert_to_tensor(variable), axes, dtype)
+        limit = tf.constant(self._clip_factor, dtype) * tf.maximum(scale * norm, tf.constant(self._epsilon, dtype))
+        scale, norm = _scaled_norm(values, axes, dtype, gradient.indices if is_sparse else None)
+        # False where the norm is not a number: what is not finite stays.
+        exceeds = scale * norm > limit
+        clipped = tf.where(exceeds, tf.cast(tf.cast(values, dtype) / scale * (limit / norm), values.dtype), values)
+        return tf.IndexedSlices(clipped, gradient.indices, gradient.dense_shape) if is_sparse else clipped
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments to make this object again."""
+        return {"clip_factor": self.clip_factor, "epsilon": self.epsilon, "exclude": list(self.exclude)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "AdaptiveGradientClipping":
+        """Makes an object from what `get_config` returned."""
+        return cls(**config)
+
+    def __repr__(self) -> str:
+        return (
+            f"<AdaptiveGradientClipping clip_factor={self.clip_factor}, epsilon={self.epsilon}, "
+            f"exclude={list(self.exclude)}>"
+        )
+
+
+def _scaled_norm(
+    values: tf.Tensor, axes: list[int] | None, dtype: tf.DType, indices: tf.Tensor | None = None
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the units' largest magnitude (1 where all are zero), and their norm divided by it: no square overflows.
+
+    The norm is not a number where a value is not finite. With `indices`, rows of the same index are summed before.
+    """
+    values = tf.cast(values, dtype)
+    largest = tf.reduce_max(tf.abs(values), axis=axes, keepdims=True)
+    scale = tf.where(largest > 0, largest, tf.ones_like(largest))
+    scaled = values / scale
+    if indices is not None:
+        # As many segments as there are rows, a number that XLA knows: those too many add zero.
+        scaled = tf.math.unsorted_segment_sum(scaled, tf.unique(indices).idx, tf.shape(indices)[0])
+    return scale, tf.sqrt(tf.reduce_sum(tf.square(scaled), axis=axes, keepdims=True))
+
+
+def _name(variable: tf.Variable | keras.Variable) -> str:
+    return getattr(variable, "path", variable.name)
+
+
+def _check_positive(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"`{name}` must be a number. Received: {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"`{name}` must be finite and greater than 0. Received: {value}")
+    return float(value)
+
+
+def _check_exclude(exclude: Iterable[str]) -> tuple[re.Pattern[str], ...]:
+    if isinstance(exclude, str):
+        raise TypeError(f"`exclude` must be an iterable of strings: for one of them, use [{exclude!r}].")
+    if not isinstance(exclude, Iterable):
+        raise TypeError(f"`exclude` must be an iterable of strings. Received: {exclude!r}")
+    patterns = []
+    for pattern in exclude:
+        if not isinstance(pattern, str):
+            raise TypeError(f"`exclude` must be an iterable of strings. Received one that holds {pattern!r}")
+        try:
+            patterns.append(re.compile(pattern))
+        except re.error as error:
+            raise ValueError(f"`exclude` must hold regular expressions. Received: {pattern!r} ({error})") from error
+    return tuple(patterns)
+
+
+def _check_gradient(values: tf.Tensor, variable: tf.Variable | keras.Variable, is_sparse: bool) -> None:
+    if not values.dtype.is_floating:
+        raise ValueError(
+            f"The gradient of '{_name(variable)}' must be of a floating-point dtype. Received: {values.dtype.name}."
+        )
+    shape = tuple(variable.shape)
+    wanted = (None, *shape[1:]) if is_sparse else shape
+    if not values.shape.is_compatible_with(wanted) or (is_sparse and not shape):
+        raise ValueError(
+            f"The gradient of '{_name(variable)}' must have its shape, {shape}. "
+            f"Received: {'rows of ' if is_sparse else ''}{values.shape[1:] if is_sparse else values.shape}."
+        )
