@@ -267,7 +267,7 @@ def test_one_accumulate_op_for_all_variables():
         accumops.set_backend("auto")
     assert kinds.count("AccumOps>Accumulate") == 1
     assert "ZerosLike" not in kinds
-    assert sum("Assign" in kind for kind in kinds) == 2  # step and weight
+    assert sum("Assign" in kind for kind in kinds) == 3  # step, limit and weight
 
 
 class TestErrors:

@@ -1,251 +1,13 @@
-"""GradientAccumulateModel in both modes against one large batch in plain Keras."""
+"""GradientAccumulateModel: partial windows, saving, mixed precision, errors; test_full_batch.py has its results."""
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from problems import BATCH, MICRO, MODES, OPTIMIZERS, UPDATES, Problem, largest_difference, train
 
 import accumops
 from accumops import GradientAccumulateModel
-
-BATCH, MICRO, UPDATES = 64, 16, 20
-OPTIMIZERS = {
-    "momentum": lambda **kw: keras.optimizers.SGD(0.05, momentum=0.9, nesterov=True, **kw),
-    "Adam": lambda **kw: keras.optimizers.Adam(0.01, **kw),
-    "AdamW": lambda **kw: keras.optimizers.AdamW(0.01, weight_decay=0.1, **kw),
-    "RMSprop": lambda **kw: keras.optimizers.RMSprop(0.005, **kw),
-    "Adafactor": lambda **kw: keras.optimizers.Adafactor(0.01, **kw),
-    "Lion": lambda **kw: keras.optimizers.Lion(0.002, **kw),
-}
-MODES = {"micro_batch_size": {"micro_batch_size": 24}, "accum_steps": {"accum_steps": BATCH // MICRO}}
-RUNS = {"graph": {}, "eager": {"run_eagerly": True}, "xla": {"jit_compile": True}}
-
-
-class Problem:
-    """A model, its data and how it is compiled; the data's last batch is a ragged one."""
-
-    def __init__(self, rng, samples=BATCH * (UPDATES - 1) + 38):
-        self.x = rng.standard_normal((samples, 5)).astype("float32")
-        self.y = rng.standard_normal((samples, 3)).astype("float32")
-        self.fit_arguments = {}
-        self.model_arguments = {}
-        self.compile_arguments = {"loss": "mse", "metrics": ["mae"]}
-        self.optimizer_arguments = {}
-
-    def layers(self):
-        return [keras.layers.Dense(16, activation="tanh"), keras.layers.Dense(3)]
-
-    def model(self, seed=7):
-        keras.utils.set_random_seed(seed)
-        return keras.Sequential([keras.Input(self.x.shape[1:], dtype=self.x.dtype), *self.layers()])
-
-
-class SampleWeights(Problem):
-    def __init__(self, rng):
-        super().__init__(rng)
-        self.fit_arguments = {"sample_weight": rng.uniform(0, 2, len(self.x)).astype("float32")}
-        self.compile_arguments["weighted_metrics"] = ["mse"]
-
-
-class WeightedMean(SampleWeights):
-    """A loss that divides by the sum of sample weights."""
-
-    def __init__(self, rng):
-        super().__init__(rng)
-        self.compile_arguments["loss"] = keras.losses.MeanSquaredError(reduction="mean_with_sample_weight")
-        self.model_arguments = {"normalization": "weights"}
-
-
-class Masked(Problem):
-    """A loss over the valid tokens of sequences, of which each micro-batch has another number."""
-
-    def __init__(self, rng):
-        super().__init__(rng)
-        self.x = rng.standard_normal((len(self.x), 7, 4)).astype("float32")
-        self.x[:, 4:] *= rng.integers(0, 2, (len(self.x), 3, 1))  # a step of zeros is masked
-        self.y = rng.standard_normal((len(self.x), 7, 3)).astype("float32")
-        self.model_arguments = {"normalization": "weights"}
-        self.compile_arguments = {"loss": "mse"}
-
-    def layers(self):
-        return [keras.layers.Masking(), *super().layers()]
-
-
-class ClassWeights(Problem):
-    def __init__(self, rng):
-        super().__init__(rng)
-        self.y = rng.integers(0, 3, len(self.x))
-        self.fit_arguments = {"class_weight": {0: 1.0, 1: 3.0, 2: 0.5}}
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        self.compile_arguments = {"loss": loss, "metrics": ["accuracy"]}
-
-
-class Regularized(Problem):
-    """Regularization counts once, and a constraint acts once, however many micro-batches there are."""
-
-    def layers(self):
-        regularizer, constraint = keras.regularizers.L2(0.05), keras.constraints.MaxNorm(0.7)
-        first = keras.layers.Dense(16, "tanh", kernel_regularizer=regularizer, kernel_constraint=constraint)
-        return [first, keras.layers.Dense(3, bias_regularizer=keras.regularizers.L1(0.01))]
-
-
-class Frozen(Problem):
-    def layers(self):
-        first, second = super().layers()
-        first.trainable = False
-        return [first, second]
-
-
-class ClipNorm(Problem):
-    def __init__(self, rng):
-        super().__init__(rng)
-        self.optimizer_arguments = {"clipnorm": 0.05}
-
-
-class ClipValue(ClipNorm):
-    def __init__(self, rng):
-        super().__init__(rng)
-        self.optimizer_arguments = {"clipvalue": 0.02}
-
-
-class GlobalClipNorm(ClipNorm):
-    def __init__(self, rng):
-        super().__init__(rng)
-        self.optimizer_arguments = {"global_clipnorm": 0.1}
-
-
-class MovingAverage(Problem):
-    def __init__(self, rng):
-        super().__init__(rng)
-        self.optimizer_arguments = {"use_ema": True, "ema_momentum": 0.9, "ema_overwrite_frequency": 3}
-
-
-class TwoInputsAndOutputs(Problem):
-    def __init__(self, rng):
-        super().__init__(rng)
-        self.x = {"a": self.x, "b": self.x[:, :2] + 1}
-        self.y = {"u": self.y, "v": self.y[:, :1]}
-        self.compile_arguments = {"loss": {"u": "mse", "v": "mae"}, "loss_weights": {"u": 1.0, "v": 0.3}}
-
-    def model(self, seed=7):
-        keras.utils.set_random_seed(seed)
-        a, b = keras.Input((5,), name="a"), keras.Input((2,), name="b")
-        hidden = keras.layers.Concatenate()([keras.layers.Dense(8, "tanh")(a), b])
-        outputs = {name: keras.layers.Dense(units, name=name)(hidden) for name, units in (("u", 3), ("v", 1))}
-        return keras.Model({"a": a, "b": b}, outputs)
-
-
-class ListOutputs(Problem):
-    """Outputs in a list, whose losses are found by the layers' names."""
-
-    def __init__(self, rng):
-        super().__init__(rng)
-        self.y = [self.y, self.y[:, :1]]
-        self.compile_arguments = {"loss": {"u": "mse", "v": "mae"}, "metrics": {"u": ["mae"]}}
-
-    def model(self, seed=7):
-        keras.utils.set_random_seed(seed)
-        inputs = keras.Input((5,))
-        hidden = keras.layers.Dense(8, "tanh")(inputs)
-        return keras.Model(inputs, [keras.layers.Dense(3, name="u")(hidden), keras.layers.Dense(1, name="v")(hidden)])
-
-
-class WeightedMeanInAList(WeightedMean):
-    def __init__(self, rng):
-        super().__init__(rng)
-        self.compile_arguments["loss"] = [self.compile_arguments["loss"]]
-
-
-class TinyLastBatch(Problem):
-    """The last batch is smaller than a micro-batch."""
-
-    def __init__(self, rng):
-        super().__init__(rng, samples=BATCH * (UPDATES - 1) + 5)
-
-
-FEATURES = {
-    each.__name__: each
-    for each in (
-        Problem,
-        SampleWeights,
-        WeightedMean,
-        Masked,
-        ClassWeights,
-        Regularized,
-        Frozen,
-        ClipNorm,
-        ClipValue,
-        GlobalClipNorm,
-        MovingAverage,
-        TwoInputsAndOutputs,
-        ListOutputs,
-        WeightedMeanInAList,
-        TinyLastBatch,
-    )
-}
-
-
-def train(problem, optimizer, model, batch_size, **compile_arguments):
-    model.compile(optimizer(**problem.optimizer_arguments), **problem.compile_arguments, **compile_arguments)
-    return model.fit(
-        problem.x, problem.y, batch_size=batch_size, shuffle=False, verbose=0, **problem.fit_arguments
-    ).history
-
-
-def largest_difference(a, b):
-    """The largest difference of two models' weights, relative to the largest weight."""
-    a, b = (np.concatenate([w.ravel() for w in model.get_weights()]) for model in (a, b))
-    return np.abs(a - b).max() / np.abs(a).max()
-
-
-def check(problem, optimizer, mode, **run):
-    """Trains the full batch in plain Keras and the same in windows; weights, metrics and updates have to agree."""
-    full, inner = problem.model(), problem.model()
-    wanted = train(problem, optimizer, full, BATCH)
-    model = GradientAccumulateModel(inner, **MODES[mode], **problem.model_arguments)
-    history = train(problem, optimizer, model, MICRO if mode == "accum_steps" else BATCH, **run)
-    assert int(model.optimizer.iterations) == UPDATES
-    assert largest_difference(full, inner) <= 1e-5
-    assert list(history) == list(wanted)
-    for name, values in wanted.items():
-        if isinstance(problem, Masked | WeightedMean) and name == "loss":
-            continue  # Keras averages the batches' losses by samples, whatever these divide by
-        if isinstance(problem, TwoInputsAndOutputs | ListOutputs) and name.endswith("_loss"):
-            continue  # and those of single outputs with equal weights, whatever the sizes of the batches
-        np.testing.assert_allclose(history[name], values, rtol=1e-5, err_msg=name)
-
-
-@pytest.mark.parametrize("mode", list(MODES))
-@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
-@pytest.mark.parametrize("run", list(RUNS))
-def test_every_optimizer(rng, optimizer, mode, run):
-    check(SampleWeights(rng), OPTIMIZERS[optimizer], mode, **RUNS[run])
-
-
-@pytest.mark.parametrize("mode", list(MODES))
-@pytest.mark.parametrize("feature", list(FEATURES))
-def test_every_feature(backend, rng, feature, mode):
-    check(FEATURES[feature](rng), OPTIMIZERS["AdamW"], mode)
-
-
-@pytest.mark.parametrize("mode", list(MODES))
-@pytest.mark.parametrize("feature", ["Masked", "Regularized", "ListOutputs", "TinyLastBatch"])
-@pytest.mark.parametrize("run", ["eager", "xla"])
-def test_features_in_other_runs(rng, feature, mode, run):
-    check(FEATURES[feature](rng), OPTIMIZERS["Adam"], mode, **RUNS[run])
-
-
-@pytest.mark.parametrize("mode", list(MODES))
-def test_schedules_advance_once_a_window(rng, mode):
-    def optimizer():
-        return keras.optimizers.SGD(keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.8))
-
-    check(Problem(rng), optimizer, mode)
-
-
-@pytest.mark.parametrize("mode", list(MODES))
-def test_steps_per_execution(rng, mode):
-    check(Problem(rng), OPTIMIZERS["Adam"], mode, steps_per_execution=3)
 
 
 def test_normalization_by_steps_and_by_a_callable(rng):
@@ -259,7 +21,7 @@ def test_normalization_by_steps_and_by_a_callable(rng):
     }.items():
         inner = problem.model()
         model = GradientAccumulateModel(inner, micro_batch_size=24, normalization=normalization)
-        train(problem, OPTIMIZERS["momentum"], model, 40)
+        train(problem, OPTIMIZERS["momentum"](), model, 40)
         models[name] = inner
     assert largest_difference(models["samples"], models["callable"]) == 0
     assert largest_difference(models["samples"], models["steps"]) > 1e-3
@@ -378,11 +140,11 @@ def test_subclassed_model_built_by_fit(rng):
     for model in (full, inner):
         model(problem.x[:1])
     inner.set_weights(full.get_weights())
-    train(problem, OPTIMIZERS["Adam"], full, BATCH)
-    train(problem, OPTIMIZERS["Adam"], GradientAccumulateModel(inner, micro_batch_size=24), BATCH)
+    train(problem, OPTIMIZERS["Adam"](), full, BATCH)
+    train(problem, OPTIMIZERS["Adam"](), GradientAccumulateModel(inner, micro_batch_size=24), BATCH)
     assert largest_difference(full, inner) <= 1e-5
     unbuilt = GradientAccumulateModel(Net(), accum_steps=4)
-    train(problem, OPTIMIZERS["Adam"], unbuilt, MICRO)
+    train(problem, OPTIMIZERS["Adam"](), unbuilt, MICRO)
     assert int(unbuilt.optimizer.iterations) == UPDATES
 
 
@@ -420,14 +182,14 @@ def test_saved_and_loaded_in_the_middle_of_training(rng, tmp_path, mode):
 def test_mixed_precision(rng, mode, policy):
     problem = Problem(rng)
     full = problem.model()
-    train(problem, OPTIMIZERS["momentum"], full, BATCH)
+    train(problem, OPTIMIZERS["momentum"](), full, BATCH)
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
     try:
         half, inner = problem.model(), problem.model()
-        train(problem, OPTIMIZERS["momentum"], half, BATCH)
+        train(problem, OPTIMIZERS["momentum"](), half, BATCH)
         model = GradientAccumulateModel(inner, **MODES[mode])
-        train(problem, OPTIMIZERS["momentum"], model, MICRO if mode == "accum_steps" else BATCH)
+        train(problem, OPTIMIZERS["momentum"](), model, MICRO if mode == "accum_steps" else BATCH)
     finally:
         keras.config.set_dtype_policy(before)
     scaled = isinstance(model.optimizer.inner_optimizer, keras.optimizers.LossScaleOptimizer)
@@ -493,7 +255,7 @@ def test_an_interrupted_fit_leaves_nothing_for_the_next(rng, partial_window):
 
     problem = Problem(rng, samples=64)
     full, inner = problem.model(), problem.model()
-    train(problem, OPTIMIZERS["momentum"], full, 64)
+    train(problem, OPTIMIZERS["momentum"](), full, 64)
     model = GradientAccumulateModel(inner, accum_steps=4, partial_window=partial_window)
     model.compile(OPTIMIZERS["momentum"](), loss="mse")
     with pytest.raises(KeyboardInterrupt):
