@@ -178,6 +178,13 @@ class GradientAccumulator(tf.Module):
         return tf.convert_to_tensor(self._step)
 
     @property
+    def open(self) -> tf.Tensor:
+        """Whether a window has begun and waits for `close`, full or not: a bool scalar."""
+        self._check_built()
+        with tf.device(self._step.value.device):
+            return tf.greater(self._step, 0)
+
+    @property
     def ready(self) -> tf.Tensor:
         """Whether the window is full and waits for `close`: a bool scalar."""
         if self._accum_steps is None:
@@ -186,6 +193,7 @@ class GradientAccumulator(tf.Module):
         with tf.device(self._step.value.device):
             return tf.greater_equal(self._step, self._limit)
 
+    @tf.autograph.experimental.do_not_convert
     def accumulate(
         self,
         gradients: Sequence[tf.Tensor | tf.IndexedSlices | None],
@@ -219,7 +227,7 @@ class GradientAccumulator(tf.Module):
         touched = self._choose_tracking(gradients)
         with tf.device(self._step.value.device):
             starts = tf.equal(self._step, 0)
-            limit = tf.where(starts, self._upcoming_limit(), self._limit)
+            limit = self._window_limit(starts)
         total = tf.where(starts, weight, self._weight + weight)
         with _Recording() as accumulation:
             ops.accumulate(
@@ -243,6 +251,7 @@ class GradientAccumulator(tf.Module):
             self._step.assign_add(1)
             self._connect(present)
 
+    @tf.autograph.experimental.do_not_convert
     def close(self, *, keep_sparse: bool = False) -> list[tf.Tensor | tf.IndexedSlices | None]:
         """Ends the window, full or not, and returns its gradient.
 
@@ -265,7 +274,8 @@ class GradientAccumulator(tf.Module):
             if int(self._step) == 0:
                 raise ValueError(empty)
         else:
-            tf.debugging.assert_positive(self.step, message=empty)
+            with tf.device(self._step.value.device):
+                tf.debugging.assert_positive(self.step, message=empty)
         # Before the first gradient all variables may have one: the function that closes is traced before the others.
         seen = self._seen_gradients() or range(len(self._accumulators))
         if not tf.executing_eagerly():
@@ -286,20 +296,26 @@ class GradientAccumulator(tf.Module):
             return tf.math.divide_no_nan(tf.convert_to_tensor(accumulator), weight)
         rows = tf.where(self._touched_rows[str(i)])[:, 0]
         values = tf.math.divide_no_nan(tf.gather(accumulator.value, rows), weight)
-        return tf.IndexedSlices(values, rows, dense_shape=tf.constant(accumulator.shape, rows.dtype))
+        return tf.IndexedSlices(values, rows, dense_shape=tf.constant(list(accumulator.shape), rows.dtype))
 
     def reset(self) -> None:
         """Drops the open window, if there is one: the next micro-batch starts a new one."""
         self._check_built()
         self._step.assign(0)
 
-    def _upcoming_limit(self) -> tf.Tensor:
-        if self._schedule is None:
-            return tf.convert_to_tensor(self._next_limit)
-        limit: tf.Tensor = self._schedule(tf.cast(self._iterations, tf.int64))
-        if limit.shape.rank != 0 or not limit.dtype.is_integer:
-            raise TypeError(f"The callable `accum_steps` must return an int. Received: {limit}")
-        return tf.maximum(tf.cast(limit, tf.int64), 1)
+    def _window_limit(self, starts: tf.Tensor) -> tf.Tensor:
+        schedule = self._schedule
+        if schedule is None:
+            return tf.where(starts, self._next_limit, self._limit)
+
+        def scheduled() -> tf.Tensor:
+            limit = schedule(tf.cast(self._iterations, tf.int64))
+            if limit.shape.rank != 0 or not limit.dtype.is_integer:
+                raise TypeError(f"The callable `accum_steps` must return an int. Received: {limit}")
+            return tf.maximum(tf.cast(limit, tf.int64), 1)
+
+        # A condition, as the count of updates may have to come from a GPU.
+        return tf.cond(starts, scheduled, lambda: tf.identity(self._limit))
 
     def _knows_rows(self, i: int) -> bool:
         return str(i) in self._touched_rows and i not in self._untracked
@@ -378,7 +394,13 @@ def check_accum_steps(accum_steps: int | Schedule | None) -> int | Schedule | No
         return None
     steps: Any = accum_steps
     if callable(accum_steps):
-        steps = accum_steps(tf.constant(0, tf.int64))
+        try:
+            steps = tf.function(accum_steps)(tf.constant(0, tf.int64))
+        except tf.errors.OperatorNotAllowedInGraphError as error:
+            raise TypeError(
+                "The callable `accum_steps` decides by the value of a tensor, and its source cannot be read well enough "
+                "to compile that. Use tf.where, or a function of its own lines."
+            ) from error
         if tf.is_tensor(steps) and steps.shape.rank == 0 and steps.dtype.is_integer:
             steps = int(steps)
     source = "" if steps is accum_steps else " from the callable for 0 updates"

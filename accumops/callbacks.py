@@ -75,7 +75,7 @@ class AccumStepsScheduler(_WindowCallback):
         before = optimizer.accum_steps
         optimizer.accum_steps = self._schedule(epoch, before)
         if self.verbose and optimizer.accum_steps != before:
-            keras.utils.io_utils.print_msg(f"\nEpoch {epoch + 1}: accum_steps={optimizer.accum_steps}.")
+            print(f"\nEpoch {epoch + 1}: accum_steps={optimizer.accum_steps}.")
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Adds the number to the logs."""

@@ -43,13 +43,12 @@ class AdaptiveGradientClipping:
 
     Example:
 
-    >>> from accumops.clipping import AdaptiveGradientClipping
     >>> layers = [keras.layers.Dense(4, activation="relu"), keras.layers.Dense(1, name="head")]
     >>> model = keras.Sequential([keras.Input((3,)), *layers])
     >>> variables = model.trainable_variables
     >>> optimizer = keras.optimizers.SGD(0.1)
     >>> optimizer.build(variables)
-    >>> clip = AdaptiveGradientClipping(clip_factor=0.01, exclude=["head/"])
+    >>> clip = accumops.AdaptiveGradientClipping(clip_factor=0.01, exclude=["head/"])
     >>> @tf.function
     ... def train_step(x, y):
     ...     with tf.GradientTape() as tape:

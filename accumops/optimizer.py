@@ -123,6 +123,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
             )
         super().build(variables)
 
+    @tf.autograph.experimental.do_not_convert
     def apply(
         self,
         grads: Gradients,
@@ -147,6 +148,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         if positions and self.accum_steps is not None:
             keras.ops.cond(self._accumulator.ready, lambda: self._update(positions), lambda: None)
 
+    @tf.autograph.experimental.do_not_convert
     def accumulate(
         self,
         grads: Gradients,
@@ -166,6 +168,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         """
         self._accumulate(grads, trainable_variables, weight)
 
+    @tf.autograph.experimental.do_not_convert
     def flush(self) -> None:
         """Ends the open window, full or not, with an update; does nothing where none is open.
 
@@ -177,7 +180,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
                 "`flush` needs an optimizer that is built: call `optimizer.build(trainable_variables)` first."
             )
         if self._accumulator.built:
-            keras.ops.cond(self._accumulator.step > 0, lambda: self._update([]), lambda: None)
+            keras.ops.cond(self._accumulator.open, lambda: self._update([]), lambda: None)
 
     def _accumulate(
         self,
