@@ -398,8 +398,8 @@ def check_accum_steps(accum_steps: int | Schedule | None) -> int | Schedule | No
             steps = tf.function(accum_steps)(tf.constant(0, tf.int64))
         except tf.errors.OperatorNotAllowedInGraphError as error:
             raise TypeError(
-                "The callable `accum_steps` decides by the value of a tensor, and its source cannot be read well enough "
-                "to compile that. Use tf.where, or a function of its own lines."
+                "The callable `accum_steps` decides by the value of a tensor, and its source cannot be read well "
+                "enough to compile that. Use tf.where, or a function on lines of its own."
             ) from error
         if tf.is_tensor(steps) and steps.shape.rank == 0 and steps.dtype.is_integer:
             steps = int(steps)

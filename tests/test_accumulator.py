@@ -1,5 +1,8 @@
 """GradientAccumulator: the window's state machine, in custom loops."""
 
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -268,6 +271,159 @@ def test_one_accumulate_op_for_all_variables():
     assert kinds.count("AccumOps>Accumulate") == 1
     assert "ZerosLike" not in kinds
     assert sum("Assign" in kind for kind in kinds) == 3  # step, limit and weight
+
+
+class TestAccumStepsThatChange:
+    def steps(self, accumulator, variables, count, micro_step=None):
+        """How many micro-batches each of the windows had."""
+        lengths = []
+        for value in range(count):
+            (micro_step or (lambda value: accumulator.accumulate(gradients(int(value)), variables)))(tf.constant(value))
+            if accumulator.ready:
+                lengths.append(int(accumulator.step))
+                accumulator.close()
+        return lengths
+
+    def test_set_by_hand_for_the_next_window(self, backend, mode, variables):
+        accumulator = GradientAccumulator(accum_steps=2)
+        accumulator.build(variables)
+        traces = []
+
+        @mode
+        def micro_step(value):
+            traces.append(1)
+            accumulator.accumulate([tf.fill([2, 3], tf.cast(value, tf.float32)), 1.0])
+
+        assert self.steps(accumulator, variables, 3, micro_step) == [2]
+        accumulator.accum_steps = 3
+        assert accumulator.accum_steps == 3
+        assert self.steps(accumulator, variables, 4, micro_step) == [2, 3]
+        assert len(traces) == (7 if mode.name == "eager" else 1)
+
+    def test_set_before_it_is_built(self, variables):
+        accumulator = GradientAccumulator(accum_steps=2)
+        accumulator.accum_steps = 3
+        assert self.steps(accumulator, variables, 6) == [3, 3]
+
+    def test_a_callable_of_the_updates(self, backend, mode, variables):
+        def schedule(updates):
+            return 1 if updates < 2 else 3
+
+        accumulator = GradientAccumulator(accum_steps=schedule)
+        assert accumulator.accum_steps is schedule
+        accumulator.build(variables)
+        micro_step = mode(lambda value: accumulator.accumulate([tf.fill([2, 3], tf.cast(value, tf.float32)), 1.0]))
+        assert self.steps(accumulator, variables, 9, micro_step) == [1, 1, 3, 3]
+
+    def test_a_callable_of_an_optimizers_updates(self, variables):
+        iterations = tf.Variable(5, dtype=tf.int64)
+        accumulator = GradientAccumulator(accum_steps=lambda updates: tf.maximum(updates // 2, 1))
+        accumulator.build(variables, iterations=iterations)
+        assert self.steps(accumulator, variables, 4) == [2, 2]
+        iterations.assign(6)
+        assert self.steps(accumulator, variables, 4) == [3]
+
+    def test_a_restored_window_goes_on_as_it_started(self, variables):
+        first, second = GradientAccumulator(accum_steps=3), GradientAccumulator(accum_steps=2)
+        assert self.steps(first, variables, 2) == []
+        second.build(variables)
+        for before, after in zip(first.variables, second.variables, strict=True):
+            after.assign(before)
+        assert self.steps(second, variables, 5) == [3, 2, 2]
+
+    def test_what_cannot_be_set(self, variables):
+        for before, after in ((None, 2), (lambda updates: 2, 2), (2, None), (2, lambda updates: 2)):
+            accumulator = GradientAccumulator(accum_steps=before)
+            with pytest.raises(ValueError, match="from one int to another"):
+                accumulator.accum_steps = after
+        accumulator = GradientAccumulator(accum_steps=2)
+        accumulator.build(variables)
+        for wrong, error in ((0, ValueError), (2.5, TypeError)):
+            with pytest.raises(error, match="accum_steps"):
+                accumulator.accum_steps = wrong
+        assert accumulator.accum_steps == 2
+
+    @pytest.mark.parametrize(
+        ("schedule", "error", "match"),
+        [
+            (lambda updates: 0, ValueError, "callable for 0 updates: 0"),
+            (lambda updates: tf.cast(updates, tf.float32), TypeError, "callable"),
+            (lambda updates: 2.5, TypeError, "callable for 0 updates"),
+            (lambda updates: [1, 2], TypeError, "callable for 0 updates"),
+            (eval("lambda updates: 1 if updates < 2 else 3"), TypeError, "tf.where"),
+            ({0: 1}, TypeError, "AccumStepsScheduler"),
+        ],
+    )
+    def test_wrong_callables(self, schedule, error, match):
+        with pytest.raises(error, match=match):
+            GradientAccumulator(accum_steps=schedule)
+
+
+def test_sparse_rows_are_kept_where_they_are_known(backend, mode, rng):
+    """Each row once and in order; a gradient that was dense, or a small variable, closes as a tensor."""
+    table, other, small = (tf.Variable(tf.zeros(shape)) for shape in ([2000, 40], [2000, 40], [20, 2]))
+    accumulator = GradientAccumulator(accum_steps=2)
+    accumulator.build([table, other, small])
+    accumulate = mode(
+        lambda indices, values: accumulator.accumulate(
+            [tf.IndexedSlices(values, indices), tf.ones([2000, 40]), tf.IndexedSlices(values[:, :2], indices // 100)]
+        )
+    )
+    close = mode(lambda: accumulator.close(keep_sparse=True))
+    for _ in range(2):
+        wanted = np.zeros([2000, 40])
+        for _ in range(2):
+            indices, values = rng.integers(0, 2000, 9), rng.standard_normal((9, 40)).astype("float32")
+            np.add.at(wanted, indices, values / 2)
+            accumulate(tf.constant(indices), tf.constant(values))
+        rows, dense, dense_too = close()
+        assert isinstance(rows, tf.IndexedSlices)
+        np.testing.assert_array_equal(rows.indices, np.flatnonzero(np.abs(wanted).max(axis=1)))
+        np.testing.assert_allclose(tf.convert_to_tensor(rows), wanted, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(dense, np.ones([2000, 40]))
+        assert tuple(dense_too.shape) == (20, 2)
+
+
+COUNTERS = """
+import tensorflow as tf
+import accumops
+
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+
+def counters(build, **arguments):
+    with tf.device("CPU:1"):  # in place of a GPU
+        variables = [tf.Variable(tf.zeros([3]))]
+        accumulator = accumops.GradientAccumulator(accum_steps=2)
+        build(accumulator, variables)
+        for value in (1.0, 3.0, 2.0, 6.0):
+            accumulator.accumulate([tf.fill([3], value)])
+            if accumulator.ready:
+                print(accumulator.close()[0].numpy().tolist(), end=" ")
+        assert accumulator.accumulators[0].value.device.endswith("CPU:1")
+        print(accumulator.variables[0].value.device[-5:])
+
+def build_in(jit_compile):
+    def build(accumulator, variables):
+        step = tf.function(lambda: accumulator.accumulate([tf.ones([3])], variables), jit_compile=jit_compile)
+        step()
+        accumulator.close()
+    return build
+
+counters(lambda accumulator, variables: accumulator.build(variables))
+counters(lambda accumulator, variables: accumulator.build(variables, jit_compile=False))
+counters(lambda accumulator, variables: accumulator.build(variables, jit_compile=True))
+counters(build_in(False))
+counters(build_in(True))
+"""
+
+
+def test_counters_are_where_conditions_are_decided():
+    """On the host for functions that XLA does not compile; where these run for others, and where it is not known."""
+    run = subprocess.run([sys.executable, "-c", COUNTERS], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    means = "[2.0, 2.0, 2.0] [4.0, 4.0, 4.0]"
+    assert run.stdout.splitlines() == [f"{means} CPU:{device}" for device in (1, 0, 1, 0, 1)]
 
 
 class TestErrors:
