@@ -46,7 +46,7 @@ class GradientAccumulateModel(keras.Model):
             also of an int by setting the attribute, holds from the next window on.
         micro_batch_size: Samples a micro-batch, an int of at least 1.
         parallel_micro_batches: With `micro_batch_size`, how many micro-batches TensorFlow may run side by side, for who
-            has the memory for their activations. The result is the same, bit for bit.
+            has the memory for their activations. Gradients and metrics add up in the same order.
         normalization: What a micro-batch counts for in the mean over its window: `"samples"` (their number, right for
             losses that are means over samples), `"steps"` (all the same), `"weights"` (what the loss divides by: the
             sum of sample weights where its reduction is `"mean_with_sample_weight"`, else the valid positions of the

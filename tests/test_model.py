@@ -1,5 +1,7 @@
 """GradientAccumulateModel: partial windows, saving, mixed precision, errors; test_full_batch.py has its results."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import tensorflow as tf
 from problems import BATCH, MICRO, MODES, OPTIMIZERS, UPDATES, Problem, largest_difference, train
 
 import accumops
-from accumops import GradientAccumulateModel
+from accumops import AdaptiveGradientClipping, GradientAccumulateModel
 
 
 def test_normalization_by_steps_and_by_a_callable(rng):
@@ -115,6 +117,130 @@ def test_one_accumulate_op_in_the_step(rng):
     assert kinds.count("AccumOps>Accumulate") == 1
     assert "ZerosLike" not in kinds
     assert "AddN" not in kinds
+
+
+def inputs_of(operation, seen):
+    """All operations that this one waits for."""
+    for before in [tensor.op for tensor in operation.inputs] + list(operation.control_inputs):
+        if before not in seen:
+            seen.add(before)
+            inputs_of(before, seen)
+    return seen
+
+
+def test_parallel_micro_batches_depend_on_one_another_only_to_accumulate(rng):
+    """TensorFlow may run their passes side by side; gradients and metrics add up in their order."""
+    accumops.set_backend("fused")
+    try:
+        problem = Problem(rng)
+        model = GradientAccumulateModel(problem.model(), micro_batch_size=16, parallel_micro_batches=3)
+        model.compile(keras.optimizers.SGD(0.1), loss="mse", metrics=["mae"])
+        model.optimizer.build(model.trainable_variables)
+        data = (tf.constant(problem.x[:48]), tf.constant(problem.y[:48]))
+
+        @tf.function
+        def body():
+            for i in range(3):
+                part = tuple(each[16 * i : 16 * (i + 1)] for each in data)
+                model._train_on_micro_batch(part, model.optimizer.accumulate)
+
+        operations = body.get_concrete_function().graph.get_operations()
+    finally:
+        accumops.set_backend("auto")
+    accumulates = [each for each in operations if each.type == "AccumOps>Accumulate"]
+    assert len(accumulates) == 3
+    for before, after in itertools.pairwise(accumulates):
+        assert before in inputs_of(after, set())
+    products = [each for each in operations if each.type == "MatMul"]
+    assert products
+    for product in products:
+        assert not inputs_of(product, set()).intersection(accumulates)
+
+
+@pytest.mark.parametrize("run", [{}, {"jit_compile": True}], ids=["graph", "xla"])
+@pytest.mark.parametrize("samples", [5, 16, 30, 48, 50, 96, 101])
+def test_parallel_micro_batches_give_the_same(rng, samples, run):
+    """The same bits, but that XLA compiles two bodies in two ways."""
+    problem = Problem(rng, samples)
+    weights = []
+    for parallel in (1, 3):
+        inner = problem.model()
+        model = GradientAccumulateModel(inner, micro_batch_size=16, parallel_micro_batches=parallel)
+        model.compile(keras.optimizers.SGD(0.1), loss="mse", **run)
+        model.train_on_batch(problem.x, problem.y)
+        weights.append(inner.get_weights())
+    for one, three in zip(*weights, strict=True):
+        np.testing.assert_allclose(one, three, rtol=1e-5 if run else 0, atol=1e-7 if run else 0)
+
+
+def test_arguments_survive_saving(rng, tmp_path):
+    problem = Problem(rng)
+    clipping = AdaptiveGradientClipping(0.02, exclude=["bias"])
+    model = GradientAccumulateModel(
+        problem.model(), accum_steps={0: 2, 3: 4}, gradient_clipping=clipping, lazy_sparse=True, partial_window="drop"
+    )
+    model.compile(keras.optimizers.SGD(0.1), loss="mse")
+    model.train_on_batch(problem.x[:16], problem.y[:16])
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.partial_window == "drop"
+    assert loaded.accum_steps == {0: 2, 3: 4}
+    assert loaded.optimizer.accum_steps == 2
+    assert loaded.optimizer.lazy_sparse
+    assert loaded.optimizer.gradient_clipping.get_config() == clipping.get_config()
+    sliced = GradientAccumulateModel(problem.model(), micro_batch_size=8, parallel_micro_batches=2)
+    assert GradientAccumulateModel.from_config(sliced.get_config()).parallel_micro_batches == 2
+
+
+def test_accum_steps_set_by_hand(rng):
+    problem = Problem(rng)
+    model = GradientAccumulateModel(problem.model(), accum_steps=2)
+    model.accum_steps = 3
+    model.compile(keras.optimizers.SGD(0.1), loss="mse")
+    lengths = []
+    for i in range(9):
+        model.train_on_batch(problem.x[16 * i : 16 * (i + 1)], problem.y[16 * i : 16 * (i + 1)])
+        lengths.append(int(model.optimizer.accumulator.step))
+        if i == 3:
+            model.accum_steps = 2  # in the window that is open it is still 3
+    assert lengths == [1, 2, 0, 1, 2, 0, 1, 0, 1]
+    assert repr(model) == f"<GradientAccumulateModel {model.model.name}, accum_steps=2>"
+    model.compile(keras.optimizers.SGD(0.1), loss="mse")
+    assert model.optimizer.accum_steps == 2
+    with pytest.raises(ValueError, match="at least 1"):
+        model.accum_steps = 0
+
+
+def test_a_callable_for_accum_steps(rng):
+    """Windows of 1, 1, 3, 3, … micro-batches, of 16 samples each."""
+
+    def schedule(updates):
+        return 1 if updates < 2 else 3
+
+    problem = Problem(rng, 8 * 16)
+    inner, full = problem.model(), problem.model()
+    model = GradientAccumulateModel(inner, accum_steps=schedule)
+    train(problem, keras.optimizers.Adam(0.01), model, 16)
+    full.compile(keras.optimizers.Adam(0.01), loss="mse")
+    for first, last in ((0, 1), (1, 2), (2, 5), (5, 8)):
+        full.train_on_batch(problem.x[16 * first : 16 * last], problem.y[16 * first : 16 * last])
+    assert largest_difference(full, inner) <= 1e-5
+
+
+def test_a_subclass_with_a_train_step(rng):
+    """It may go around ours."""
+
+    class Noisy(GradientAccumulateModel):
+        def train_step(self, data):
+            x, y = data
+            return super().train_step((x + 1.0, y))
+
+    problem = Problem(rng)
+    inner, full = problem.model(), problem.model()
+    train(problem, keras.optimizers.Adam(0.01), Noisy(inner, micro_batch_size=24), BATCH)
+    problem.x = problem.x + 1
+    train(problem, keras.optimizers.Adam(0.01), full, BATCH)
+    assert largest_difference(full, inner) <= 1e-5
 
 
 def test_functional_arguments_and_the_wrapped_model(rng):

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 import accumops
-from accumops import GradientAccumulateOptimizer
+from accumops import AdaptiveGradientClipping, GradientAccumulateOptimizer
 
 MICRO, STEPS, UPDATES = 8, 8, 50
 OPTIMIZERS = {
@@ -184,7 +184,11 @@ def test_learning_rate_is_the_inner_optimizers(rng):
 
 def test_config_round_trip():
     optimizer = GradientAccumulateOptimizer(
-        keras.optimizers.AdamW(0.02, weight_decay=0.3), accum_steps=5, name="wrapped"
+        keras.optimizers.AdamW(0.02, weight_decay=0.3),
+        accum_steps=5,
+        gradient_clipping=AdaptiveGradientClipping(0.1, exclude=["head"]),
+        lazy_sparse=True,
+        name="wrapped",
     )
     restored = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
     assert isinstance(restored, GradientAccumulateOptimizer)
@@ -192,6 +196,42 @@ def test_config_round_trip():
     assert restored.accum_steps == 5
     assert isinstance(restored.inner_optimizer, keras.optimizers.AdamW)
     assert repr(restored) == "<GradientAccumulateOptimizer AdamW, accum_steps=5>"
+
+
+@pytest.mark.parametrize("scaling", ["none", "dynamic", "fixed"])
+def test_adaptive_clipping_sees_the_unscaled_gradient(backend, mode, scaling):
+    """Whatever the wrapped optimizer is to scale back."""
+    inner = keras.optimizers.SGD(1.0, loss_scale_factor=1024.0 if scaling == "fixed" else None)
+    if scaling == "dynamic":
+        inner = keras.optimizers.LossScaleOptimizer(inner, initial_scale=1024.0)
+    scale = 1.0 if scaling == "none" else 1024.0
+    variable = keras.Variable(np.full((4, 2), 2.0, "float32"))
+    optimizer = GradientAccumulateOptimizer(inner, 2, gradient_clipping=AdaptiveGradientClipping(0.1))
+    optimizer.build([variable])
+    micro_step = mode(lambda gradient: optimizer.apply([gradient], [variable]))
+    for _ in range(2):  # norms of the columns: 6 and 0.2; limits: 0.1 of 4
+        micro_step(tf.constant([[3.0, 0.1]] * 4) * scale)
+    np.testing.assert_allclose(variable.numpy(), [[2 - 0.2, 2 - 0.1]] * 4, rtol=1e-6)
+
+
+def test_adaptive_clipping_leaves_a_window_with_nan_to_loss_scaling():
+    inner = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(1.0), initial_scale=8.0)
+    variable = keras.Variable(np.ones((4, 2), "float32"))
+    optimizer = GradientAccumulateOptimizer(inner, 1, gradient_clipping=AdaptiveGradientClipping(0.1))
+    optimizer.apply([tf.constant([[np.nan, 1.0]] * 4)], [variable])
+    np.testing.assert_array_equal(variable.numpy(), np.ones((4, 2)))
+    assert float(inner.dynamic_scale) == 4.0
+
+
+def test_clipping_by_any_callable(backend):
+    variable = keras.Variable(np.zeros(2, "float32"))
+    optimizer = GradientAccumulateOptimizer(
+        "sgd", 2, gradient_clipping=lambda gradients, variables: [tf.sign(g) for g in gradients]
+    )
+    optimizer.learning_rate = 1.0
+    for _ in range(2):
+        optimizer.apply([tf.constant([5.0, -7.0])], [variable])
+    np.testing.assert_array_equal(variable.numpy(), [-1, 1])
 
 
 def test_saved_in_the_middle_of_a_window(backend, rng, tmp_path):
@@ -251,6 +291,14 @@ class TestErrors:
     def test_accum_steps(self, accum_steps, error):
         with pytest.raises(error, match="accum_steps"):
             GradientAccumulateOptimizer(keras.optimizers.SGD(0.1), accum_steps=accum_steps)
+
+    def test_gradient_clipping(self):
+        with pytest.raises(TypeError, match=r"gradient_clipping.*0\.01"):
+            GradientAccumulateOptimizer("sgd", 2, gradient_clipping=0.01)
+        variable = keras.Variable(np.zeros(2, "float32"))
+        optimizer = GradientAccumulateOptimizer("sgd", 1, gradient_clipping=lambda gradients, variables: [])
+        with pytest.raises(ValueError, match="one gradient for each of 1 variables"):
+            optimizer.apply([tf.ones([2])], [variable])
 
     @pytest.mark.parametrize(
         "inner",
