@@ -17,7 +17,8 @@ changes does so with the next one.
 import contextlib
 import math
 import numbers
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -96,28 +97,27 @@ class GradientAccumulator(tf.Module):
             track_all_rows: Whether `close(keep_sparse=True)` is to know the touched rows of small tables too.
 
         Raises:
-            ValueError: If there are none, one is not of a floating-point dtype, or `build` was called before.
+            TypeError: If `variables` are not variables, or another argument is of a wrong type.
+            ValueError: If there are none, one is given twice or not of a floating-point dtype, or `build` was called
+                before.
         """
         if self.built:
             raise ValueError(f"{self.name} is already built; make a new one for other variables.")
-        variables = list(variables)
-        if not variables:
-            raise ValueError(f"{self.name} needs at least one variable to accumulate gradients for. Received none.")
-        for variable in variables:
-            if not tf.as_dtype(variable.dtype).is_floating:
-                raise ValueError(
-                    f"Gradients of '{_name(variable)}' cannot be accumulated: its dtype must be floating-point. "
-                    f"Received: {tf.as_dtype(variable.dtype).name}."
-                )
+        variables = check_variables(variables)
+        check_bool("track_all_rows", track_all_rows)
+        check_bool("jit_compile", False if jit_compile is None else jit_compile)
+        if iterations is not None and not (_is_variable(iterations) and tf.as_dtype(iterations.dtype).is_integer):
+            raise TypeError(f"`iterations` must be an integer variable. Received: {iterations!r}")
         self._names = [_name(variable) for variable in variables]
         self._accumulators = [_new_accumulator(variable) for variable in variables]
         with _counter_device(jit_compile):
             self._step = _new_variable("step", (), "int64")
             self._limit = _new_variable("limit", (), "int64", initializer="ones")
             # What `accum_steps` is, for functions that are traced. It is no state: a process that goes on with another
-            # one's window takes it from its own arguments.
+            # one's window takes it from its own arguments. In a namespace, where checkpoints do not find it.
             steps = self._accum_steps if isinstance(self._accum_steps, int) else 1
-            self._next_limit = _new_variable("next_limit", (), "int64", keras.initializers.Constant(steps))
+            next_limit = _new_variable("next_limit", (), "int64", keras.initializers.Constant(steps))
+            self._setting = types.SimpleNamespace(next_limit=next_limit)
             counts_itself = self._schedule is not None and iterations is None
             self._closed = _new_variable("closed", (), "int64") if counts_itself else None
         self._iterations = self._closed if counts_itself else iterations
@@ -148,6 +148,11 @@ class GradientAccumulator(tf.Module):
 
     @accum_steps.setter
     def accum_steps(self, accum_steps: int) -> None:
+        if self._accum_steps is None:
+            raise ValueError(
+                "`accum_steps` cannot be set where it is None: windows end when they are closed, and with "
+                f"`micro_batch_size` at each step. Received: {accum_steps!r}"
+            )
         if not isinstance(self._accum_steps, int) or accum_steps is None or callable(accum_steps):
             raise ValueError(
                 f"`accum_steps` can be changed from one int to another. Received: {accum_steps!r} instead of "
@@ -155,7 +160,7 @@ class GradientAccumulator(tf.Module):
             )
         self._accum_steps = check_accum_steps(accum_steps)
         if self.built:
-            self._next_limit.assign(self._accum_steps)
+            self._setting.next_limit.assign(self._accum_steps)
 
     @property
     def accumulators(self) -> list[keras.Variable]:
@@ -268,6 +273,13 @@ class GradientAccumulator(tf.Module):
             ValueError: If no window is open, when executing eagerly. In a graph, `tf.errors.InvalidArgumentError`,
                 which a function that XLA compiles does not check.
         """
+        check_bool("keep_sparse", keep_sparse)
+        with self._closing(keep_sparse) as gradients:
+            return gradients
+
+    @contextlib.contextmanager
+    def _closing(self, keep_sparse: bool) -> Iterator[list[tf.Tensor | tf.IndexedSlices | None]]:
+        """What `close` returns; the window ends when what is done with it has not failed."""
         self._check_built()
         empty = f"{self.name} has no open window to close: call `accumulate` first."
         if tf.executing_eagerly():
@@ -280,20 +292,20 @@ class GradientAccumulator(tf.Module):
         seen = self._seen_gradients() or range(len(self._accumulators))
         if not tf.executing_eagerly():
             self._closed_without.update(set(range(len(self._accumulators))).difference(seen))
-        gradients = [
+        yield [
             self._mean(i, sparse=keep_sparse and self._knows_rows(i)) if i in seen else None
             for i in range(len(self._accumulators))
         ]
         self._step.assign(0)
         if self._closed is not None:
             self._closed.assign_add(1)
-        return gradients
 
     def _mean(self, i: int, sparse: bool) -> tf.Tensor | tf.IndexedSlices:
         accumulator = self._accumulators[i]
         weight = tf.cast(self._weight, accumulator.dtype)
         if not sparse:
             return tf.math.divide_no_nan(tf.convert_to_tensor(accumulator), weight)
+        self._tracked.add(i)  # a function that relies on the flags: whatever comes keeps them right
         rows = tf.where(self._touched_rows[str(i)])[:, 0]
         values = tf.math.divide_no_nan(tf.gather(accumulator.value, rows), weight)
         return tf.IndexedSlices(values, rows, dense_shape=tf.constant(list(accumulator.shape), rows.dtype))
@@ -306,12 +318,14 @@ class GradientAccumulator(tf.Module):
     def _window_limit(self, starts: tf.Tensor) -> tf.Tensor:
         schedule = self._schedule
         if schedule is None:
-            return tf.where(starts, self._next_limit, self._limit)
+            return tf.where(starts, self._setting.next_limit, self._limit)
 
         def scheduled() -> tf.Tensor:
             limit = schedule(tf.cast(self._iterations, tf.int64))
             if limit.shape.rank != 0 or not limit.dtype.is_integer:
                 raise TypeError(f"The callable `accum_steps` must return an int. Received: {limit}")
+            # Where XLA compiles, nothing is raised, and the least there can be is done.
+            tf.debugging.assert_positive(limit, message="The callable `accum_steps` must return at least 1.")
             return tf.maximum(tf.cast(limit, tf.int64), 1)
 
         # A condition, as the count of updates may have to come from a GPU.
@@ -401,6 +415,11 @@ def check_accum_steps(accum_steps: int | Schedule | None) -> int | Schedule | No
                 "The callable `accum_steps` decides by the value of a tensor, and its source cannot be read well "
                 "enough to compile that. Use tf.where, or a function on lines of its own."
             ) from error
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"The callable `accum_steps` must take a count of updates, an int64 scalar. Received: {accum_steps!r}, "
+                f"which raises {type(error).__name__}: {error}"
+            ) from error
         if tf.is_tensor(steps) and steps.shape.rank == 0 and steps.dtype.is_integer:
             steps = int(steps)
     source = "" if steps is accum_steps else " from the callable for 0 updates"
@@ -410,9 +429,42 @@ def check_accum_steps(accum_steps: int | Schedule | None) -> int | Schedule | No
             f"`accum_steps` must be an int, the number of micro-batches, or a callable that returns one.{hint} "
             f"Received{source}: {steps!r}"
         )
-    if steps < 1:
-        raise ValueError(f"`accum_steps` must be at least 1. Received{source}: {steps}")
+    if not 1 <= int(steps) < 1 << 63:
+        raise ValueError(f"`accum_steps` must be at least 1, and an int64. Received{source}: {steps}")
     return accum_steps if callable(accum_steps) else int(steps)
+
+
+def check_variables(variables: Sequence[tf.Variable | keras.Variable]) -> list[tf.Variable | keras.Variable]:
+    """Returns the variables as a list, if gradients for them can be accumulated."""
+    if _is_variable(variables) or not isinstance(variables, Iterable):
+        raise TypeError(f"`variables` must be a list of variables. Received: {variables!r}")
+    variables = list(variables)
+    if not variables:
+        raise ValueError("At least one variable is needed to accumulate gradients for. Received none.")
+    known: set[int] = set()
+    for variable in variables:
+        if not _is_variable(variable):
+            raise TypeError(f"`variables` must hold tf.Variable or keras.Variable. Received: {variable!r}")
+        if not tf.as_dtype(variable.dtype).is_floating:
+            raise ValueError(
+                f"Gradients of '{_name(variable)}' cannot be accumulated: its dtype must be floating-point. "
+                f"Received: {tf.as_dtype(variable.dtype).name}."
+            )
+        if id(variable) in known:
+            raise ValueError(f"'{_name(variable)}' is given twice. Give each variable once, and its gradients summed.")
+        known.add(id(variable))
+    return variables
+
+
+def check_bool(name: str, value: bool) -> bool:
+    """Returns `value` if it is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False. Received: {value!r}")
+    return value
+
+
+def _is_variable(value: object) -> bool:
+    return isinstance(value, tf.Variable | keras.Variable)
 
 
 def _name(variable: tf.Variable | keras.Variable) -> str:
@@ -483,6 +535,10 @@ def _flat_name(variable: tf.Variable | keras.Variable) -> str:
 
 
 def _as_weight(weight: float | tf.Tensor) -> tf.Tensor:
+    if isinstance(weight, bool) or not (
+        isinstance(weight, numbers.Real | np.ndarray) or tf.is_tensor(weight) or _is_variable(weight)
+    ):
+        raise TypeError(f"`weight` must be a number or a scalar tensor. Received: {weight!r}")
     if isinstance(weight, numbers.Real) and not 0 <= float(weight) < math.inf:
         raise ValueError(f"`weight` must be finite and not negative. Received: {weight}")
     tensor = tf.cast(weight, tf.float32)

@@ -1,5 +1,6 @@
 """Callbacks for `fit`: a K that changes, open windows at the end of an epoch, the effective batch size in the logs."""
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -112,25 +113,35 @@ class PartialWindow(_WindowCallback):
             raise ValueError(f"`policy` must be one of {PARTIAL_WINDOWS}. Received: {policy!r}")
         self.policy = policy
 
+        self._in_epoch = False
+
     def on_train_begin(self, logs: Any = None) -> None:
         """Drops what an interrupted training has left open."""
         if self.policy != "carry":
             self._drop()
 
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Tells an epoch's validation from `evaluate`."""
+        self._in_epoch = True
+
     def on_test_begin(self, logs: Any = None) -> None:
         """Settles the window before the validation of an epoch."""
-        self._settle()
+        if self._in_epoch:
+            self._settle()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Settles the window of an epoch without validation."""
         self._settle()
+        self._in_epoch = False
+
+    def _flush(self) -> None:
+        optimizer = self._optimizer
+        if optimizer.accumulator.built:
+            optimizer.flush()
 
     def _settle(self) -> None:
         if self.policy == "flush":
-            optimizer = self._optimizer
-            if optimizer.accumulator.built:
-                # The model's own flush is compiled.
-                getattr(self.model, "flush", optimizer.flush)()
+            self._flush()
         elif self.policy == "drop":
             self._drop()
 
@@ -143,7 +154,8 @@ class PartialWindow(_WindowCallback):
 class EffectiveBatchSize(_WindowCallback):
     """Adds `effective_batch_size` to the logs of each epoch: samples an update, on average over the epoch.
 
-    It is `nan` in an epoch without an update.
+    It is `nan` in an epoch without an update. Samples of a window that is dropped count, and an update counts that a
+    `PartialWindow` before it in the list has made.
 
     Raises:
         ValueError: In `fit`, if nothing accumulates, or the model has a `train_step` of its own, whose samples nobody
@@ -160,6 +172,11 @@ class EffectiveBatchSize(_WindowCallback):
     [32.0]
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._samples: float | None = None
+        self._updates = 0
+
     def on_train_begin(self, logs: Any = None) -> None:
         """Checks that samples are counted."""
         kind = type(self.model)
@@ -171,7 +188,7 @@ class EffectiveBatchSize(_WindowCallback):
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Starts to count."""
-        self._samples: float | None = None
+        self._samples = None
         self._updates = int(self._optimizer.iterations)
 
     def on_test_begin(self, logs: Any = None) -> None:
@@ -192,7 +209,7 @@ class EffectiveBatchSize(_WindowCallback):
 
 def _check_epochs(schedule: dict[int, int]) -> None:
     for epoch, steps in schedule.items():
-        if isinstance(epoch, bool) or not isinstance(epoch, int):
+        if isinstance(epoch, bool) or not isinstance(epoch, numbers.Integral):
             raise TypeError(f"The keys of a schedule must be epochs, ints counted from 0. Received: {epoch!r}")
         if not isinstance(check_accum_steps(steps), int):
             raise TypeError(f"The schedule must have an int for epoch {epoch}. Received: {steps!r}")

@@ -14,9 +14,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from accumops.accumulator import Schedule, check_accum_steps
+from accumops.accumulator import Schedule, check_accum_steps, check_bool
 from accumops.callbacks import PARTIAL_WINDOWS, AccumStepsScheduler, PartialWindow
-from accumops.optimizer import Clipping, GradientAccumulateOptimizer
+from accumops.optimizer import Clipping, GradientAccumulateOptimizer, check_gradient_clipping
 
 _NORMALIZATIONS = ("samples", "steps", "weights")
 
@@ -98,6 +98,8 @@ class GradientAccumulateModel(keras.Model):
             )
         if partial_window not in PARTIAL_WINDOWS:
             raise ValueError(f"`partial_window` must be one of {PARTIAL_WINDOWS}. Received: {partial_window!r}")
+        check_gradient_clipping(gradient_clipping)
+        check_bool("lazy_sparse", lazy_sparse)
         # Inputs reach the wrapped model as they are; what it casts, it casts itself.
         super().__init__(name=name, autocast=False)
         self._convert_input_args = False
@@ -112,7 +114,7 @@ class GradientAccumulateModel(keras.Model):
         self.normalization = normalization
         self.partial_window = partial_window
         self.gradient_clipping = gradient_clipping
-        self.lazy_sparse = bool(lazy_sparse)
+        self.lazy_sparse = lazy_sparse
         self._flush_function: Callable[[], None] | None = None
         if model.built:
             self.built = True
@@ -133,9 +135,9 @@ class GradientAccumulateModel(keras.Model):
                 f"`accum_steps` can be changed from one int to another. Received: {accum_steps!r} instead of "
                 f"{self.accum_steps!r}"
             )
-        self._accum_steps = accum_steps
+        self._accum_steps = int(accum_steps)
         if getattr(self, "optimizer", None) is not None:
-            self.optimizer.accum_steps = accum_steps
+            self.optimizer.accum_steps = self._accum_steps
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Calls the wrapped model."""
@@ -158,7 +160,8 @@ class GradientAccumulateModel(keras.Model):
             loss: The loss, or one for each output; their reductions have to be means.
             *args: As `keras.Model.compile` takes them.
             auto_scale_loss: Whether a `mixed_float16` model gets a `LossScaleOptimizer`, inside that wrapper: a window
-                with a gradient that is not finite is dropped, and the scale backs off.
+                with a gradient that is not finite is dropped, and the scale backs off. Keras's SwapEMAWeights callback
+                does not find the moving averages through it.
             **kwargs: Everything else that `keras.Model.compile` takes: `metrics`, `jit_compile`, …
 
         Raises:
@@ -172,6 +175,8 @@ class GradientAccumulateModel(keras.Model):
         scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
         if auto_scale_loss and self.model.dtype_policy.name == "mixed_float16" and not scaled:
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        if isinstance(self.accum_steps, int):
+            self._accum_steps = self.accum_steps  # a callback may have changed the optimizer's
         wrapped = GradientAccumulateOptimizer(
             optimizer, self._accum_steps, gradient_clipping=self.gradient_clipping, lazy_sparse=self.lazy_sparse
         )
@@ -266,7 +271,7 @@ class GradientAccumulateModel(keras.Model):
         """
         self._check_batch_size(x, batch_size, kwargs.get("steps_per_epoch"))
         # The first of all: a checkpoint is to see what it does.
-        own: list[keras.callbacks.Callback] = [PartialWindow(self.partial_window)]
+        own: list[keras.callbacks.Callback] = [_PartialWindow(self.partial_window)]
         if self._epochs is not None:
             own.append(AccumStepsScheduler(dict(self._epochs)))
         if not isinstance(callbacks, keras.callbacks.CallbackList):
@@ -328,6 +333,11 @@ class GradientAccumulateModel(keras.Model):
         return f"<GradientAccumulateModel {self.model.name}, {window}>"
 
 
+class _PartialWindow(PartialWindow):
+    def _flush(self) -> None:
+        self.model.flush()
+
+
 def _for_each_slice(
     data: Any, size: int, run: Callable[[Any], object], *, static_sizes: bool, at_once: int = 1
 ) -> None:
@@ -373,7 +383,7 @@ def _for_each_slice(
     done: tf.Tensor | int = 0
     if at_once > 1:
         done = count // (size * at_once) * (size * at_once)
-        loop(0, done, whole, at_once)
+        loop(0, done, whole if static_sizes else lambda begin: part(begin, begin + size), at_once)
     if not static_sizes:
         loop(done, count, lambda begin: part(begin, tf.minimum(begin + size, count)))
         return

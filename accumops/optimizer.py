@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from accumops import row_update
-from accumops.accumulator import GradientAccumulator, Schedule, check_accum_steps
+from accumops.accumulator import GradientAccumulator, Schedule, check_accum_steps, check_bool, check_variables
 
 Gradients = Sequence[tf.Tensor | tf.IndexedSlices | None]
 Clipping = Callable[[Gradients, Sequence[keras.Variable]], Gradients]
@@ -65,17 +65,14 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
     ) -> None:
         accum_steps = check_accum_steps(accum_steps)
         inner_optimizer = _check_inner_optimizer(keras.optimizers.get(inner_optimizer))
-        if gradient_clipping is not None and not callable(gradient_clipping):
-            raise TypeError(
-                "`gradient_clipping` must be a callable `(gradients, variables) -> gradients`, or None. "
-                f"Received: {gradient_clipping!r}"
-            )
-        if lazy_sparse:
+        check_gradient_clipping(gradient_clipping)
+        if check_bool("lazy_sparse", lazy_sparse):
             _check_lazy(inner_optimizer)
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = inner_optimizer
         self.gradient_clipping = gradient_clipping
-        self.lazy_sparse = bool(lazy_sparse)
+        self.lazy_sparse = lazy_sparse
+        self._averages_elsewhere = False
         # Whether XLA compiles the step, where that is known before a step is traced; see GradientAccumulator.build.
         self.jit_compile: bool | None = None
         self._accumulator = GradientAccumulator(accum_steps, name=f"{self.name}_accumulator")
@@ -113,6 +110,8 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
                     f"The variable '{variable.path}' is overwritten with its gradient, as float8 training does: such "
                     "gradients cannot be accumulated."
                 )
+        if variables:
+            check_variables(variables)
         self.inner_optimizer.build(variables)
         if variables:
             self._accumulator.build(
@@ -121,7 +120,12 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
                 jit_compile=self.jit_compile,
                 track_all_rows=self.lazy_sparse,
             )
-        super().build(variables)
+        # Moving averages are the wrapped optimizer's; the base class would make others, and give it those.
+        self._averages_elsewhere = True
+        try:
+            super().build(variables)
+        finally:
+            self._averages_elsewhere = False
 
     @tf.autograph.experimental.do_not_convert
     def apply(
@@ -210,6 +214,8 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
                 self.build(trainable_variables)
         self._check_variables_are_known(trainable_variables)
         positions = [self._get_variable_index(variable) for variable in trainable_variables]
+        if len(set(positions)) < len(positions):
+            raise ValueError("A variable is given twice. Give each variable once, and its gradients summed.")
         given = dict(zip(positions, grads, strict=True))
         self._accumulator.accumulate([given.get(i) for i in range(len(self._trainable_variables))], weight=weight)
         return positions
@@ -223,22 +229,21 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         rows_suffice = row_update.leaves_other_rows(innermost) and innermost.loss_scale_factor is None
         if self.lazy_sparse:
             _check_lazy(self.inner_optimizer)
-        gradients: Gradients = self._accumulator.close(keep_sparse=self.lazy_sparse or rows_suffice)
         variables = self._trainable_variables
-        rows = {i: g.indices for i, g in enumerate(gradients) if isinstance(g, tf.IndexedSlices)}
-        if self.gradient_clipping is not None:
-            gradients = self._clip(gradients, variables, self.gradient_clipping)
-        if self.lazy_sparse:
-            _check_no_constraints([variables[i] for i in rows])
-        pairs = [
-            (gradient, variable)
-            for i, (gradient, variable) in enumerate(zip(gradients, variables, strict=True))
-            if gradient is not None or i in positions
-        ]
-        with row_update.updating_rows(innermost, rows, self.lazy_sparse) if rows else contextlib.nullcontext():
-            self.inner_optimizer.apply([gradient for gradient, _ in pairs], [variable for _, variable in pairs])
+        with self._accumulator._closing(keep_sparse=self.lazy_sparse or rows_suffice) as closed:
+            rows = {i: g.indices for i, g in enumerate(closed) if isinstance(g, tf.IndexedSlices)}
+            if self.lazy_sparse:
+                _check_no_constraints([variables[i] for i in rows])
+            gradients = closed if self.gradient_clipping is None else self._clip(closed, self.gradient_clipping)
+            pairs = [
+                (gradient, variable)
+                for i, (gradient, variable) in enumerate(zip(gradients, variables, strict=True))
+                if gradient is not None or i in positions
+            ]
+            with row_update.updating_rows(innermost, rows, self.lazy_sparse) if rows else contextlib.nullcontext():
+                self.inner_optimizer.apply([gradient for gradient, _ in pairs], [variable for _, variable in pairs])
 
-    def _clip(self, gradients: Gradients, variables: Sequence[keras.Variable], clip: Clipping) -> Gradients:
+    def _clip(self, gradients: Gradients, clip: Clipping) -> Gradients:
         """Clips the gradients of the loss itself, where the wrapped optimizer is to scale them back."""
         inner, scale = self.inner_optimizer, None
         if isinstance(inner, keras.optimizers.LossScaleOptimizer):
@@ -247,12 +252,18 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
             scale = tf.constant(inner.loss_scale_factor, tf.float32)
         if scale is not None:
             gradients = [_times(gradient, 1 / scale) for gradient in gradients]
-        clipped = clip(gradients, variables)
-        if len(clipped) != len(gradients):
+        clipped = clip(gradients, self._trainable_variables)
+        if not isinstance(clipped, list | tuple) or len(clipped) != len(gradients):
             raise ValueError(
-                f"`gradient_clipping` must return one gradient for each of {len(gradients)} variables. "
-                f"Received: {len(clipped)}"
+                f"`gradient_clipping` must return a list of one gradient for each of {len(gradients)} variables. "
+                f"Received: {len(clipped) if isinstance(clipped, list | tuple) else clipped!r}"
             )
+        for before, after, variable in zip(gradients, clipped, self._trainable_variables, strict=True):
+            if isinstance(after, tf.IndexedSlices) and after.indices is not getattr(before, "indices", None):
+                raise ValueError(
+                    f"`gradient_clipping` must keep the indices of tf.IndexedSlices. For '{variable.path}' it returned "
+                    "others."
+                )
         return clipped if scale is None else [_times(gradient, scale) for gradient in clipped]
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, keras.Variable]]) -> keras.Variable:
@@ -303,7 +314,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
 
     def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
         """Has the wrapped optimizer exclude variables from weight decay."""
-        self.inner_optimizer.exclude_from_weight_decay(var_list=var_list, var_names=var_names)
+        _innermost(self.inner_optimizer).exclude_from_weight_decay(var_list=var_list, var_names=var_names)
 
     def scale_loss(self, loss: tf.Tensor) -> tf.Tensor:
         """Scales the loss as the wrapped optimizer wants it, which takes the scale back out of the gradients."""
@@ -355,11 +366,13 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
 
 def _delegated(name: str) -> property:
     def read(self: GradientAccumulateOptimizer) -> Any:
-        return getattr(self.inner_optimizer, name)
+        if name == "use_ema" and self._averages_elsewhere:
+            return False
+        return getattr(_innermost(self.inner_optimizer), name)
 
     def write(self: GradientAccumulateOptimizer, value: Any) -> None:
         if hasattr(self, "inner_optimizer"):  # not yet in the base class's constructor
-            setattr(self.inner_optimizer, name, value)
+            setattr(_innermost(self.inner_optimizer), name, value)
 
     return property(read, write, doc=f"The wrapped optimizer's `{name}`.")
 
@@ -424,7 +437,19 @@ def _times(gradient: tf.Tensor | tf.IndexedSlices | None, factor: tf.Tensor) -> 
     return None if gradient is None else gradient * tf.cast(factor, gradient.dtype)
 
 
-def _check_inner_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+def check_gradient_clipping(gradient_clipping: Clipping | None) -> None:
+    """Raises what the user should read if it is not one."""
+    if gradient_clipping is None or (callable(gradient_clipping) and not isinstance(gradient_clipping, type)):
+        return
+    raise TypeError(
+        "`gradient_clipping` must be a callable `(gradients, variables) -> gradients`, such as "
+        f"`AdaptiveGradientClipping()`, or None. Received: {gradient_clipping!r}"
+    )
+
+
+def _check_inner_optimizer(optimizer: keras.optimizers.Optimizer | None) -> keras.optimizers.Optimizer:
+    if optimizer is None:
+        raise ValueError("An optimizer is needed, that makes the updates. Received: None")
     inner = optimizer
     while inner is not None:
         if isinstance(inner, GradientAccumulateOptimizer) or inner.gradient_accumulation_steps:

@@ -6,6 +6,7 @@ For the others it is another algorithm, the lazy one: a row's momentums decay on
 """
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
 
 import keras
@@ -109,6 +110,8 @@ _RULES: dict[type[keras.optimizers.Optimizer], _Rule] = {
 
 def rule_of(optimizer: keras.optimizers.Optimizer) -> _Rule | None:
     """How the optimizer updates rows, or None where that is not known."""
+    if "update_step" in vars(optimizer):
+        return None
     return next((rule for kind, rule in _RULES.items() if type(optimizer).update_step is kind.update_step), None)
 
 
@@ -134,6 +137,17 @@ def updating_rows(
         rows: Indices of rows by the variable's position, each once; the gradients are of these rows, in this order.
         lazy_weight_decay: Whether the weights of other rows do not decay.
     """
+    with _LOCK:
+        yield from _updating_rows(optimizer, rows, lazy_weight_decay)
+
+
+# An optimizer is changed while its `apply` runs, or is traced.
+_LOCK = threading.RLock()
+
+
+def _updating_rows(
+    optimizer: keras.optimizers.Optimizer, rows: Mapping[int, tf.Tensor], lazy_weight_decay: bool
+) -> Iterator[None]:
     rule = rule_of(optimizer)
     decays = optimizer._use_weight_decay
     update_step = optimizer.update_step
@@ -156,11 +170,14 @@ def updating_rows(
         return not in_rows and decays(variable)
 
     # Beside what Keras tracks: these are not the optimizer's state.
-    vars(optimizer).update(update_step=update, _use_weight_decay=decays_as_a_whole)
+    attributes = vars(optimizer)
+    before = {name: attributes[name] for name in ("update_step", "_use_weight_decay") if name in attributes}
+    attributes.update(update_step=update, _use_weight_decay=decays_as_a_whole)
     try:
         yield
     finally:
-        del vars(optimizer)["update_step"], vars(optimizer)["_use_weight_decay"]
+        del attributes["update_step"], attributes["_use_weight_decay"]
+        attributes.update(before)
 
 
 def _value(variable: tf.Variable | keras.Variable) -> tf.Variable:

@@ -331,10 +331,28 @@ class TestAccumStepsThatChange:
             after.assign(before)
         assert self.steps(second, variables, 5) == [3, 2, 2]
 
+    def test_a_callable_that_returns_too_little_later(self, variables):
+        accumulator = GradientAccumulator(accum_steps=lambda updates: 1 - updates)
+        accumulator.accumulate(gradients(1), variables)
+        accumulator.close()
+        with pytest.raises(tf.errors.InvalidArgumentError, match="at least 1"):
+            accumulator.accumulate(gradients(1))
+        assert int(accumulator.step) == 0
+
+    def test_a_checkpoint_holds_the_window_and_not_the_setting(self, variables, tmp_path):
+        first, second = GradientAccumulator(accum_steps=3), GradientAccumulator(accum_steps=2)
+        assert self.steps(first, variables, 1) == []
+        second.build(variables)
+        tf.train.Checkpoint(accumulator=second).restore(
+            tf.train.Checkpoint(accumulator=first).save(str(tmp_path / "checkpoint"))
+        )
+        assert int(second.step) == 1
+        assert self.steps(second, variables, 6) == [3, 2, 2]
+
     def test_what_cannot_be_set(self, variables):
         for before, after in ((None, 2), (lambda updates: 2, 2), (2, None), (2, lambda updates: 2)):
             accumulator = GradientAccumulator(accum_steps=before)
-            with pytest.raises(ValueError, match="from one int to another"):
+            with pytest.raises(ValueError, match=r"from one int to another|where it is None"):
                 accumulator.accum_steps = after
         accumulator = GradientAccumulator(accum_steps=2)
         accumulator.build(variables)
@@ -352,6 +370,8 @@ class TestAccumStepsThatChange:
             (lambda updates: [1, 2], TypeError, "callable for 0 updates"),
             (eval("lambda updates: 1 if updates < 2 else 3"), TypeError, "tf.where"),
             ({0: 1}, TypeError, "AccumStepsScheduler"),
+            (lambda: 2, TypeError, "count of updates"),
+            (10**30, ValueError, "int64"),
         ],
     )
     def test_wrong_callables(self, schedule, error, match):
@@ -382,6 +402,37 @@ def test_sparse_rows_are_kept_where_they_are_known(backend, mode, rng):
         np.testing.assert_allclose(tf.convert_to_tensor(rows), wanted, rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(dense, np.ones([2000, 40]))
         assert tuple(dense_too.shape) == (20, 2)
+
+
+def test_a_close_that_is_traced_first_keeps_dense_gradients(backend):
+    """Its flags have to be right for gradients of any kind, in a window of another process too."""
+    restored, here = (tf.Variable(tf.zeros([2000, 40])) for _ in range(2))
+    first, second = GradientAccumulator(accum_steps=2), GradientAccumulator(accum_steps=2)
+    first.build([restored])
+    second.build([here])
+
+    @tf.function
+    def close():
+        return [tf.convert_to_tensor(gradient) for gradient in second.close(keep_sparse=True)]
+
+    dense = tf.function(lambda: second.accumulate([tf.ones([2000, 40])]))
+    close.get_concrete_function()
+    dense()
+    close()
+    first.accumulate([tf.IndexedSlices(tf.ones([1, 40]), [3])])
+    for before, after in zip(first.variables, second.variables, strict=True):
+        after.assign(before)
+    dense()
+    np.testing.assert_array_equal(close()[0][:, 0], np.where(np.arange(2000) == 3, 1.0, 0.5))
+
+
+def test_a_failure_between_leaves_the_window_open(variables):
+    accumulator = GradientAccumulator(accum_steps=1)
+    accumulator.accumulate(gradients(2), variables)
+    with pytest.raises(RuntimeError), accumulator._closing(keep_sparse=False):
+        raise RuntimeError
+    assert accumulator.ready
+    np.testing.assert_array_equal(accumulator.close()[0], np.full([2, 3], 2.0))
 
 
 COUNTERS = """
@@ -449,8 +500,25 @@ class TestErrors:
             accumulator.build(variables)
 
     def test_no_variables(self):
-        with pytest.raises(ValueError, match="at least one variable"):
+        with pytest.raises(ValueError, match="At least one variable"):
             GradientAccumulator(accum_steps=2).build([])
+
+    @pytest.mark.parametrize("wrong", [[1], ["x"], tf.Variable([1.0]), 3, None])
+    def test_not_variables(self, wrong):
+        with pytest.raises(TypeError, match="`variables`"):
+            GradientAccumulator(accum_steps=2).build(wrong)
+
+    def test_a_variable_twice(self, variables):
+        with pytest.raises(ValueError, match=r"kernel.*twice"):
+            GradientAccumulator(accum_steps=2).build([*variables, variables[0]])
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [{"iterations": 5}, {"iterations": tf.Variable(1.0)}, {"jit_compile": "yes"}, {"track_all_rows": 1}],
+    )
+    def test_arguments_of_build(self, variables, arguments):
+        with pytest.raises(TypeError, match=next(iter(arguments))):
+            GradientAccumulator(accum_steps=2).build(variables, **arguments)
 
     def test_integer_variable(self):
         with pytest.raises(ValueError, match=r"counter.*int32"):
@@ -485,6 +553,9 @@ class TestErrors:
         accumulator = GradientAccumulator(accum_steps=2)
         with pytest.raises(ValueError, match=r"weight.*-1"):
             accumulator.accumulate(gradients(1), variables, weight=-1)
+        for weight in ("3", None, True, 1j):
+            with pytest.raises(TypeError, match="weight"):
+                accumulator.accumulate(gradients(1), weight=weight)
         for weight in (float("nan"), float("inf")):
             with pytest.raises(ValueError, match="weight"):
                 accumulator.accumulate(gradients(1), weight=weight)

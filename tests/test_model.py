@@ -9,7 +9,7 @@ import tensorflow as tf
 from problems import BATCH, MICRO, MODES, OPTIMIZERS, UPDATES, Problem, largest_difference, train
 
 import accumops
-from accumops import AdaptiveGradientClipping, GradientAccumulateModel
+from accumops import AccumStepsScheduler, AdaptiveGradientClipping, GradientAccumulateModel
 
 
 def test_normalization_by_steps_and_by_a_callable(rng):
@@ -209,6 +209,32 @@ def test_accum_steps_set_by_hand(rng):
     assert model.optimizer.accum_steps == 2
     with pytest.raises(ValueError, match="at least 1"):
         model.accum_steps = 0
+
+
+def test_compiled_again_with_the_number_that_a_callback_set(rng):
+    problem = Problem(rng, 64)
+    model = GradientAccumulateModel(problem.model(), accum_steps=1)
+    model.accum_steps = np.int64(2)
+    model.compile(keras.optimizers.SGD(0.1), loss="mse")
+    scheduler = AccumStepsScheduler({0: 1, 1: 4})
+    model.fit(problem.x, problem.y, batch_size=8, epochs=2, verbose=0, callbacks=[scheduler])
+    model.compile(model.optimizer, loss="mse")
+    assert model.accum_steps == model.optimizer.accum_steps == 4
+
+
+def test_parallel_micro_batches_of_ragged_tensors():
+    rows = tf.ragged.constant([[1.0], [2.0, 3.0], [4.0], [5.0, 6.0, 7.0], [8.0]])
+    weights = []
+    for parallel in (1, 2):
+        inputs = keras.Input((None,), ragged=True)
+        keras.utils.set_random_seed(0)
+        outputs = keras.layers.Dense(1)(keras.layers.Lambda(lambda x: tf.reduce_sum(x, 1, keepdims=True))(inputs))
+        net = keras.Model(inputs, outputs)
+        model = GradientAccumulateModel(net, micro_batch_size=2, parallel_micro_batches=parallel)
+        model.compile(keras.optimizers.SGD(0.01), loss="mse")
+        model.fit(tf.data.Dataset.from_tensors((rows, tf.ones([5, 1]))), verbose=0)
+        weights.append(net.get_weights())
+    np.testing.assert_array_equal(weights[0][0], weights[1][0])
 
 
 def test_a_callable_for_accum_steps(rng):

@@ -286,19 +286,148 @@ def test_accumulators_are_one_float32_copy(rng):
     assert values == model.count_params()
 
 
+class TestMovingAverages:
+    """They are the wrapped optimizer's, and saved with it."""
+
+    def make(self, rng, wrap, policy=None):
+        x, y = data(rng, updates=4)
+        optimizer = keras.optimizers.SGD(0.05, use_ema=True, ema_momentum=0.9)
+        before = keras.config.dtype_policy()
+        keras.config.set_dtype_policy(policy or "float32")
+        try:
+            model = mlp()
+        finally:
+            keras.config.set_dtype_policy(before)
+        model = wrap(model, optimizer)
+        return model, x, y
+
+    def fit(self, model, x, y, batch_size=MICRO):
+        model.fit(x, y, batch_size=batch_size, shuffle=False, verbose=0)
+
+    @staticmethod
+    def plain(model, optimizer):
+        model.compile(optimizer, loss="mse")
+        return model
+
+    @staticmethod
+    def optimizer(model, optimizer):
+        model.compile(GradientAccumulateOptimizer(optimizer, STEPS), loss="mse")
+        return model
+
+    @staticmethod
+    def scaled(model, optimizer):
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=1.0)
+        model.compile(GradientAccumulateOptimizer(optimizer, STEPS), loss="mse", auto_scale_loss=False)
+        return model
+
+    @staticmethod
+    def model(model, optimizer):
+        model = accumops.GradientAccumulateModel(model, accum_steps=STEPS)
+        model.compile(optimizer, loss="mse")
+        return model
+
+    @pytest.mark.parametrize("wrap", ["optimizer", "scaled", "model"])
+    def test_saved_loaded_and_trained_on(self, rng, tmp_path, wrap):
+        plain, x, y = self.make(rng, self.plain)
+        model, _, _ = self.make(rng, getattr(self, wrap))
+        self.fit(plain, x, y, MICRO * STEPS)
+        self.fit(model, x, y)
+        model.save(tmp_path / "model.keras")
+        loaded = keras.saving.load_model(tmp_path / "model.keras")
+        self.fit(plain, x, y, MICRO * STEPS)
+        self.fit(loaded, x, y)
+        assert largest_difference(plain, loaded) <= 1e-5
+        inner = loaded.optimizer.inner_optimizer
+        averages = getattr(inner, "inner_optimizer", inner)._model_variables_moving_average
+        assert len(averages) == 4
+        assert {id(average) for average in averages} <= {id(variable) for variable in loaded.optimizer.variables}
+
+    def test_compiled_again(self, rng):
+        plain, x, y = self.make(rng, self.plain)
+        model, _, _ = self.make(rng, self.model)
+        for each, batch_size in ((plain, MICRO * STEPS), (model, MICRO)):
+            self.fit(each, x, y, batch_size)
+            each.compile(each.optimizer, loss="mse")
+            self.fit(each, x, y, batch_size)
+        assert largest_difference(plain, model) <= 1e-5
+
+    def test_swapped_for_evaluation(self, rng):
+        model, x, y = self.make(rng, self.model)
+        plain, _, _ = self.make(rng, self.plain)
+        for each, batch_size in ((plain, MICRO * STEPS), (model, MICRO)):
+            callbacks = [keras.callbacks.SwapEMAWeights(swap_on_epoch=True)]
+            each.fit(x, y, batch_size=batch_size, epochs=2, shuffle=False, verbose=0, callbacks=callbacks)
+        assert largest_difference(plain, model) <= 1e-5
+
+
+def test_weight_decay_exclusions_reach_through_loss_scaling():
+    inner = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1, weight_decay=0.5), initial_scale=1.0)
+    variable = keras.Variable(np.ones(2, "float32"))
+    optimizer = GradientAccumulateOptimizer(inner, 1)
+    optimizer.exclude_from_weight_decay(var_list=[variable])
+    optimizer.apply([tf.zeros([2])], [variable])
+    np.testing.assert_array_equal(variable.numpy(), [1, 1])
+
+
+def test_a_failed_update_keeps_the_window():
+    variable = keras.Variable(np.zeros(2, "float32"))
+    fail = [True]
+
+    def clip(gradients, variables):
+        if fail:
+            raise RuntimeError("not now")
+        return gradients
+
+    optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0), 2, gradient_clipping=clip)
+    optimizer.apply([tf.constant([1.0, 2.0])], [variable])
+    with pytest.raises(RuntimeError, match="not now"):
+        optimizer.apply([tf.constant([3.0, 4.0])], [variable])
+    fail.clear()
+    optimizer.flush()
+    np.testing.assert_array_equal(variable.numpy(), [-2, -3])
+
+
 class TestErrors:
     @pytest.mark.parametrize(("accum_steps", "error"), [(0, ValueError), (2.5, TypeError), ("4", TypeError)])
     def test_accum_steps(self, accum_steps, error):
         with pytest.raises(error, match="accum_steps"):
             GradientAccumulateOptimizer(keras.optimizers.SGD(0.1), accum_steps=accum_steps)
 
-    def test_gradient_clipping(self):
-        with pytest.raises(TypeError, match=r"gradient_clipping.*0\.01"):
-            GradientAccumulateOptimizer("sgd", 2, gradient_clipping=0.01)
+    def test_no_inner_optimizer(self):
+        with pytest.raises(ValueError, match="optimizer is needed"):
+            GradientAccumulateOptimizer(None, 2)
+
+    def test_lazy_sparse_is_a_bool(self):
+        with pytest.raises(TypeError, match=r"lazy_sparse.*'no'"):
+            GradientAccumulateOptimizer("sgd", 2, lazy_sparse="no")
+
+    def test_a_variable_twice(self):
         variable = keras.Variable(np.zeros(2, "float32"))
-        optimizer = GradientAccumulateOptimizer("sgd", 1, gradient_clipping=lambda gradients, variables: [])
+        optimizer = GradientAccumulateOptimizer("sgd", 2)
+        optimizer.build([variable])
+        with pytest.raises(ValueError, match="twice"):
+            optimizer.apply([tf.ones([2])] * 2, [variable, variable])
+
+    def test_a_build_that_fails_changes_nothing(self):
+        count, variable = keras.Variable(1, dtype="int32"), keras.Variable(np.zeros(2, "float32"))
+        optimizer = GradientAccumulateOptimizer("adam", 1)
+        with pytest.raises(ValueError, match="int32"):
+            optimizer.build([count, variable])
+        optimizer.apply([tf.ones([2])], [variable])
+        assert int(optimizer.iterations) == 1
+
+    @pytest.mark.parametrize("returned", [None, 3, []])
+    def test_what_gradient_clipping_returns(self, returned):
+        variable = keras.Variable(np.zeros(2, "float32"))
+        optimizer = GradientAccumulateOptimizer("sgd", 1, gradient_clipping=lambda gradients, variables: returned)
         with pytest.raises(ValueError, match="one gradient for each of 1 variables"):
             optimizer.apply([tf.ones([2])], [variable])
+
+    def test_gradient_clipping(self):
+        with pytest.raises(TypeError, match="AdaptiveGradientClipping"):
+            GradientAccumulateOptimizer("sgd", 2, gradient_clipping=AdaptiveGradientClipping)
+        with pytest.raises(TypeError, match=r"gradient_clipping.*0\.01"):
+            GradientAccumulateOptimizer("sgd", 2, gradient_clipping=0.01)
 
     @pytest.mark.parametrize(
         "inner",

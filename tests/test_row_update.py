@@ -1,5 +1,7 @@
 """Updates of touched rows only: against Keras's own optimizer on a variable that has just these rows."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import keras
 import numpy as np
 import pytest
@@ -195,7 +197,33 @@ def test_loss_scaling_and_lazy_sparse(backend, scaled):
         assert int(inner.iterations) == 1
 
 
+def test_threads_that_trace_at_once():
+    """An optimizer is changed while its update is traced."""
+    variable = keras.Variable(np.zeros((6, 2), "float32"))
+    optimizer = GradientAccumulateOptimizer(keras.optimizers.Adagrad(1.0), 1, lazy_sparse=True)
+    optimizer.build([variable])
+
+    def trace(row):
+        step = tf.function(lambda: optimizer.accumulate([tf.IndexedSlices(tf.ones([1, 2]), [row])], [variable]))
+        flush = tf.function(optimizer.flush)
+        step.get_concrete_function()
+        flush.get_concrete_function()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(trace, range(4)))
+    assert "update_step" not in vars(optimizer.inner_optimizer)
+
+
 class TestErrors:
+    def test_clipping_that_moves_rows(self):
+        def backwards(gradients, variables):
+            return [tf.IndexedSlices(g.values[::-1], g.indices[::-1]) for g in gradients]
+
+        variable = keras.Variable(np.zeros((6, 2), "float32"))
+        optimizer = GradientAccumulateOptimizer("sgd", 1, gradient_clipping=backwards, lazy_sparse=True)
+        with pytest.raises(ValueError, match="keep the indices"):
+            optimizer.apply([tf.IndexedSlices(tf.ones([2, 2]), [0, 1])], [variable])
+
     def test_unknown_optimizer(self):
         with pytest.raises(ValueError, match=r"Adagrad, Adam, AdamW, Lion, RMSprop, SGD. Received: Adafactor"):
             GradientAccumulateOptimizer(keras.optimizers.Adafactor(), 2, lazy_sparse=True)
