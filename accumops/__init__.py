@@ -5,11 +5,13 @@ from importlib.metadata import version as _version
 
 from accumops import ops
 from accumops.accumulator import GradientAccumulator
+from accumops.batch_norm import AccumBatchNormalization
 from accumops.callbacks import AccumStepsScheduler, EffectiveBatchSize, PartialWindow
 from accumops.clipping import AdaptiveGradientClipping
 from accumops.model import GradientAccumulateModel
 from accumops.ops import LibraryError, build_info, get_backend, set_backend
 from accumops.optimizer import GradientAccumulateOptimizer
+from accumops.replace import replace_batchnorm_layers, restore_batchnorm_layers
 
 try:
     __version__ = _version("accumops")
@@ -17,6 +19,7 @@ except _PackageNotFoundError:  # imported from a source tree that is not install
     __version__ = "0+unknown"
 
 __all__ = [
+    "AccumBatchNormalization",
     "AccumStepsScheduler",
     "AdaptiveGradientClipping",
     "EffectiveBatchSize",
@@ -28,5 +31,7 @@ __all__ = [
     "build_info",
     "get_backend",
     "ops",
+    "replace_batchnorm_layers",
+    "restore_batchnorm_layers",
     "set_backend",
 ]

@@ -18,8 +18,9 @@ import contextlib
 import math
 import numbers
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import keras
 import numpy as np
@@ -29,6 +30,16 @@ from tensorflow.python.ops import control_flow_util
 from accumops import ops
 
 Schedule = Callable[[tf.Tensor], "tf.Tensor | int"]
+
+
+class WindowMember(Protocol):
+    """What has a state of its own that a window's end settles, such as batch normalization."""
+
+    def join_window(self, accumulator: "GradientAccumulator") -> None:
+        """Is called for a member of whose variables one is among those that the accumulator was built for."""
+
+    def close_window(self) -> None:
+        """Is called where a window ends, after the update."""
 
 
 class GradientAccumulator(tf.Module):
@@ -77,6 +88,8 @@ class GradientAccumulator(tf.Module):
         # AutoGraph, as in any tf.function: the callable may say `4 if updates < 100 else 8`.
         self._schedule = tf.function(accum_steps) if callable(accum_steps) else None
         self.built = False
+        # What is no state, in a namespace where checkpoints do not find it.
+        self._setting = types.SimpleNamespace(next_limit=None, members=[])
 
     def build(
         self,
@@ -113,11 +126,10 @@ class GradientAccumulator(tf.Module):
         with _counter_device(jit_compile):
             self._step = _new_variable("step", (), "int64")
             self._limit = _new_variable("limit", (), "int64", initializer="ones")
-            # What `accum_steps` is, for functions that are traced. It is no state: a process that goes on with another
-            # one's window takes it from its own arguments. In a namespace, where checkpoints do not find it.
+            # What `accum_steps` is, for functions that are traced: a process that goes on with another one's window
+            # takes it from its own arguments.
             steps = self._accum_steps if isinstance(self._accum_steps, int) else 1
-            next_limit = _new_variable("next_limit", (), "int64", keras.initializers.Constant(steps))
-            self._setting = types.SimpleNamespace(next_limit=next_limit)
+            self._setting.next_limit = _new_variable("next_limit", (), "int64", keras.initializers.Constant(steps))
             counts_itself = self._schedule is not None and iterations is None
             self._closed = _new_variable("closed", (), "int64") if counts_itself else None
         self._iterations = self._closed if counts_itself else iterations
@@ -140,6 +152,10 @@ class GradientAccumulator(tf.Module):
         self._tracked: set[int] = set()
         self._untracked: set[int] = set()
         self.built = True
+        for variable in variables:
+            member = _MEMBERS.get(id(variable))
+            if member is not None:
+                member.join_window(self)
 
     @property
     def accum_steps(self) -> int | Schedule | None:
@@ -299,6 +315,8 @@ class GradientAccumulator(tf.Module):
         self._step.assign(0)
         if self._closed is not None:
             self._closed.assign_add(1)
+        for member in self._setting.members:
+            member.close_window()
 
     def _mean(self, i: int, sparse: bool) -> tf.Tensor | tf.IndexedSlices:
         accumulator = self._accumulators[i]
@@ -314,6 +332,14 @@ class GradientAccumulator(tf.Module):
         """Drops the open window, if there is one: the next micro-batch starts a new one."""
         self._check_built()
         self._step.assign(0)
+
+    def add_member(self, member: WindowMember) -> None:
+        """Has `close` call the member's `close_window`."""
+        self._setting.members.append(member)
+
+    def remove_member(self, member: WindowMember) -> None:
+        """Undoes `add_member`."""
+        self._setting.members = [each for each in self._setting.members if each is not member]
 
     def _window_limit(self, starts: tf.Tensor) -> tf.Tensor:
         schedule = self._schedule
@@ -400,6 +426,15 @@ class GradientAccumulator(tf.Module):
                     f"The gradient of '{name}' must have its shape, {tuple(accumulator.shape)}. "
                     f"Received: {tf.TensorShape(shape)}."
                 )
+
+
+# By the identity of a variable: who is to join the accumulator that is built for it.
+_MEMBERS: weakref.WeakValueDictionary[int, WindowMember] = weakref.WeakValueDictionary()
+
+
+def register_member(variable: keras.Variable, member: WindowMember) -> None:
+    """Has `member` join the window of the accumulator that is built for `variable`, which it owns."""
+    _MEMBERS[id(variable)] = member
 
 
 def check_accum_steps(accum_steps: int | Schedule | None) -> int | Schedule | None:

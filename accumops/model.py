@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from accumops.accumulator import Schedule, check_accum_steps, check_bool
+from accumops.batch_norm import AccumBatchNormalization
 from accumops.callbacks import PARTIAL_WINDOWS, AccumStepsScheduler, PartialWindow
 from accumops.optimizer import Clipping, GradientAccumulateOptimizer, check_gradient_clipping
 
@@ -182,6 +183,9 @@ class GradientAccumulateModel(keras.Model):
         )
         super().compile(wrapped, loss, *args, auto_scale_loss=False, **kwargs)
         wrapped.jit_compile = bool(self.jit_compile)
+        for layer in self._flatten_layers(include_self=False):
+            if isinstance(layer, AccumBatchNormalization):
+                layer.join_window(wrapped.accumulator)
         # What was given is what is saved: `compile` wraps it anew.
         self._compile_config.config["optimizer"] = optimizer
         self._flush_function = None

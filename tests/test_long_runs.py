@@ -91,32 +91,42 @@ import sys
 import keras, numpy as np
 import accumops
 
+def mebibytes(entry):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(entry))
+
 samples, micro_batch_size = int(sys.argv[1]), int(sys.argv[2])
-layers = [keras.layers.Conv2D(32, 3, padding="same", activation="relu") for _ in range(6)]
+# A sample is 256 bytes and its activations are 8 MiB. The layers are many, as one layer's activations are the noise:
+# now and then TensorFlow runs gradients in an order that keeps them longer, those of a single micro-batch as well.
+body = [keras.layers.Conv2D(16, 1, activation="relu") for _ in range(32)]
 head = [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(2)]
-model = keras.Sequential([keras.Input((64, 64, 3)), *layers, *head])
-if micro_batch_size:
-    model = accumops.GradientAccumulateModel(model, micro_batch_size=micro_batch_size)
+net = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.UpSampling2D(8), *body, *head])
+model = accumops.GradientAccumulateModel(net, micro_batch_size=micro_batch_size)
 model.compile("sgd", loss="mse")
-x, y = np.ones((samples, 64, 64, 3), "float32"), np.ones((samples, 2), "float32")
-for _ in range(3):
+x, y = np.ones((samples, 8, 8, 1), "float32"), np.ones((samples, 2), "float32")
+model.train_on_batch(x[:1], y[:1])
+before = mebibytes("VmRSS")
+for _ in range(2):
     model.train_on_batch(x, y)
 # Not getrusage's ru_maxrss, which begins with what the parent had when it forked.
-with open("/proc/self/status") as status:
-    print(next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM")))
+print(mebibytes("VmHWM") - before)
 """
 
 
 def test_a_window_takes_the_memory_of_one_micro_batch():
-    """16 micro-batches of 16 in one step beside one of them and beside the batch of 256 at once: MiB of the process."""
+    """What a step adds to a process that has its model, its accumulators and its graph, in MiB."""
 
     def peak(samples, micro_batch_size):
-        environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+        environment = os.environ | {
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            "CUDA_VISIBLE_DEVICES": "-1",  # activations in the memory that is measured
+            # With many, what happens to run at once moves the peak by several layers' activations.
+            "TF_NUM_INTEROP_THREADS": "1",
+        }
         command = [sys.executable, "-c", PEAK, str(samples), str(micro_batch_size)]
         return float(subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout)
 
-    one, window, at_once = peak(16, 16), peak(256, 16), peak(256, 0)
-    # What the window adds is the batch itself, twice 12 MiB, and what the allocator did not find again; the activations
-    # of the batch at once are sixteen times those of a micro-batch.
-    assert at_once - one > 500
-    assert window - one < 0.15 * (at_once - one)
+    one, window, at_once = peak(16, 16), peak(256, 16), peak(256, 256)
+    assert window < 1.05 * one
+    # What is measured is activations: with all of them alive the bound is missed by far.
+    assert at_once > 8 * one

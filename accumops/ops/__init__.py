@@ -2,6 +2,19 @@
 
 from accumops.ops import reference
 from accumops.ops.accumulate import accumulate
+from accumops.ops.batch_norm import BatchMoments, MomentsWindow, batch_norm, batch_norm_inference, merge_moments
 from accumops.ops.library import LibraryError, build_info, get_backend, set_backend
 
-__all__ = ["accumulate", "reference", "set_backend", "get_backend", "build_info", "LibraryError"]
+__all__ = [
+    "BatchMoments",
+    "LibraryError",
+    "MomentsWindow",
+    "accumulate",
+    "batch_norm",
+    "batch_norm_inference",
+    "build_info",
+    "get_backend",
+    "merge_moments",
+    "reference",
+    "set_backend",
+]

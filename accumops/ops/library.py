@@ -184,21 +184,25 @@ def _runs_on(architectures: list[str], major: int, minor: int) -> bool:
     return False
 
 
-def fused_ops(variables: Iterable[tf.Variable]) -> types.ModuleType | None:
-    """Returns the module of fused ops if they are to work on `variables`, or None for the reference.
+def _may_be_on_gpu(operand: tf.Variable | tf.Tensor) -> bool:
+    # A tensor of a graph is placed later.
+    return "GPU" in operand.device if operand.device else bool(tf.config.list_physical_devices("GPU"))
+
+
+def fused_ops(operands: Iterable[tf.Variable | tf.Tensor]) -> types.ModuleType | None:
+    """Returns the module of fused ops if they are to work on variables or tensors, or None for the reference.
 
     Warns, once for each reason, where `"auto"` falls back to the reference.
 
     Raises:
-        LibraryError: If the backend is `"fused"` and the fused ops cannot work on these variables.
+        LibraryError: If the backend is `"fused"` and the fused ops cannot work on these operands.
     """
     backend = get_backend()
     if backend == "reference":
         return None
     ops, problem = load()
     if ops is not None:
-        on_gpu = any("GPU" in (variable.device or "") for variable in variables)
-        problem = gpu_problem() if on_gpu else None
+        problem = gpu_problem() if any(_may_be_on_gpu(operand) for operand in operands) else None
         if problem is None:
             return ops
     if backend == "fused":

@@ -67,3 +67,70 @@ def _accumulate_rows(
     accumulator.scatter_add(tf.IndexedSlices(tf.math.unsorted_segment_sum(values, positions, tf.size(rows)), rows))
     if touched is not None:
         touched.scatter_update(tf.IndexedSlices(tf.ones_like(rows, dtype=tf.bool), rows))
+
+
+def statistics_dtype(dtype: tf.DType) -> tf.DType:
+    """Float64 for float64 data, else float32."""
+    return tf.float64 if dtype == tf.float64 else tf.float32
+
+
+def batch_norm(
+    x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, *, axis: int, epsilon: float, mask: tf.Tensor | None
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """The definition of `accumops.ops.batch_norm`: y, count, mean, rest and variance."""
+    values = tf.cast(x, statistics_dtype(x.dtype))
+    others = [i for i in range(x.shape.rank) if i != axis]
+    weights = (
+        tf.ones_like(values) if mask is None else tf.broadcast_to(tf.cast(mask, values.dtype)[..., None], tf.shape(x))
+    )
+    count = tf.reduce_sum(weights, others)
+
+    def mean_of(values: tf.Tensor) -> tf.Tensor:
+        return tf.math.divide_no_nan(tf.reduce_sum(tf.where(weights > 0, values, 0), others), count)
+
+    mean = tf.stop_gradient(mean_of(values))
+    rest = mean_of(values - _spread(mean, x, axis))
+    distance = values - _spread(mean, x, axis) - _spread(rest, x, axis)
+    variance = mean_of(distance**2)
+    inverse = tf.math.rsqrt(variance + tf.cast(epsilon, variance.dtype))
+    y = distance * _spread(inverse * gamma, x, axis) + _spread(beta, x, axis)
+    moments = (tf.stop_gradient(each) for each in (tf.cast(tf.reduce_max(count), tf.int64), mean, rest, variance))
+    return tf.cast(y, x.dtype), *moments
+
+
+def batch_norm_inference(
+    x: tf.Tensor,
+    gamma: tf.Tensor,
+    beta: tf.Tensor,
+    mean: tf.Tensor,
+    variance: tf.Tensor,
+    *,
+    axis: int,
+    epsilon: float,
+) -> tf.Tensor:
+    """The definition of `accumops.ops.batch_norm_inference`, with the same arguments; it trusts them."""
+    scale = gamma * tf.math.rsqrt(variance + tf.cast(epsilon, variance.dtype))
+    values = tf.cast(x, statistics_dtype(x.dtype)) - _spread(mean, x, axis)
+    return tf.cast(values * _spread(scale, x, axis) + _spread(beta, x, axis), x.dtype)
+
+
+def merge_moments(
+    window: tuple[tf.Variable, tf.Variable, tf.Variable],
+    moments: tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor],
+    *,
+    overwrite: tf.Tensor,
+) -> None:
+    """The definition of `accumops.ops.merge_moments`, with the same arguments; it trusts them."""
+    count, mean, centred = (tf.where(overwrite, tf.zeros_like(each), each) for each in window)
+    added, batch_mean, rest, variance = (tf.cast(each, tf.float64) for each in moments)
+    total = count + added
+    share = tf.math.divide_no_nan(added, total)
+    delta = batch_mean + rest - mean
+    window[0].assign(total)
+    window[1].assign(mean + delta * share)
+    window[2].assign(centred + variance * added + delta**2 * count * share)
+
+
+def _spread(channels: tf.Tensor, x: tf.Tensor, axis: int) -> tf.Tensor:
+    """A value for each channel, in a shape that broadcasts with `x`."""
+    return tf.reshape(channels, [-1 if i == axis else 1 for i in range(x.shape.rank)])

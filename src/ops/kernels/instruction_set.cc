@@ -2,6 +2,7 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "batch_norm_span.h"
 #include "span.h"
 
 namespace accumops {
@@ -38,6 +39,10 @@ std::atomic<const SpanFunctions*>& Current() {
 }  // namespace
 
 const SpanFunctions& CurrentSpanFunctions() { return *Current().load(std::memory_order_relaxed); }
+
+const BatchNormSpanFunctions& CurrentBatchNormSpanFunctions() {
+  return *CurrentSpanFunctions().batch_norm;
+}
 
 bool UseInstructionSet(const char* name) {
   const SpanFunctions* functions = Find(name);

@@ -1,11 +1,7 @@
 // Compiled once for each instruction set, with ACCUMOPS_INSTRUCTION_SET naming the namespace.
-// Nothing here may come from a header that defines inline functions: the linker would keep one copy
-// for all three, possibly the AVX-512 one.
 #include "span.h"
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
+#include "elements.h"
 
 #define ACCUMOPS_STRING_(x) #x
 #define ACCUMOPS_STRING(x) ACCUMOPS_STRING_(x)
@@ -13,41 +9,6 @@
 namespace accumops {
 namespace ACCUMOPS_INSTRUCTION_SET {
 namespace {
-
-struct Float16 {
-  std::uint16_t bits;
-};
-struct BFloat16 {
-  std::uint16_t bits;
-};
-
-float FromBits(std::uint32_t bits) {
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-float Widen(float value) { return value; }
-double Widen(double value) { return value; }
-float Widen(BFloat16 value) { return FromBits(static_cast<std::uint32_t>(value.bits) << 16); }
-#if defined(__F16C__)
-float Widen(Float16 value) { return _cvtsh_ss(value.bits); }
-#else
-// Rebias the exponent; a subnormal becomes normal first and is corrected by a subtraction, so the
-// result is the same with the processor set to flush subnormals, as it is on TensorFlow's threads.
-float Widen(Float16 value) {
-  constexpr std::uint32_t kExponent = 0x7c00u << 13;
-  std::uint32_t bits = (value.bits & 0x7fffu) << 13;
-  const std::uint32_t exponent = bits & kExponent;
-  bits += (127 - 15) << 23;
-  if (exponent == kExponent) bits += (128 - 16) << 23;
-  float magnitude =
-      exponent == 0 ? FromBits(bits + (1 << 23)) - FromBits(113 << 23) : FromBits(bits);
-  std::uint32_t result;
-  __builtin_memcpy(&result, &magnitude, sizeof result);
-  return FromBits(result | (value.bits & 0x8000u) << 16);
-}
-#endif
 
 // On the bits: comparisons of floats would not survive -ffinite-math, and integers vectorise as a
 // reduction.
@@ -249,8 +210,10 @@ void Triad(float* a, const float* b, const float* c, float scale, std::int64_t s
 
 }  // namespace
 
+extern const BatchNormSpanFunctions kBatchNormSpanFunctions;
 extern const SpanFunctions kSpanFunctions;
-const SpanFunctions kSpanFunctions = {ACCUMOPS_STRING(ACCUMOPS_INSTRUCTION_SET), Accumulate, Triad};
+const SpanFunctions kSpanFunctions = {ACCUMOPS_STRING(ACCUMOPS_INSTRUCTION_SET),
+                                      &kBatchNormSpanFunctions, Accumulate, Triad};
 
 }  // namespace ACCUMOPS_INSTRUCTION_SET
 }  // namespace accumops

@@ -20,8 +20,11 @@ struct Span {
   bool check_finite;
 };
 
+struct BatchNormSpanFunctions;
+
 struct SpanFunctions {
   const char* instruction_set;
+  const BatchNormSpanFunctions* batch_norm;
   // Returns false if `check_finite` and the gradient holds Inf or NaN.
   bool (*accumulate)(const Span& span);
   // a = b + scale * c, with plain or with non-temporal stores: the yardstick for bandwidth.

@@ -1,21 +1,16 @@
 // AccumOps>Accumulate on the CPU and, where the library has CUDA kernels, on GPUs: checks the
 // inputs, calls a launcher.
-#include <cstring>
-#include <functional>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "accumulate.h"
 #include "accumulate_rows.h"
+#include "kernel_support.h"
 #include "tensorflow/core/framework/op_kernel.h"
-#include "tensorflow/core/framework/register_types.h"
-#include "tensorflow/core/lib/core/threadpool.h"
 #include "variable_list.h"
 #if defined(ACCUMOPS_CUDA)
 #include "device_memory.h"
-#include "tensorflow/core/framework/device_base.h"
-#include "xla/stream_executor/stream.h"
 #endif
 
 namespace accumops {
@@ -29,20 +24,6 @@ using ::tensorflow::OpKernelConstruction;
 using ::tensorflow::OpKernelContext;
 using ::tensorflow::Tensor;
 using ::tensorflow::TensorShape;
-
-// For the types that the op's signature admits; a variable's own type is checked before.
-DType ToDType(DataType dtype) {
-  switch (dtype) {
-    case tensorflow::DT_HALF:
-      return DType::kFloat16;
-    case tensorflow::DT_BFLOAT16:
-      return DType::kBFloat16;
-    case tensorflow::DT_DOUBLE:
-      return DType::kFloat64;
-    default:
-      return DType::kFloat32;
-  }
-}
 
 // The op's inputs, checked; alive for one call.
 struct Inputs {
@@ -208,23 +189,6 @@ class AccumulateOp : public OpKernel {
   bool check_finite_ = false;
 };
 
-// TensorFlow's own pool, so that the op never competes with it for cores.
-class PoolExecutor : public Executor {
- public:
-  explicit PoolExecutor(OpKernelContext* ctx)
-      : pool_(ctx->device()->tensorflow_cpu_worker_threads()->workers) {}
-  int concurrency() const override { return pool_->NumThreads(); }
-  void Schedule(std::function<void()> task) override { pool_->Schedule(std::move(task)); }
-
- private:
-  tensorflow::thread::ThreadPool* pool_;
-};
-
-absl::Status CopyOnHost(OpKernelContext*, void* to, const void* from, std::size_t bytes) {
-  std::memcpy(to, from, bytes);
-  return absl::OkStatus();
-}
-
 class AccumulateCpuOp : public AccumulateOp {
  public:
   using AccumulateOp::AccumulateOp;
@@ -264,20 +228,6 @@ REGISTER_KERNEL_BUILDER(Name("AccumOps>Accumulate").Device(tensorflow::DEVICE_CP
                         AccumulateCpuOp);
 
 #if defined(ACCUMOPS_CUDA)
-CUstream_st* CudaStream(OpKernelContext* ctx) {
-  return static_cast<CUstream_st*>(
-      ctx->op_device_context()->stream()->platform_specific_handle().stream);
-}
-
-absl::Status FromCuda(const char* error) {
-  return error == nullptr ? absl::OkStatus()
-                          : absl::InternalError(absl::StrCat("Accumulate on the GPU: ", error));
-}
-
-absl::Status CopyOnDevice(OpKernelContext* ctx, void* to, const void* from, std::size_t bytes) {
-  return FromCuda(CopyCuda(to, from, bytes, CudaStream(ctx)));
-}
-
 class AccumulateGpuOp : public AccumulateOp {
  public:
   using AccumulateOp::AccumulateOp;

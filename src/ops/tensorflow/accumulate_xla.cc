@@ -9,6 +9,7 @@
 #include "xla/hlo/builder/lib/constants.h"
 #include "xla/hlo/builder/xla_builder.h"
 #include "xla/hlo/builder/xla_computation.h"
+#include "xla_support.h"
 
 namespace accumops {
 namespace {
@@ -26,9 +27,6 @@ xla::XlaComputation Binary(xla::PrimitiveType type, xla::XlaOp (*combine)(xla::X
   return builder.Build().value();
 }
 
-xla::XlaComputation Sum(xla::PrimitiveType type) {
-  return Binary(type, [](xla::XlaOp a, xla::XlaOp b) { return xla::Add(a, b); }, "sum");
-}
 xla::XlaComputation All() {
   return Binary(xla::PRED, [](xla::XlaOp a, xla::XlaOp b) { return xla::And(a, b); }, "all");
 }
@@ -99,13 +97,13 @@ class AccumulateXlaOp : public XlaOpKernel {
       const xla::XlaOp zero = xla::Zero(builder, type);
       const xla::XlaOp start = Start(accumulator, overwrite, zero, shape);
       const int row_list = i - (count_ - sparse_);
-      const TensorShape gradient_shape = GradientShape(ctx, gradient_input);
+      const TensorShape gradient_shape = InputTensorShape(ctx, gradient_input);
       if (row_list < 0) {
         OP_REQUIRES(ctx, gradient_shape == shape, Mismatch(i, shape, gradient_shape));
         results[i] = {dtype, xla::Add(start, scaled)};
       } else {
         const int index_input = 2 * count_ + row_list;
-        const TensorShape index_shape = GradientShape(ctx, index_input);
+        const TensorShape index_shape = InputTensorShape(ctx, index_input);
         TensorShape expected = shape;
         if (shape.dims() > 0 && index_shape.dims() == 1) {
           expected.set_dim(0, index_shape.dim_size(0));
@@ -150,17 +148,6 @@ class AccumulateXlaOp : public XlaOpKernel {
   }
 
  private:
-  static TensorShape GradientShape(XlaOpKernelContext* ctx, int input) {
-    TensorShape shape;
-    const auto xla_shape = ctx->InputXlaShape(input);
-    if (xla_shape.ok()) {
-      for (const std::int64_t size : xla_shape->dimensions()) shape.AddDim(size);
-    } else {
-      ctx->SetStatus(xla_shape.status());
-    }
-    return shape;
-  }
-
   static absl::Status Mismatch(int i, const TensorShape& accumulator, const TensorShape& gradient) {
     return absl::InvalidArgumentError(absl::StrCat("accumulators[", i, "] has shape ",
                                                    accumulator.DebugString(), " but gradients[", i,

@@ -1,0 +1,231 @@
+"""Batch normalization: the ops that normalize by a batch's own moments or by given ones, and that merge moments."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import keras
+import tensorflow as tf
+
+from accumops.ops import library, reference
+
+_DTYPES = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
+
+
+class BatchMoments(NamedTuple):
+    """A batch's moments, of each channel: float32, or float64 for float64 data."""
+
+    count: tf.Tensor
+    """How many values of a channel there are, without masked ones: an int64 scalar."""
+    mean: tf.Tensor
+    """The mean, rounded to its dtype."""
+    rest: tf.Tensor
+    """What rounding took from it: `mean + rest` is the mean."""
+    variance: tf.Tensor
+    """The biased variance."""
+
+
+class MomentsWindow(NamedTuple):
+    """The moments of a window's micro-batches together: float64 variables."""
+
+    count: tf.Variable
+    """How many values of a channel there are: a scalar."""
+    mean: tf.Variable
+    """Of each channel."""
+    centred: tf.Variable
+    """The sum of squared distances from the mean, of each channel."""
+
+
+def batch_norm(
+    x: tf.Tensor,
+    gamma: tf.Tensor | None,
+    beta: tf.Tensor | None,
+    *,
+    axis: int = -1,
+    epsilon: float = 1e-3,
+    mask: tf.Tensor | None = None,
+) -> tuple[tf.Tensor, BatchMoments]:
+    """Normalizes by the batch's own moments: `(x - mean) / sqrt(variance + epsilon) * gamma + beta`.
+
+    Moments are centred sums, merged by Chan's formula, so a mean that is large beside the deviation costs no digits.
+    Half precisions are computed in float32 and no float32 copy of `x` is made. The fused op gives the same bits on
+    every run and number of threads, except within functions that XLA compiles. `accumops.ops.reference.batch_norm` is
+    the definition, in plain TensorFlow. No gradient flows back from the moments that are returned, and the fused op has
+    no gradient of second order.
+
+    Args:
+        x: A tensor of rank 1 or more, of float16, bfloat16, float32 or float64.
+        gamma: A factor for each channel, or None for 1.
+        beta: A summand for each channel, or None for 0.
+        axis: The axis of the channels.
+        epsilon: What is added to the variance, at least 0.
+        mask: A bool tensor of `x`'s shape without the last axis, or None: the moments are those of the places where it
+            is true. All places are normalized.
+
+    Returns:
+        The normalized tensor, of `x`'s dtype, and the `BatchMoments`.
+
+    Raises:
+        TypeError: If `x` is not of a floating-point dtype.
+        ValueError: If a shape does not fit, or `axis` is not an axis of `x`.
+
+    Example:
+
+    >>> y, moments = accumops.ops.batch_norm(tf.constant([[1.0], [3.0]]), None, None, epsilon=0.0)
+    >>> y.numpy().ravel()
+    array([-1.,  1.], dtype=float32)
+    >>> float(moments.mean[0]), float(moments.variance[0])
+    (2.0, 1.0)
+    """
+    x, axis = _check_array(x, axis)
+    gamma, beta = _parameters(x, axis, gamma=gamma, beta=beta)
+    if mask is not None:
+        mask = tf.cast(mask, tf.bool)
+        if not mask.shape.is_compatible_with(x.shape[:-1]):
+            raise ValueError(f"`mask` must be of x's shape without the last axis. Received: {mask.shape} for {x.shape}")
+    fused = library.fused_ops([x])
+    if fused is None or (mask is not None and axis != x.shape.rank - 1):
+        y, *moments = reference.batch_norm(x, gamma, beta, axis=axis, epsilon=epsilon, mask=mask)
+        return y, BatchMoments(*moments)
+    y, mean, rest, variance, _, count = fused.accum_ops_batch_norm(
+        x=x, gamma=gamma, beta=beta, mask=[] if mask is None else [mask], axis=axis, epsilon=epsilon
+    )
+    return y, BatchMoments(count, *(tf.stop_gradient(each) for each in (mean, rest, variance)))
+
+
+def batch_norm_inference(
+    x: tf.Tensor,
+    gamma: tf.Tensor | None,
+    beta: tf.Tensor | None,
+    mean: tf.Tensor,
+    variance: tf.Tensor,
+    *,
+    axis: int = -1,
+    epsilon: float = 1e-3,
+) -> tf.Tensor:
+    """Normalizes by given moments: `(x - mean) / sqrt(variance + epsilon) * gamma + beta`.
+
+    No gradient flows to the moments.
+
+    Args:
+        x: As for `batch_norm`.
+        gamma: As for `batch_norm`.
+        beta: As for `batch_norm`.
+        mean: A mean for each channel.
+        variance: A variance for each channel.
+        axis: As for `batch_norm`.
+        epsilon: As for `batch_norm`.
+
+    Returns:
+        The normalized tensor, of `x`'s dtype.
+
+    Raises:
+        TypeError: As `batch_norm` does.
+        ValueError: As `batch_norm` does.
+    """
+    x, axis = _check_array(x, axis)
+    gamma, beta, mean, variance = _parameters(x, axis, gamma=gamma, beta=beta, mean=mean, variance=variance)
+    mean, variance = tf.stop_gradient(mean), tf.stop_gradient(variance)
+    fused = library.fused_ops([x])
+    if fused is None:
+        return reference.batch_norm_inference(x, gamma, beta, mean, variance, axis=axis, epsilon=epsilon)
+    return fused.accum_ops_batch_norm_inference(
+        x=x, gamma=gamma, beta=beta, mean=mean, variance=variance, axis=axis, epsilon=epsilon
+    )
+
+
+def merge_moments(window: MomentsWindow, moments: BatchMoments, *, overwrite: bool | tf.Tensor = False) -> None:
+    """Merges a micro-batch's moments with those of a window, in place.
+
+    By the formula of Chan, Golub and LeVeque, 1983, [Algorithms for Computing the Sample
+    Variance](https://doi.org/10.1080/00031305.1983.10483115): the variance between micro-batches counts as well.
+
+    Args:
+        window: The window's variables.
+        moments: Of the micro-batch, as `batch_norm` returns them.
+        overwrite: Whether the window starts with this micro-batch: a bool or a scalar bool tensor.
+    """
+    window = MomentsWindow(*(each.value if isinstance(each, keras.Variable) else each for each in window))
+    start = tf.convert_to_tensor(overwrite, tf.bool)
+    fused = library.fused_ops(window)
+    if fused is None:
+        reference.merge_moments(window, moments, overwrite=start)
+        return
+    fused.accum_ops_merge_moments(
+        window_count=window.count.handle,
+        window_mean=window.mean.handle,
+        window_centred=window.centred.handle,
+        count=moments.count,
+        mean=moments.mean,
+        rest=moments.rest,
+        variance=moments.variance,
+        overwrite=start,
+    )
+
+
+@tf.RegisterGradient("AccumOps>BatchNorm")
+def _batch_norm_gradient(op: Any, dy: tf.Tensor, *unused: Any) -> list[tf.Tensor | None]:
+    x, gamma, _, *mask = op.inputs
+    _, mean, rest, _, inverse, count = op.outputs
+    return [*_gradient(op, dy, x, gamma, mean, rest, inverse, count, mask), *(None for _ in mask)]
+
+
+@tf.RegisterGradient("AccumOps>BatchNormInference")
+def _batch_norm_inference_gradient(op: Any, dy: tf.Tensor) -> list[tf.Tensor | None]:
+    x, gamma, _, mean, variance = op.inputs
+    inverse = tf.math.rsqrt(variance + tf.cast(op.get_attr("epsilon"), variance.dtype))
+    none = tf.constant(0, tf.int64)
+    return [*_gradient(op, dy, x, gamma, mean, tf.zeros_like(mean), inverse, none, []), None, None]
+
+
+def _gradient(
+    op: Any,
+    dy: tf.Tensor,
+    x: tf.Tensor,
+    gamma: tf.Tensor,
+    mean: tf.Tensor,
+    rest: tf.Tensor,
+    inverse: tf.Tensor,
+    count: tf.Tensor,
+    mask: Sequence[tf.Tensor],
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    ops, _ = library.load()
+    return ops.accum_ops_batch_norm_grad(  # type: ignore[union-attr]
+        dy=dy, x=x, gamma=gamma, mean=mean, rest=rest, inverse=inverse, count=count, mask=mask, axis=op.get_attr("axis")
+    )
+
+
+@tf.RegisterGradient("AccumOps>BatchNormGrad")
+def _no_second_gradient(op: Any, *unused: Any) -> NoReturn:
+    raise LookupError(
+        "The fused batch normalization has no gradient of second order. Use accumops.set_backend('reference')."
+    )
+
+
+def _check_array(x: tf.Tensor, axis: int) -> tuple[tf.Tensor, int]:
+    x = tf.convert_to_tensor(x)
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"`x` must be of float16, bfloat16, float32 or float64. Received: {x.dtype.name}")
+    rank = x.shape.rank
+    if rank is None:
+        raise ValueError("`x` must have a rank that is known.")
+    if not -rank <= axis < rank:
+        raise ValueError(f"`axis` must be an axis of x. Received: {axis} for shape {x.shape}")
+    return x, axis % rank
+
+
+def _parameters(x: tf.Tensor, axis: int, **given: tf.Tensor | None) -> list[tf.Tensor]:
+    """A value for each channel, of the statistics' dtype."""
+    dtype = reference.statistics_dtype(x.dtype)
+    parameters = []
+    for name, value in given.items():
+        if value is None:
+            parameters.append(tf.fill([tf.shape(x)[axis]], tf.constant(0.0 if name == "beta" else 1.0, dtype)))
+            continue
+        value = tf.cast(value, dtype)
+        if not value.shape.is_compatible_with([x.shape[axis]]):
+            raise ValueError(
+                f"`{name}` must have a value for each channel of x, of shape {x.shape}, whose axis {axis} they are. "
+                f"Received shape: {value.shape}"
+            )
+        parameters.append(value)
+    return parameters

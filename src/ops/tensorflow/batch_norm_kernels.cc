@@ -1,0 +1,271 @@
+// AccumOps>BatchNorm and its relatives on the CPU and, where the library has CUDA kernels, on GPUs:
+// check the inputs, call a launcher.
+#include "absl/strings/str_cat.h"
+#include "batch_norm.h"
+#include "kernel_support.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "variable_list.h"
+
+namespace accumops {
+namespace {
+
+using ::tensorflow::DataType;
+using ::tensorflow::DataTypeString;
+using ::tensorflow::OpInputList;
+using ::tensorflow::OpKernel;
+using ::tensorflow::OpKernelConstruction;
+using ::tensorflow::OpKernelContext;
+using ::tensorflow::Tensor;
+using ::tensorflow::TensorShape;
+
+// The launchers of a device. Each returns an error, or what the launcher does.
+struct Cpu {
+  static absl::Status Forward(OpKernelContext* ctx, const BatchNormForward& args) {
+    PoolExecutor executor(ctx);
+    BatchNormForwardCpu(args, executor);
+    return absl::OkStatus();
+  }
+  static absl::Status Inference(OpKernelContext* ctx, const BatchNormInference& args) {
+    PoolExecutor executor(ctx);
+    BatchNormInferenceCpu(args, executor);
+    return absl::OkStatus();
+  }
+  static absl::Status Gradient(OpKernelContext* ctx, const BatchNormGradient& args) {
+    PoolExecutor executor(ctx);
+    BatchNormGradientCpu(args, executor);
+    return absl::OkStatus();
+  }
+  static absl::Status Merge(OpKernelContext*, const MomentsWindow& window, const Tensor& count,
+                            const Tensor& mean, const Tensor& rest, const Tensor& variance,
+                            const Tensor& overwrite) {
+    MergeMomentsCpu(window, count.scalar<std::int64_t>().data(), mean.data(), rest.data(),
+                    variance.data(), ToDType(mean.dtype()), overwrite.scalar<bool>()());
+    return absl::OkStatus();
+  }
+  static constexpr CopyBytes kCopy = CopyOnHost;
+};
+
+// Reads the attributes, and what they say about an array.
+class BatchNormOpBase : public OpKernel {
+ public:
+  explicit BatchNormOpBase(OpKernelConstruction* construction) : OpKernel(construction) {
+    OP_REQUIRES_OK(construction, construction->GetAttr("axis", &axis_));
+    DataType data, statistics;
+    OP_REQUIRES_OK(construction, construction->GetAttr("T", &data));
+    OP_REQUIRES_OK(construction, construction->GetAttr("U", &statistics));
+    OP_REQUIRES(construction, StatisticsType(ToDType(data)) == ToDType(statistics),
+                absl::InvalidArgumentError(absl::StrCat(
+                    "x is ", DataTypeString(data), " and its statistics are ",
+                    DataTypeString(statistics), ": they are double for double data, else float.")));
+    dtype_ = ToDType(data);
+    int masks = 0;
+    if (construction->HasAttr("mask_count")) {
+      OP_REQUIRES_OK(construction, construction->GetAttr("mask_count", &masks));
+    }
+    OP_REQUIRES(
+        construction, masks <= 1,
+        absl::InvalidArgumentError(absl::StrCat("mask_count must be 0 or 1, not ", masks, ".")));
+    if (construction->HasAttr("epsilon")) {
+      OP_REQUIRES_OK(construction, construction->GetAttr("epsilon", &epsilon_));
+      OP_REQUIRES(construction, epsilon_ >= 0,
+                  absl::InvalidArgumentError(
+                      absl::StrCat("epsilon must not be negative, not ", epsilon_, ".")));
+    }
+  }
+
+ protected:
+  absl::Status Shape(const Tensor& x, BatchNormShape* shape) const {
+    if (axis_ < 0 || axis_ >= x.dims()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("axis is ", axis_, ", but x has shape ", x.shape().DebugString(), "."));
+    }
+    *shape = {1, x.dim_size(axis_), 1};
+    for (int i = 0; i < axis_; ++i) shape->outer *= x.dim_size(i);
+    for (int i = axis_ + 1; i < x.dims(); ++i) shape->inner *= x.dim_size(i);
+    return absl::OkStatus();
+  }
+
+  // Checks that inputs [first, last) have a value for each channel.
+  static absl::Status CheckChannels(OpKernelContext* ctx, int first, int last,
+                                    std::int64_t channels) {
+    for (int i = first; i < last; ++i) {
+      if (ctx->input(i).shape() != TensorShape({channels})) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("Input ", i, " has shape ", ctx->input(i).shape().DebugString(),
+                         "; it must have a value for each of ", channels, " channels."));
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  // The mask's values, or null where there is none.
+  absl::Status Mask(OpKernelContext* ctx, const Tensor& x, const bool** mask) const {
+    OpInputList masks;
+    TF_RETURN_IF_ERROR(ctx->input_list("mask", &masks));
+    *mask = nullptr;
+    if (masks.size() == 0) return absl::OkStatus();
+    TensorShape expected = x.shape();
+    if (axis_ != x.dims() - 1) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "A mask needs channels in the last dimension, not in ", axis_, " of ", x.dims(), "."));
+    }
+    expected.RemoveLastDims(1);
+    if (masks[0].shape() != expected) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("mask has shape ", masks[0].shape().DebugString(), "; for x of shape ",
+                       x.shape().DebugString(), " it must be ", expected.DebugString(), "."));
+    }
+    *mask = static_cast<const bool*>(masks[0].data());
+    return absl::OkStatus();
+  }
+
+  int axis_ = 0;
+  float epsilon_ = 0;
+  DType dtype_ = DType::kFloat32;
+};
+
+template <typename Launchers>
+class BatchNormOp : public BatchNormOpBase {
+ public:
+  using BatchNormOpBase::BatchNormOpBase;
+
+  void Compute(OpKernelContext* ctx) final {
+    const Tensor& x = ctx->input(0);
+    BatchNormForward args = {};
+    OP_REQUIRES_OK(ctx, Shape(x, &args.shape));
+    OP_REQUIRES_OK(ctx, CheckChannels(ctx, 1, 3, args.shape.channels));
+    OP_REQUIRES_OK(ctx, Mask(ctx, x, &args.mask));
+    Tensor* outputs[6];
+    for (int i = 0; i < 6; ++i) {
+      const TensorShape shape = i == 0   ? x.shape()
+                                : i == 5 ? TensorShape({})
+                                         : TensorShape({args.shape.channels});
+      OP_REQUIRES_OK(ctx, ctx->allocate_output(i, shape, &outputs[i]));
+    }
+    args.dtype = dtype_;
+    args.x = x.data();
+    args.y = outputs[0]->data();
+    args.gamma = ctx->input(1).data();
+    args.beta = ctx->input(2).data();
+    args.epsilon = static_cast<double>(epsilon_);
+    args.statistics = {outputs[1]->data(), outputs[2]->data(), outputs[3]->data(),
+                       outputs[4]->data()};
+    args.count = outputs[5]->scalar<std::int64_t>().data();
+    OP_REQUIRES_OK(ctx, Launchers::Forward(ctx, args));
+  }
+};
+
+template <typename Launchers>
+class BatchNormGradOp : public BatchNormOpBase {
+ public:
+  using BatchNormOpBase::BatchNormOpBase;
+
+  void Compute(OpKernelContext* ctx) final {
+    const Tensor& dy = ctx->input(0);
+    const Tensor& x = ctx->input(1);
+    BatchNormGradient args = {};
+    OP_REQUIRES_OK(ctx, Shape(x, &args.shape));
+    OP_REQUIRES(ctx, dy.shape() == x.shape(),
+                absl::InvalidArgumentError(absl::StrCat("dy has shape ", dy.shape().DebugString(),
+                                                        " and x has shape ",
+                                                        x.shape().DebugString(), ".")));
+    OP_REQUIRES_OK(ctx, CheckChannels(ctx, 2, 6, args.shape.channels));
+    OP_REQUIRES(ctx, ctx->input(6).dims() == 0,
+                absl::InvalidArgumentError(absl::StrCat("count must be a scalar, not of shape ",
+                                                        ctx->input(6).shape().DebugString(), ".")));
+    OP_REQUIRES_OK(ctx, Mask(ctx, x, &args.mask));
+    Tensor* outputs[3];
+    for (int i = 0; i < 3; ++i) {
+      OP_REQUIRES_OK(
+          ctx, ctx->allocate_output(i, i == 0 ? x.shape() : TensorShape({args.shape.channels}),
+                                    &outputs[i]));
+    }
+    args.dtype = dtype_;
+    args.x = x.data();
+    args.dy = dy.data();
+    args.dx = outputs[0]->data();
+    args.gamma = ctx->input(2).data();
+    args.statistics = {ctx->input(3).data(), ctx->input(4).data(), nullptr, ctx->input(5).data()};
+    args.count = ctx->input(6).scalar<std::int64_t>().data();
+    args.dgamma = outputs[1]->data();
+    args.dbeta = outputs[2]->data();
+    OP_REQUIRES_OK(ctx, Launchers::Gradient(ctx, args));
+  }
+};
+
+template <typename Launchers>
+class BatchNormInferenceOp : public BatchNormOpBase {
+ public:
+  using BatchNormOpBase::BatchNormOpBase;
+
+  void Compute(OpKernelContext* ctx) final {
+    const Tensor& x = ctx->input(0);
+    BatchNormInference args = {};
+    OP_REQUIRES_OK(ctx, Shape(x, &args.shape));
+    OP_REQUIRES_OK(ctx, CheckChannels(ctx, 1, 5, args.shape.channels));
+    Tensor* y = nullptr;
+    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, x.shape(), &y));
+    args.dtype = dtype_;
+    args.x = x.data();
+    args.y = y->data();
+    args.gamma = ctx->input(1).data();
+    args.beta = ctx->input(2).data();
+    args.mean = ctx->input(3).data();
+    args.variance = ctx->input(4).data();
+    args.epsilon = static_cast<double>(epsilon_);
+    OP_REQUIRES_OK(ctx, Launchers::Inference(ctx, args));
+  }
+};
+
+template <typename Launchers>
+class MergeMomentsOp : public OpKernel {
+ public:
+  using OpKernel::OpKernel;
+
+  void Compute(OpKernelContext* ctx) final {
+    VariableList window;
+    for (const char* name : {"window_count", "window_mean", "window_centred"}) {
+      OP_REQUIRES_OK(ctx, window.Add(ctx, name));
+    }
+    OP_REQUIRES_OK(ctx, window.Lock());
+    const Tensor& mean = ctx->input(4);
+    for (int i = 3; i < 8; ++i) {
+      const bool scalar = i == 3 || i == 7;
+      const Tensor& input = ctx->input(i);
+      OP_REQUIRES(ctx,
+                  scalar ? input.dims() == 0 : input.dims() == 1 && input.shape() == mean.shape(),
+                  absl::InvalidArgumentError(
+                      absl::StrCat("Input ", i, " has shape ", input.shape().DebugString(), ".")));
+    }
+    for (std::size_t i = 0; i < 3; ++i) {
+      const Tensor& variable = window.tensor(i);
+      OP_REQUIRES(ctx,
+                  variable.dtype() == tensorflow::DT_DOUBLE &&
+                      variable.shape() == (i == 0 ? TensorShape({}) : mean.shape()),
+                  absl::InvalidArgumentError(absl::StrCat(
+                      window.Describe(i), " is ", DataTypeString(variable.dtype()), " of shape ",
+                      variable.shape().DebugString(), "; it must be double, of shape ",
+                      i == 0 ? "[]" : mean.shape().DebugString(), ".")));
+    }
+    OP_REQUIRES_OK(ctx, window.MakeWritable(ctx, Launchers::kCopy));
+    const auto values = [&](std::size_t i) {
+      return static_cast<double*>(window.tensor(i).data());
+    };
+    OP_REQUIRES_OK(
+        ctx, Launchers::Merge(ctx, {mean.dim_size(0), values(0), values(1), values(2)},
+                              ctx->input(3), mean, ctx->input(5), ctx->input(6), ctx->input(7)));
+  }
+};
+
+#define ACCUMOPS_REGISTER(Launchers, DEVICE)                                                  \
+  REGISTER_KERNEL_BUILDER(Name("AccumOps>BatchNorm").Device(DEVICE), BatchNormOp<Launchers>); \
+  REGISTER_KERNEL_BUILDER(Name("AccumOps>BatchNormGrad").Device(DEVICE),                      \
+                          BatchNormGradOp<Launchers>);                                        \
+  REGISTER_KERNEL_BUILDER(Name("AccumOps>BatchNormInference").Device(DEVICE),                 \
+                          BatchNormInferenceOp<Launchers>);                                   \
+  REGISTER_KERNEL_BUILDER(Name("AccumOps>MergeMoments").Device(DEVICE), MergeMomentsOp<Launchers>)
+
+ACCUMOPS_REGISTER(Cpu, tensorflow::DEVICE_CPU);
+
+}  // namespace
+}  // namespace accumops

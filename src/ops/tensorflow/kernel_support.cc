@@ -1,0 +1,53 @@
+#include "kernel_support.h"
+
+#include <cstring>
+
+#include "absl/strings/str_cat.h"
+#if defined(ACCUMOPS_CUDA)
+#include "device_memory.h"
+#include "tensorflow/core/framework/device_base.h"
+#include "xla/stream_executor/stream.h"
+#endif
+
+namespace accumops {
+
+using ::tensorflow::OpKernelContext;
+
+DType ToDType(tensorflow::DataType dtype) {
+  switch (dtype) {
+    case tensorflow::DT_HALF:
+      return DType::kFloat16;
+    case tensorflow::DT_BFLOAT16:
+      return DType::kBFloat16;
+    case tensorflow::DT_DOUBLE:
+      return DType::kFloat64;
+    default:
+      return DType::kFloat32;
+  }
+}
+
+PoolExecutor::PoolExecutor(OpKernelContext* ctx)
+    : pool_(ctx->device()->tensorflow_cpu_worker_threads()->workers) {}
+
+absl::Status CopyOnHost(OpKernelContext*, void* to, const void* from, std::size_t bytes) {
+  std::memcpy(to, from, bytes);
+  return absl::OkStatus();
+}
+
+#if defined(ACCUMOPS_CUDA)
+CUstream_st* CudaStream(OpKernelContext* ctx) {
+  return static_cast<CUstream_st*>(
+      ctx->op_device_context()->stream()->platform_specific_handle().stream);
+}
+
+absl::Status FromCuda(const char* error) {
+  return error == nullptr ? absl::OkStatus()
+                          : absl::InternalError(absl::StrCat("accumops on the GPU: ", error));
+}
+
+absl::Status CopyOnDevice(OpKernelContext* ctx, void* to, const void* from, std::size_t bytes) {
+  return FromCuda(CopyCuda(to, from, bytes, CudaStream(ctx)));
+}
+#endif
+
+}  // namespace accumops
