@@ -151,17 +151,17 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
 
     def _add(self, moments: ops.BatchMoments) -> None:
         accumulator = self._state.accumulator
-        if accumulator is not None:
+        if accumulator is not None and accumulator.built:
             ops.merge_moments(self._state.moments, moments, overwrite=tf.logical_not(accumulator.open))
             return
         alone = self.accum_steps == 1 or (self.accum_steps is None and tf.executing_eagerly())
-        if alone or in_stateless_scope():
+        if (alone and accumulator is None) or in_stateless_scope():
             for moving, value in ((self.moving_mean, moments.mean), (self.moving_variance, moments.variance)):
                 old = tf.convert_to_tensor(moving)
                 new = self._moved(old, tf.cast(value, old.dtype))
                 moving.assign(tf.where(moments.count > 0, new, old))
             return
-        # By variables: an optimizer that is built in the function that is being traced will have this layer join it.
+        # By variables: the layer may join an optimizer that is built later in the function that is being traced.
         calls = self._state.calls
         ops.merge_moments(self._state.moments, moments, overwrite=tf.equal(calls, 0))
         calls.assign_add(1)

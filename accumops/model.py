@@ -205,6 +205,8 @@ class GradientAccumulateModel(keras.Model):
         Returns:
             The metrics, by name.
         """
+        if self.model.built and not self.optimizer.built:
+            self.optimizer.build(self.trainable_variables)
         if self.micro_batch_size is None:
             return self._train_on_micro_batch(data, self.optimizer.apply)
         if self.optimizer.accumulator.built:

@@ -49,6 +49,11 @@ def resnet50_shapes() -> list[tuple[int, ...]]:
     return [tuple(variable.shape) for variable in model.trainable_variables]
 
 
+def turns(rounds: int) -> int:
+    """How often `run` calls `progress`."""
+    return rounds + WARMUP
+
+
 def run(*, rounds: int = 30, progress: Callable[[], object] = lambda: None) -> Result:
     """Measures on the CPU: the fused op and the reference, hand-written TensorFlow, and the memory's bandwidth.
 

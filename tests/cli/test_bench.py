@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 import accumops
-from accumops.benchmark import accumulate, timing
+from accumops.benchmark import accumulate, batch_norm, timing
 from accumops.cli import main
 
 
@@ -33,10 +33,26 @@ def test_accumulate(tmp_path):
     assert accumops.get_backend() == "auto"
 
 
+def test_batch_norm(monkeypatch, tmp_path):
+    monkeypatch.setattr(batch_norm, "SHAPES", ((2, 4, 4, 3), (8, 5)))
+    monkeypatch.setattr(batch_norm, "WARMUP", 1)
+    monkeypatch.setattr(batch_norm, "MICRO", 2)
+    path = tmp_path / "results.json"
+    result = CliRunner().invoke(main, ["bench", "batch-norm", "--rounds", "2", "--json", str(path)])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(path.read_text())["result"]["rows"]
+    assert len(rows) == 2 * 2 * 3 + 4
+    assert all(row["milliseconds"] > 0 for row in rows)
+    assert {row["name"] for row in rows} >= {"Keras", "TensorFlow fused", "accumops", "accumops, micro_batch_size"}
+    assert "window of 4 x 2" in result.output
+    assert accumops.get_backend() == "auto"
+
+
+@pytest.mark.parametrize("suite", ["accumulate", "batch-norm"])
 @pytest.mark.usefixtures("small")
-def test_nothing_fused(monkeypatch):
+def test_nothing_fused(monkeypatch, suite):
     monkeypatch.setattr("accumops.ops.library.load", lambda: (None, "there is no library"))
-    result = CliRunner().invoke(main, ["bench", "accumulate"])
+    result = CliRunner().invoke(main, ["bench", suite])
     assert result.exit_code == 3
     assert "there is no library" in result.output
 
