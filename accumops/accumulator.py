@@ -35,11 +35,17 @@ Schedule = Callable[[tf.Tensor], "tf.Tensor | int"]
 class WindowMember(Protocol):
     """What has a state of its own that a window's end settles, such as batch normalization."""
 
+    def check_window(self, accum_steps: Any) -> None:
+        """Raises if the member's windows are of another number of micro-batches."""
+
     def join_window(self, accumulator: "GradientAccumulator") -> None:
-        """Is called for a member of whose variables one is among those that the accumulator was built for."""
+        """Is called for a member of whose variables one is among those that the accumulator is built for."""
 
     def close_window(self) -> None:
         """Is called where a window ends, after the update."""
+
+    def drop_window(self) -> None:
+        """Is called where a window is dropped."""
 
 
 class GradientAccumulator(tf.Module):
@@ -119,6 +125,9 @@ class GradientAccumulator(tf.Module):
         variables = check_variables(variables)
         check_bool("track_all_rows", track_all_rows)
         check_bool("jit_compile", False if jit_compile is None else jit_compile)
+        members = {id(member): member for member in map(_member_of, variables) if member is not None}
+        for member in members.values():
+            member.check_window(self._accum_steps)
         if iterations is not None and not (_is_variable(iterations) and tf.as_dtype(iterations.dtype).is_integer):
             raise TypeError(f"`iterations` must be an integer variable. Received: {iterations!r}")
         self._names = [_name(variable) for variable in variables]
@@ -152,9 +161,8 @@ class GradientAccumulator(tf.Module):
         self._tracked: set[int] = set()
         self._untracked: set[int] = set()
         self.built = True
-        for variable in variables:
-            member = _MEMBERS.get(id(variable))
-            if member is not None:
+        for member in members.values():
+            if not any(each is member for each in self._setting.members):
                 member.join_window(self)
 
     @property
@@ -332,9 +340,11 @@ class GradientAccumulator(tf.Module):
         """Drops the open window, if there is one: the next micro-batch starts a new one."""
         self._check_built()
         self._step.assign(0)
+        for member in self._setting.members:
+            member.drop_window()
 
     def add_member(self, member: WindowMember) -> None:
-        """Has `close` call the member's `close_window`."""
+        """Has `close` call the member's `close_window`, and `reset` its `drop_window`."""
         self._setting.members.append(member)
 
     def remove_member(self, member: WindowMember) -> None:
@@ -435,6 +445,10 @@ _MEMBERS: weakref.WeakValueDictionary[int, WindowMember] = weakref.WeakValueDict
 def register_member(variable: keras.Variable, member: WindowMember) -> None:
     """Has `member` join the window of the accumulator that is built for `variable`, which it owns."""
     _MEMBERS[id(variable)] = member
+
+
+def _member_of(variable: tf.Variable | keras.Variable) -> WindowMember | None:
+    return _MEMBERS.get(id(variable))
 
 
 def check_accum_steps(accum_steps: int | Schedule | None) -> int | Schedule | None:

@@ -1,15 +1,18 @@
 """Batch normalization whose running statistics are those of a window, pooled over its micro-batches.
 
 A window's moments are its count, mean and centred sum of squares for each channel, to which each call in training adds
-those of its batch. They belong to who ends the window:
+those of its batch; a window without values is a new one. It belongs to who ends it:
 
-- a `GradientAccumulator`, within an optimizer, a model or a loop of one's own, that was built for the layer's gamma or
-  beta, or a `GradientAccumulateModel` that has the layer: the layer joins it, and its windows are that one's;
-- nobody: then the layer counts its calls, and ends a window after `accum_steps` of them.
+- a `GradientAccumulateModel` that has the layer, in its steps;
+- a `GradientAccumulator`, of an optimizer or a loop of one's own, that is built for the layer's gamma or beta: the
+  layer joins it;
+- nobody else: then the layer counts its calls, and ends a window after `accum_steps` of them.
 """
 
+import contextlib
 import types
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
@@ -38,8 +41,12 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
     windows are that one's, partial windows and a number of micro-batches that changes included, and `accum_steps` need
     not be given. `replace_batchnorm_layers` puts such layers into a model that has Keras's.
 
+    An optimizer or accumulator finds the layer by gamma or beta, when it is built: executing eagerly, build it before
+    the first step, and for a layer with `center=False` and `scale=False` call `join_window`. What trains the layer
+    after that without accumulation needs `leave_window`.
+
     Args:
-        axis: As for `keras.layers.BatchNormalization`.
+        *args: As for `keras.layers.BatchNormalization`.
         accum_steps: Calls in training that make a window, where nothing else ends windows: an int of at least 1. By
             default 1, or what the layer is trained by says; it is an error if that says another number.
         **kwargs: All other arguments of `keras.layers.BatchNormalization` but `renorm`, whose corrections are made from
@@ -58,7 +65,7 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
     (array([2.], dtype=float32), array([2.6666667], dtype=float32))
     """
 
-    def __init__(self, axis: int = -1, *, accum_steps: int | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, accum_steps: int | None = None, **kwargs: Any) -> None:
         if kwargs.get("renorm"):
             raise ValueError(
                 "AccumBatchNormalization does not do batch renormalization: its corrections come from statistics that "
@@ -66,11 +73,13 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
             )
         if callable(accum_steps):
             raise TypeError(f"`accum_steps` of a layer must be an int or None. Received: {accum_steps!r}")
-        super().__init__(axis=axis, **kwargs)
+        super().__init__(*args, **kwargs)
+        if self.renorm:  # given by its position
+            raise ValueError("AccumBatchNormalization does not do batch renormalization.")
         check_accum_steps(accum_steps)
         self.accum_steps = None if accum_steps is None else int(accum_steps)
         # In a namespace, where Keras does not find it: the window is saved apart from the weights.
-        self._state = types.SimpleNamespace(accumulator=None)
+        self._state = types.SimpleNamespace(accumulator=None, alone_in=None)
 
     def build(self, input_shape: Any) -> None:
         """Creates the variables: those of Keras's layer, and the window's."""
@@ -96,10 +105,14 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
                 f"Received: mask.shape={mask.shape}, inputs.shape={inputs.shape}"
             )
         if _replicas() > 1:
-            return self._call_on_replicas(inputs, training, mask)
+            return self._call_as_keras(inputs, training, mask, f"on the {_replicas()} replicas of a strategy")
+        if mask is not None and self.axis not in (-1, len(inputs.shape) - 1):
+            return self._call_as_keras(inputs, training, mask, "under a mask, with channels that are not the last axis")
         inputs = tf.convert_to_tensor(inputs)
         if not inputs.dtype.is_floating:
-            inputs = tf.cast(inputs, self.compute_dtype)
+            inputs = tf.cast(inputs, tf.float32)
+        if mask is not None:
+            mask = tf.broadcast_to(tf.cast(mask, tf.bool), tf.shape(inputs)[:-1])
         settings = {"axis": self.axis, "epsilon": self.epsilon}
         if training and self.trainable:
             outputs, moments = ops.batch_norm(inputs, self.gamma, self.beta, mask=mask, **settings)
@@ -110,6 +123,24 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
             )
         return tf.cast(outputs, self.compute_dtype)
 
+    def check_window(self, accum_steps: Any, micro_batch_size: int | None = None) -> None:
+        """Raises if windows of `accum_steps` micro-batches are not those of this layer.
+
+        Args:
+            accum_steps: What trains the layer has as its `accum_steps`.
+            micro_batch_size: Or else as its `micro_batch_size`, for the message.
+
+        Raises:
+            ValueError: If the layer was made with another number.
+        """
+        if self.accum_steps is None or self.accum_steps == accum_steps:
+            return
+        trained = f"accum_steps={accum_steps}" if micro_batch_size is None else f"micro_batch_size={micro_batch_size}"
+        raise ValueError(
+            f"The layer '{self.name}' has accum_steps={self.accum_steps} and is trained with {trained}. Leave it out "
+            "in the layer."
+        )
+
     def join_window(self, accumulator: GradientAccumulator) -> None:
         """Leaves it to `accumulator` to say when a window ends; accumops calls it where it can.
 
@@ -119,60 +150,85 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
         Raises:
             ValueError: If it has another number of micro-batches than the layer's own `accum_steps`.
         """
-        if self.accum_steps is not None and self.accum_steps != accumulator.accum_steps:
-            raise ValueError(
-                f"The layer '{self.name}' has accum_steps={self.accum_steps} and is trained with "
-                f"accum_steps={accumulator.accum_steps}. Leave it out in the layer."
+        self.check_window(accumulator.accum_steps)
+        if self._state.alone_in is not None and (self._state.alone_in == 0 or self._state.alone_in not in _graphs()):
+            warnings.warn(
+                f"The layer '{self.name}' has been called in training before the optimizer or accumulator was built: "
+                "its running statistics have moved by those micro-batches alone. Build it first.",
+                stacklevel=3,
             )
-        before = self._state.accumulator
-        if before is accumulator:
-            return
-        if before is not None:
-            before.remove_member(self)
+        self.leave_window()
         self._state.accumulator = accumulator
         accumulator.add_member(self)
+        self._set_limit(_NEVER)
+
+    def leave_window(self) -> None:
+        """Undoes `join_window`: the layer counts its calls again."""
+        accumulator, self._state.accumulator = self._state.accumulator, None
+        if accumulator is not None:
+            accumulator.remove_member(self)
+        self._state.alone_in = None
+        self._set_limit(self.accum_steps or 1)
+
+    def _set_limit(self, limit: int) -> None:
         if self.built:
             with tf.init_scope():
-                self._state.limit.assign(_NEVER)
+                self._state.limit.assign(limit)
+                self.drop_window()
+
+    @contextlib.contextmanager
+    def within_window(self, accumulator: GradientAccumulator) -> Iterator[None]:
+        """For as long as a step of its runs or is traced, leaves it to `accumulator` to say when a window ends."""
+        before, self._state.accumulator = self._state.accumulator, accumulator
+        try:
+            yield
+        finally:
+            self._state.accumulator = before
 
     def close_window(self) -> None:
         """Ends the window, full or not: the running statistics move by its moments, if there are any."""
+        if not self.built:
+            return
         count, mean, centred = (tf.convert_to_tensor(each) for each in self._state.moments)
-        some = count > 0
-        variance = tf.math.divide_no_nan(centred, count)
+        self._move(count, mean, tf.math.divide_no_nan(centred, count))
+        self.drop_window()
+
+    def drop_window(self) -> None:
+        """Ends the window without a trace."""
+        if self.built:
+            self._state.moments.count.assign(0)
+            self._state.calls.assign(0)
+
+    def _move(self, count: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor) -> None:
         for moving, value in ((self.moving_mean, mean), (self.moving_variance, variance)):
             old = tf.convert_to_tensor(moving)
-            moving.assign(tf.where(some, self._moved(old, tf.cast(value, old.dtype)), old))
-        self._state.moments.count.assign(0)
-        self._state.calls.assign(0)
-
-    def _moved(self, old: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
-        return old * self.momentum + value * (1.0 - self.momentum)
+            wide = tf.float64 if old.dtype == tf.float64 else tf.float32
+            new = tf.cast(old, wide) * self.momentum + tf.cast(value, wide) * (1.0 - self.momentum)
+            moving.assign(tf.where(count > 0, tf.cast(new, old.dtype), old))
 
     def _add(self, moments: ops.BatchMoments) -> None:
-        accumulator = self._state.accumulator
-        if accumulator is not None and accumulator.built:
-            ops.merge_moments(self._state.moments, moments, overwrite=tf.logical_not(accumulator.open))
+        joined = self._state.accumulator is not None
+        alone = not joined and (self.accum_steps == 1 or (self.accum_steps is None and tf.executing_eagerly()))
+        if alone or in_stateless_scope():
+            self._called_alone()
+            self._move(moments.count, moments.mean, moments.variance)
             return
-        alone = self.accum_steps == 1 or (self.accum_steps is None and tf.executing_eagerly())
-        if (alone and accumulator is None) or in_stateless_scope():
-            for moving, value in ((self.moving_mean, moments.mean), (self.moving_variance, moments.variance)):
-                old = tf.convert_to_tensor(moving)
-                new = self._moved(old, tf.cast(value, old.dtype))
-                moving.assign(tf.where(moments.count > 0, new, old))
-            return
-        # By variables: the layer may join an optimizer that is built later in the function that is being traced.
-        calls = self._state.calls
-        ops.merge_moments(self._state.moments, moments, overwrite=tf.equal(calls, 0))
-        calls.assign_add(1)
-        keras.ops.cond(tf.greater_equal(calls, self._state.limit), self.close_window, lambda: None)
+        window, calls = self._state.moments, self._state.calls
+        ops.merge_moments(window, moments, overwrite=tf.equal(window.count, 0))
+        if not joined:
+            # By variables: the layer may join an optimizer that is built later in the function that is being traced.
+            self._called_alone()
+            calls.assign_add(1)
+            keras.ops.cond(tf.greater_equal(calls, self._state.limit), self.close_window, lambda: None)
 
-    def _call_on_replicas(self, inputs: tf.Tensor, training: bool | None, mask: tf.Tensor | None) -> tf.Tensor:
+    def _called_alone(self) -> None:
+        """Remembers where, for who joins too late to make that call part of a window."""
+        if self.accum_steps is None:
+            self._state.alone_in = _graphs()[0]
+
+    def _call_as_keras(self, inputs: tf.Tensor, training: bool | None, mask: tf.Tensor | None, where: str) -> tf.Tensor:
         if self._state.accumulator is not None or self.accum_steps not in (None, 1):
-            raise ValueError(
-                f"The layer '{self.name}' cannot pool a window's statistics over the {_replicas()} replicas of "
-                f"{type(tf.distribute.get_strategy()).__name__}."
-            )
+            raise ValueError(f"The layer '{self.name}' cannot pool a window's statistics {where}.")
         return super().call(inputs, training=training, mask=mask)
 
     def get_config(self) -> dict[str, Any]:
@@ -182,7 +238,7 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
     def save_own_variables(self, store: dict[str, Any]) -> None:
         """Saves the variables, and the window's if one is open."""
         super().save_own_variables(store)
-        if float(self._state.moments.count.numpy()) > 0:
+        if self.built and float(self._state.moments.count.numpy()) > 0:
             for name, variable in zip(_WINDOW, self._window_variables(), strict=True):
                 store[f"window_{name}"] = variable.numpy()
 
@@ -190,6 +246,8 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
         """Loads what `save_own_variables` stored, or what Keras's layer did, without a window."""
         keys = set(store.keys())
         super().load_own_variables({key: store[key] for key in keys if not key.startswith("window_")})
+        if not self.built:
+            return
         for name, variable in zip(_WINDOW, self._window_variables(), strict=True):
             key = f"window_{name}"
             variable.assign(store[key] if key in keys else np.zeros(variable.shape, variable.dtype))
@@ -207,6 +265,16 @@ def _window_variable(name: str, shape: tuple[int, ...], dtype: str, value: int =
         autocast=False,
         name=f"window_{name}",
     )
+
+
+def _graphs() -> list[int]:
+    """The function that is being traced, by its identity, and those that it is traced within; 0 when eager."""
+    graphs = []
+    graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    while graph is not None:
+        graphs.append(id(graph))
+        graph = getattr(graph, "outer_graph", None)
+    return [*graphs, 0] if graphs else [0]
 
 
 def _replicas() -> int:

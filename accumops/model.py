@@ -5,6 +5,7 @@ micro_batch_size=b      a `fit` step is a window: its batch is split into micro-
                         is made. To `fit`, its callbacks, schedules and metrics this is large-batch training.
 """
 
+import contextlib
 import numbers
 import warnings
 from collections.abc import Callable
@@ -183,9 +184,10 @@ class GradientAccumulateModel(keras.Model):
         )
         super().compile(wrapped, loss, *args, auto_scale_loss=False, **kwargs)
         wrapped.jit_compile = bool(self.jit_compile)
-        for layer in self._flatten_layers(include_self=False):
-            if isinstance(layer, AccumBatchNormalization):
-                layer.join_window(wrapped.accumulator)
+        for layer in self._normalizations():
+            layer.check_window(self.accum_steps, self.micro_batch_size)
+            wrapped.accumulator.add_member(layer)
+            layer.drop_window()
         # What was given is what is saved: `compile` wraps it anew.
         self._compile_config.config["optimizer"] = optimizer
         self._flush_function = None
@@ -207,6 +209,16 @@ class GradientAccumulateModel(keras.Model):
         """
         if self.model.built and not self.optimizer.built:
             self.optimizer.build(self.trainable_variables)
+        with contextlib.ExitStack() as windows:
+            for layer in self._normalizations():
+                windows.enter_context(layer.within_window(self.optimizer.accumulator))
+            return self._run_step(data)
+
+    def _normalizations(self) -> list[AccumBatchNormalization]:
+        layers = self._flatten_layers(include_self=False)
+        return [layer for layer in layers if isinstance(layer, AccumBatchNormalization)]
+
+    def _run_step(self, data: Any) -> dict[str, Any]:
         if self.micro_batch_size is None:
             return self._train_on_micro_batch(data, self.optimizer.apply)
         if self.optimizer.accumulator.built:

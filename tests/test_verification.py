@@ -11,6 +11,8 @@ from accumops.ops import library, reference
 from accumops.verification import runner
 from accumops.verification.case import Case, Expected, Subject, Trial, ulp
 
+PLACES = ("first", "last")
+
 
 def eager_only(subject):
     """The subject's quick grid without the slow modes and the large inputs."""
@@ -37,17 +39,53 @@ def break_fused(monkeypatch, broken):
 def test_every_result_is_within_its_bound(small_grid):
     results = verification.run(device="cpu", quick=True)
     assert [result for result in results if not result.ok] == []
-    assert {result.layout for result in results} == {
+    assert {result.layout for result in results if result.op == "accumulate"} == {
         f"{dtype}, {layout}"
         for dtype in ("float16", "bfloat16", "float32", "float64", "mixed")
         for layout in ("dense", "rows")
     }
+    assert {result.layout for result in results if result.op == "batch_norm"} == {
+        f"{dtype}, channels {place}" for dtype in ("float16", "bfloat16", "float32", "float64") for place in PLACES
+    }
+    assert {result.op for result in results} == {"accumulate", "batch_norm", "batch_norm_inference", "merge_moments"}
 
 
 def test_progress_counts_up_to_the_total(small_grid):
     calls = []
     results = verification.run(device="cpu", quick=True, progress=lambda *arguments: calls.append(arguments))
     assert calls == [(i + 1, len(results), result) for i, result in enumerate(results)]
+
+
+def replace_op(monkeypatch, name, broken):
+    """Has `broken(original, *arguments)` stand in for a fused op."""
+    original = getattr(accumops.ops, name)
+    monkeypatch.setattr(accumops.ops, name, lambda *args, **kwargs: broken(original, *args, **kwargs))
+
+
+def failures(op):
+    failed = [result for result in verification.run(device="cpu", quick=True) if not result.ok]
+    assert {result.op for result in failed} == {op}
+    return failed
+
+
+@pytest.mark.parametrize("quick", [True, False], ids=["quick", "full"])
+def test_batch_norm_has_every_dtype_place_and_mode(quick):
+    subjects = {subject.op: list(subject.cases(quick)) for subject in verification.SUBJECTS}
+    for op in ("batch_norm", "batch_norm_inference"):
+        assert {case.layout.split(", ")[0] for case in subjects[op]} == {"float16", "bfloat16", "float32", "float64"}
+        modes = {mode for case in subjects[op] for mode in case.modes}
+        assert modes == ({"eager"} if quick and op != "batch_norm" else {"eager", "tf.function", "jit_compile"})
+    names = " ".join(case.name for case in subjects["batch_norm"])
+    for value in ("mask of 70%", "mask of 0%", "mask of 100%", "no gamma, no beta", "mean 100"):
+        assert value in names
+    names = " ".join(case.name for case in subjects["merge_moments"])
+    for start in ("0 values to window", "to overwrite", "to empty window"):
+        assert start in names
+    assert {mode for case in subjects["merge_moments"] for mode in case.modes} == {
+        "eager",
+        "tf.function",
+        "jit_compile",
+    }
 
 
 @pytest.mark.parametrize("quick", [True, False], ids=["quick", "full"])
@@ -135,12 +173,79 @@ def test_unset_touched_rows_are_found(small_grid, monkeypatch):
     assert all("touched_rows" in result.problem for result in failed)
 
 
+def test_unbiased_variance_is_found(small_grid, monkeypatch):
+    def broken(original, *args, **kwargs):
+        y, moments = original(*args, **kwargs)
+        count = tf.cast(moments.count, moments.variance.dtype)
+        return y, moments._replace(variance=tf.math.divide_no_nan(moments.variance * count, count - 1))
+
+    replace_op(monkeypatch, "batch_norm", broken)
+    failed = failures("batch_norm")
+    assert {result.layout for result in failed} == {
+        f"{dtype}, channels {place}" for dtype in ("float16", "bfloat16", "float32", "float64") for place in PLACES
+    }
+    assert all(result.where.startswith("variance") for result in failed)
+
+
+def test_epsilon_of_another_size_is_found(small_grid, monkeypatch):
+    """By a thousandth of itself, in what full precision can tell."""
+
+    def broken(original, *args, epsilon, **kwargs):
+        return original(*args, epsilon=epsilon * 1.001, **kwargs)
+
+    replace_op(monkeypatch, "batch_norm", broken)
+    layouts = {result.layout for result in failures("batch_norm")}
+    assert {"float32, channels last", "float64, channels first", "float64, channels last"} <= layouts
+
+
+def test_gradient_without_the_sums_is_found(small_grid, monkeypatch):
+    """As that of given moments, which the forward pass cannot show."""
+
+    def broken(original, x, gamma, beta, *, axis, epsilon, mask):
+        y, moments = original(x, gamma, beta, axis=axis, epsilon=epsilon, mask=mask)
+        mean = tf.cast(moments.mean, tf.float64) + tf.cast(moments.rest, tf.float64)
+        mean = tf.cast(mean, moments.mean.dtype)
+        given = accumops.ops.batch_norm_inference(x, gamma, beta, mean, moments.variance, axis=axis, epsilon=epsilon)
+        return given + tf.stop_gradient(y - given), moments
+
+    replace_op(monkeypatch, "batch_norm", broken)
+    failed = failures("batch_norm")
+    assert len({result.layout for result in failed}) == 8
+    assert all("dx" in result.where for result in failed)
+
+
+def test_inference_with_the_batchs_own_mean_is_found(small_grid, monkeypatch):
+    def broken(original, x, gamma, beta, mean, variance, **kwargs):
+        return original(x, gamma, beta, mean * 1.01, variance, **kwargs)
+
+    replace_op(monkeypatch, "batch_norm_inference", broken)
+    assert failures("batch_norm_inference")
+
+
+@pytest.mark.parametrize("wrong", ["mean of means", "ignored overwrite", "no variance between"])
+def test_wrong_merges_are_found(small_grid, monkeypatch, wrong):
+    def broken(original, window, moments, *, overwrite):
+        if wrong == "ignored overwrite":
+            original(window, moments, overwrite=False)
+            return
+        mean, centred = window.mean.numpy(), window.centred.numpy()
+        original(window, moments, overwrite=overwrite)
+        if wrong == "mean of means":
+            window.mean.assign((mean + tf.cast(moments.mean, tf.float64)) / 2)
+        else:
+            count = tf.cast(moments.count, tf.float64)
+            window.centred.assign(centred + tf.cast(moments.variance, tf.float64) * count)
+
+    replace_op(monkeypatch, "merge_moments", broken)
+    assert {result.layout for result in failures("merge_moments")} == {"float32, moments", "float64, moments"}
+
+
 def test_exception_is_a_result(small_grid, monkeypatch):
     def broken(original, *args, **kwargs):
         raise tf.errors.InternalError(None, None, "no kernel image\nand more")
 
     break_fused(monkeypatch, broken)
-    results = verification.run(device="cpu", quick=True)
+    results = [result for result in verification.run(device="cpu", quick=True) if result.op == "accumulate"]
     assert {result.problem for result in results} == {"InternalError: no kernel image"}
     assert not any(result.ok for result in results)
 

@@ -1,5 +1,7 @@
 """Batch normalization: the ops that normalize by a batch's own moments or by given ones, and that merge moments."""
 
+import math
+import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -47,10 +49,10 @@ def batch_norm(
     """Normalizes by the batch's own moments: `(x - mean) / sqrt(variance + epsilon) * gamma + beta`.
 
     Moments are centred sums, merged by Chan's formula, so a mean that is large beside the deviation costs no digits.
-    Half precisions are computed in float32 and no float32 copy of `x` is made. The fused op gives the same bits on
-    every run and number of threads, except within functions that XLA compiles. `accumops.ops.reference.batch_norm` is
-    the definition, in plain TensorFlow. No gradient flows back from the moments that are returned, and the fused op has
-    no gradient of second order.
+    Half precisions are computed in float32, and no float32 copy of `x` is made; `epsilon` is rounded to float32. The
+    fused op gives the same bits on every run and number of threads, except within functions that XLA compiles.
+    `accumops.ops.reference.batch_norm` is the definition, in plain TensorFlow. No gradient flows back from the moments
+    that are returned, and the fused op has no gradient of second order.
 
     Args:
         x: A tensor of rank 1 or more, of float16, bfloat16, float32 or float64.
@@ -58,15 +60,15 @@ def batch_norm(
         beta: A summand for each channel, or None for 0.
         axis: The axis of the channels.
         epsilon: What is added to the variance, at least 0.
-        mask: A bool tensor of `x`'s shape without the last axis, or None: the moments are those of the places where it
-            is true. All places are normalized.
+        mask: A bool tensor of `x`'s shape without the last axis, which then has to be that of the channels, or None.
+            The moments are those of the places where it is true. All places are normalized.
 
     Returns:
         The normalized tensor, of `x`'s dtype, and the `BatchMoments`.
 
     Raises:
         TypeError: If `x` is not of a floating-point dtype.
-        ValueError: If a shape does not fit, or `axis` is not an axis of `x`.
+        ValueError: If a shape does not fit, `axis` is not an axis of `x`, or `epsilon` is negative.
 
     Example:
 
@@ -78,12 +80,15 @@ def batch_norm(
     """
     x, axis = _check_array(x, axis)
     gamma, beta = _parameters(x, axis, gamma=gamma, beta=beta)
+    _check_epsilon(epsilon)
     if mask is not None:
+        if axis != x.shape.rank - 1:
+            raise ValueError(f"A mask needs the channels in the last axis. Received: axis={axis} for shape {x.shape}")
         mask = tf.cast(mask, tf.bool)
         if not mask.shape.is_compatible_with(x.shape[:-1]):
             raise ValueError(f"`mask` must be of x's shape without the last axis. Received: {mask.shape} for {x.shape}")
     fused = library.fused_ops([x])
-    if fused is None or (mask is not None and axis != x.shape.rank - 1):
+    if fused is None:
         y, *moments = reference.batch_norm(x, gamma, beta, axis=axis, epsilon=epsilon, mask=mask)
         return y, BatchMoments(*moments)
     y, mean, rest, variance, _, count = fused.accum_ops_batch_norm(
@@ -124,6 +129,7 @@ def batch_norm_inference(
     """
     x, axis = _check_array(x, axis)
     gamma, beta, mean, variance = _parameters(x, axis, gamma=gamma, beta=beta, mean=mean, variance=variance)
+    _check_epsilon(epsilon)
     mean, variance = tf.stop_gradient(mean), tf.stop_gradient(variance)
     fused = library.fused_ops([x])
     if fused is None:
@@ -143,8 +149,15 @@ def merge_moments(window: MomentsWindow, moments: BatchMoments, *, overwrite: bo
         window: The window's variables.
         moments: Of the micro-batch, as `batch_norm` returns them.
         overwrite: Whether the window starts with this micro-batch: a bool or a scalar bool tensor.
+
+    Raises:
+        ValueError: If the moments are of other channels than the window's.
     """
     window = MomentsWindow(*(each.value if isinstance(each, keras.Variable) else each for each in window))
+    for name in ("mean", "rest", "variance"):
+        shape = getattr(moments, name).shape
+        if not shape.is_compatible_with(window.mean.shape):
+            raise ValueError(f"`moments.{name}` must be of the window's shape, {window.mean.shape}. Received: {shape}")
     start = tf.convert_to_tensor(overwrite, tf.bool)
     fused = library.fused_ops(window)
     if fused is None:
@@ -211,6 +224,13 @@ def _check_array(x: tf.Tensor, axis: int) -> tuple[tf.Tensor, int]:
     if not -rank <= axis < rank:
         raise ValueError(f"`axis` must be an axis of x. Received: {axis} for shape {x.shape}")
     return x, axis % rank
+
+
+def _check_epsilon(epsilon: float) -> None:
+    if isinstance(epsilon, bool) or not isinstance(epsilon, numbers.Real):
+        raise TypeError(f"`epsilon` must be a number. Received: {epsilon!r}")
+    if not 0 <= epsilon < math.inf:
+        raise ValueError(f"`epsilon` must be finite and not negative. Received: {epsilon}")
 
 
 def _parameters(x: tf.Tensor, axis: int, **given: tf.Tensor | None) -> list[tf.Tensor]:

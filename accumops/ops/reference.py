@@ -80,22 +80,22 @@ def batch_norm(
     """The definition of `accumops.ops.batch_norm`: y, count, mean, rest and variance."""
     values = tf.cast(x, statistics_dtype(x.dtype))
     others = [i for i in range(x.shape.rank) if i != axis]
-    weights = (
-        tf.ones_like(values) if mask is None else tf.broadcast_to(tf.cast(mask, values.dtype)[..., None], tf.shape(x))
-    )
-    count = tf.reduce_sum(weights, others)
+    places = tf.fill(tf.gather(tf.shape(x), tf.constant(others, tf.int32)), True) if mask is None else mask
+    count = tf.math.count_nonzero(places)
+    included = tf.expand_dims(places, axis)
 
     def mean_of(values: tf.Tensor) -> tf.Tensor:
-        return tf.math.divide_no_nan(tf.reduce_sum(tf.where(weights > 0, values, 0), others), count)
+        # In float64: TensorFlow adds one after another, and float32 would stop growing.
+        total = tf.reduce_sum(tf.cast(tf.where(included, values, 0), tf.float64), others)
+        return tf.cast(tf.math.divide_no_nan(total, tf.cast(count, tf.float64)), values.dtype)
 
     mean = tf.stop_gradient(mean_of(values))
     rest = mean_of(values - _spread(mean, x, axis))
     distance = values - _spread(mean, x, axis) - _spread(rest, x, axis)
     variance = mean_of(distance**2)
-    inverse = tf.math.rsqrt(variance + tf.cast(epsilon, variance.dtype))
+    inverse = tf.math.rsqrt(variance + tf.constant(epsilon, variance.dtype))
     y = distance * _spread(inverse * gamma, x, axis) + _spread(beta, x, axis)
-    moments = (tf.stop_gradient(each) for each in (tf.cast(tf.reduce_max(count), tf.int64), mean, rest, variance))
-    return tf.cast(y, x.dtype), *moments
+    return tf.cast(y, x.dtype), count, mean, tf.stop_gradient(rest), tf.stop_gradient(variance)
 
 
 def batch_norm_inference(
@@ -109,7 +109,7 @@ def batch_norm_inference(
     epsilon: float,
 ) -> tf.Tensor:
     """The definition of `accumops.ops.batch_norm_inference`, with the same arguments; it trusts them."""
-    scale = gamma * tf.math.rsqrt(variance + tf.cast(epsilon, variance.dtype))
+    scale = gamma * tf.math.rsqrt(variance + tf.constant(epsilon, variance.dtype))
     values = tf.cast(x, statistics_dtype(x.dtype)) - _spread(mean, x, axis)
     return tf.cast(values * _spread(scale, x, axis) + _spread(beta, x, axis), x.dtype)
 

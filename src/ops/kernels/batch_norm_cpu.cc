@@ -331,6 +331,11 @@ void GradientTiles(const Layout& layout, const BatchNormGradient& args, Factors&
 }  // namespace
 
 void BatchNormForwardCpu(const BatchNormForward& args, Executor& executor) {
+  if (args.shape.channels == 0) {
+    *args.count = args.mask == nullptr ? args.shape.outer * args.shape.inner
+                                       : std::count(args.mask, args.mask + args.shape.outer, true);
+    return;
+  }
   const DType type = StatisticsType(args.dtype);
   const Layout layout = MakeLayout(args.shape, args.dtype, args.mask != nullptr);
   const Moments moments = FindMoments(layout, args.x, args.mask, args.dtype, executor);
@@ -354,6 +359,7 @@ void BatchNormForwardCpu(const BatchNormForward& args, Executor& executor) {
 }
 
 void BatchNormInferenceCpu(const BatchNormInference& args, Executor& executor) {
+  if (args.shape.channels == 0) return;
   const DType type = StatisticsType(args.dtype);
   const Layout layout = MakeLayout(args.shape, args.dtype, false);
   Factors factors(layout, args.dtype);
@@ -367,6 +373,7 @@ void BatchNormInferenceCpu(const BatchNormInference& args, Executor& executor) {
 }
 
 void BatchNormGradientCpu(const BatchNormGradient& args, Executor& executor) {
+  if (args.shape.channels == 0) return;
   const DType type = StatisticsType(args.dtype);
   const Layout layout = MakeLayout(args.shape, args.dtype, args.mask != nullptr);
   Factors factors(layout, args.dtype);

@@ -43,7 +43,44 @@ struct Cpu {
     return absl::OkStatus();
   }
   static constexpr CopyBytes kCopy = CopyOnHost;
+  // Whether a result may take the place of what it is made from.
+  static constexpr bool kInPlace = true;
 };
+
+#if defined(ACCUMOPS_CUDA)
+struct Gpu {
+  static absl::Status Forward(OpKernelContext* ctx, const BatchNormForward& args) {
+    Tensor workspace;
+    TF_RETURN_IF_ERROR(Allocate(ctx, args.shape, args.dtype, &workspace));
+    return FromCuda(BatchNormForwardCuda(args, workspace.data(), CudaStream(ctx)));
+  }
+  static absl::Status Inference(OpKernelContext* ctx, const BatchNormInference& args) {
+    return FromCuda(BatchNormInferenceCuda(args, CudaStream(ctx)));
+  }
+  static absl::Status Gradient(OpKernelContext* ctx, const BatchNormGradient& args) {
+    Tensor workspace;
+    TF_RETURN_IF_ERROR(Allocate(ctx, args.shape, args.dtype, &workspace));
+    return FromCuda(BatchNormGradientCuda(args, workspace.data(), CudaStream(ctx)));
+  }
+  static absl::Status Merge(OpKernelContext* ctx, const MomentsWindow& window, const Tensor& count,
+                            const Tensor& mean, const Tensor& rest, const Tensor& variance,
+                            const Tensor& overwrite) {
+    return FromCuda(MergeMomentsCuda(window, count.scalar<std::int64_t>().data(), mean.data(),
+                                     rest.data(), variance.data(), ToDType(mean.dtype()),
+                                     overwrite.scalar<bool>().data(), CudaStream(ctx)));
+  }
+  static constexpr CopyBytes kCopy = CopyOnDevice;
+  // The kernels read through a cache that does not see what they write.
+  static constexpr bool kInPlace = false;
+
+ private:
+  static absl::Status Allocate(OpKernelContext* ctx, const BatchNormShape& shape, DType dtype,
+                               Tensor* workspace) {
+    return ctx->allocate_temp(tensorflow::DT_UINT8,
+                              TensorShape({BatchNormWorkspaceCuda(shape, dtype)}), workspace);
+  }
+};
+#endif
 
 // Reads the attributes, and what they say about an array.
 class BatchNormOpBase : public OpKernel {
@@ -124,6 +161,14 @@ class BatchNormOpBase : public OpKernel {
   DType dtype_ = DType::kFloat32;
 };
 
+// Output 0, in the place of an input that nobody else needs, where the device allows it.
+template <typename Launchers>
+absl::Status InPlaceOf(OpKernelContext* ctx, int input, Tensor** output) {
+  const TensorShape& shape = ctx->input(input).shape();
+  return Launchers::kInPlace ? ctx->forward_input_or_allocate_output({input}, 0, shape, output)
+                             : ctx->allocate_output(0, shape, output);
+}
+
 template <typename Launchers>
 class BatchNormOp : public BatchNormOpBase {
  public:
@@ -175,10 +220,9 @@ class BatchNormGradOp : public BatchNormOpBase {
                                                         ctx->input(6).shape().DebugString(), ".")));
     OP_REQUIRES_OK(ctx, Mask(ctx, x, &args.mask));
     Tensor* outputs[3];
-    for (int i = 0; i < 3; ++i) {
-      OP_REQUIRES_OK(
-          ctx, ctx->allocate_output(i, i == 0 ? x.shape() : TensorShape({args.shape.channels}),
-                                    &outputs[i]));
+    OP_REQUIRES_OK(ctx, InPlaceOf<Launchers>(ctx, 0, &outputs[0]));
+    for (int i = 1; i < 3; ++i) {
+      OP_REQUIRES_OK(ctx, ctx->allocate_output(i, TensorShape({args.shape.channels}), &outputs[i]));
     }
     args.dtype = dtype_;
     args.x = x.data();
@@ -204,7 +248,7 @@ class BatchNormInferenceOp : public BatchNormOpBase {
     OP_REQUIRES_OK(ctx, Shape(x, &args.shape));
     OP_REQUIRES_OK(ctx, CheckChannels(ctx, 1, 5, args.shape.channels));
     Tensor* y = nullptr;
-    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, x.shape(), &y));
+    OP_REQUIRES_OK(ctx, InPlaceOf<Launchers>(ctx, 0, &y));
     args.dtype = dtype_;
     args.x = x.data();
     args.y = y->data();
@@ -266,6 +310,9 @@ class MergeMomentsOp : public OpKernel {
   REGISTER_KERNEL_BUILDER(Name("AccumOps>MergeMoments").Device(DEVICE), MergeMomentsOp<Launchers>)
 
 ACCUMOPS_REGISTER(Cpu, tensorflow::DEVICE_CPU);
+#if defined(ACCUMOPS_CUDA)
+ACCUMOPS_REGISTER(Gpu, tensorflow::DEVICE_GPU);
+#endif
 
 }  // namespace
 }  // namespace accumops

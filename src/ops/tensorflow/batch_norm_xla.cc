@@ -25,10 +25,7 @@ xla::PrimitiveType WideType(DataType dtype) {
 class Channels {
  public:
   Channels(xla::XlaOp x, const TensorShape& shape, int axis, xla::PrimitiveType type)
-      : builder_(x.builder()),
-        axis_(axis),
-        type_(type),
-        values_(Widen(x)) {
+      : builder_(x.builder()), axis_(axis), type_(type), values_(Widen(x)) {
     for (int i = 0; i < shape.dims(); ++i) {
       sizes_.push_back(shape.dim_size(i));
       if (i != axis) others_.push_back(i);
@@ -41,12 +38,14 @@ class Channels {
   xla::XlaOp Spread(xla::XlaOp channels) const {
     return xla::BroadcastInDim(channels, sizes_, {axis_});
   }
-  // A value for each place of a mask, in all channels.
-  xla::XlaOp SpreadMask(xla::XlaOp mask) const {
-    return xla::BroadcastInDim(Widen(mask), sizes_, others_);
+  // The values at the places of a mask, and zero elsewhere.
+  xla::XlaOp Masked(xla::XlaOp values, xla::XlaOp mask) const {
+    return xla::Select(xla::BroadcastInDim(mask, sizes_, others_), values, xla::ZerosLike(values));
   }
+  // In double: XLA adds one after another, and float would stop growing.
   xla::XlaOp Sum(xla::XlaOp values) const {
-    return xla::Reduce(values, xla::Zero(builder_, type_), accumops::Sum(type_), others_);
+    return Widen(xla::Reduce(xla::ConvertElementType(values, xla::F64),
+                             xla::Zero(builder_, xla::F64), accumops::Sum(xla::F64), others_));
   }
   std::int64_t count() const {
     std::int64_t count = 1;
@@ -69,8 +68,18 @@ class BatchNormXlaOp : public XlaOpKernel {
       : XlaOpKernel(construction) {
     OP_REQUIRES_OK(construction, construction->GetAttr("axis", &axis_));
     OP_REQUIRES_OK(construction, construction->GetAttr("U", &statistics_));
+    DataType data;
+    OP_REQUIRES_OK(construction, construction->GetAttr("T", &data));
+    OP_REQUIRES(
+        construction, WideType(data) == WideType(statistics_),
+        absl::InvalidArgumentError(absl::StrCat(
+            "x is ", DataTypeString(data), " and its statistics are ", DataTypeString(statistics_),
+            ": they are double for double data, else float.")));
     if (construction->HasAttr("epsilon")) {
       OP_REQUIRES_OK(construction, construction->GetAttr("epsilon", &epsilon_));
+      OP_REQUIRES(construction, epsilon_ >= 0,
+                  absl::InvalidArgumentError(
+                      absl::StrCat("epsilon must not be negative, not ", epsilon_, ".")));
     }
     if (construction->HasAttr("mask_count")) {
       OP_REQUIRES_OK(construction, construction->GetAttr("mask_count", &masks_));
@@ -132,25 +141,23 @@ class ForwardXlaOp : public BatchNormXlaOp {
     OP_REQUIRES_OK(ctx, channels.status());
     const Channels& x = *channels;
     xla::XlaOp count = xla::ConstantR0<std::int64_t>(ctx->builder(), x.count());
-    xla::XlaOp weights;
     if (masks_ > 0) {
       OP_REQUIRES_OK(ctx, CheckMask(ctx, 3, 0));
-      weights = x.SpreadMask(ctx->Input(3));
       const xla::XlaOp mask = xla::ConvertElementType(ctx->Input(3), xla::S64);
       count = xla::ReduceAll(mask, xla::Zero(ctx->builder(), xla::S64), Sum(xla::S64));
     }
     const auto mean_of = [&](xla::XlaOp values) {
       const xla::XlaOp size =
           x.Widen(xla::Max(count, xla::ConstantR0<std::int64_t>(ctx->builder(), 1)));
-      return x.Sum(masks_ > 0 ? values * weights : values) / size;
+      return x.Sum(masks_ > 0 ? x.Masked(values, ctx->Input(3)) : values) / size;
     };
     const xla::XlaOp mean = mean_of(x.values());
-    const xla::XlaOp distance = x.values() - x.Spread(mean);
-    const xla::XlaOp rest = mean_of(distance);
-    const xla::XlaOp variance = mean_of(distance * distance) - rest * rest;
+    const xla::XlaOp rest = mean_of(x.values() - x.Spread(mean));
+    const xla::XlaOp distance = x.values() - x.Spread(mean) - x.Spread(rest);
+    const xla::XlaOp variance = mean_of(distance * distance);
     const xla::XlaOp inverse = Inverse(ctx, variance);
     const xla::XlaOp scale = ctx->Input(1) * inverse;
-    const xla::XlaOp y = (distance - x.Spread(rest)) * x.Spread(scale) + x.Spread(ctx->Input(2));
+    const xla::XlaOp y = distance * x.Spread(scale) + x.Spread(ctx->Input(2));
     ctx->SetOutput(0, xla::ConvertElementType(y, ctx->input_xla_type(0)));
     ctx->SetOutput(1, mean);
     ctx->SetOutput(2, rest);
@@ -186,7 +193,7 @@ class GradientXlaOp : public BatchNormXlaOp {
     xla::XlaOp through = (x.Spread(dbeta) + normal * x.Spread(dgamma)) * share;
     if (masks_ > 0) {
       OP_REQUIRES_OK(ctx, CheckMask(ctx, 7, 1));
-      through = through * x.SpreadMask(ctx->Input(7));
+      through = x.Masked(through, ctx->Input(7));
     }
     const xla::XlaOp dx = x.Spread(ctx->Input(2) * inverse) * (dy - through);
     ctx->SetOutput(0, xla::ConvertElementType(dx, ctx->input_xla_type(1)));

@@ -1,0 +1,703 @@
+"""The batch normalization ops: both backends in every mode against a definition in NumPy's float64."""
+
+import dataclasses
+import subprocess
+import sys
+import textwrap
+import zlib
+
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from accumops import ops
+
+NUMPY = {tf.float16: np.float16, tf.bfloat16: ml_dtypes.bfloat16, tf.float32: np.float32, tf.float64: np.float64}
+HALF = (tf.float16, tf.bfloat16)
+# A number of every dtype that a float has.
+EPSILON = 2.0**-10
+# Of the largest magnitude.
+TOLERANCE = {tf.float16: 1e-5, tf.bfloat16: 1e-5, tf.float32: 1e-5, tf.float64: 1e-13}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """An array's shape and the axis of its channels, and what of gamma, beta and a mask there is."""
+
+    shape: tuple[int, ...]
+    axis: int
+    mask: str | None = None  # "some", "all" or "none" of the places
+    gamma: bool = True
+    beta: bool = True
+    compiled: bool = False  # whether XLA compiles it as well, which takes longest
+
+    def __str__(self):
+        given = [name for name in ("gamma", "beta") if getattr(self, name)]
+        return f"{list(self.shape)} axis {self.axis} mask {self.mask} with {given}"
+
+
+# Channel counts around vectors and tiles of 512 columns; rows around chunks of 128.
+LAYOUTS = [
+    Layout((127,), 0),
+    Layout((1,), -1, gamma=False),
+    Layout((17,), 0, mask="all"),
+    Layout((1, 64), -1, compiled=True),
+    Layout((2, 100), 1),
+    Layout((127, 1), -1),
+    Layout((128, 3), -1),
+    Layout((129, 16), 1, mask="some"),
+    Layout((129, 17), -1, gamma=False, beta=False),
+    Layout((4097, 3), -1, compiled=True),
+    Layout((4097, 1), 1),
+    Layout((4097, 64), -1, mask="some"),
+    Layout((4097, 100), 1, beta=False),
+    Layout((128, 1001), -1),
+    Layout((513, 513), -1, mask="some"),
+    Layout((129, 1001), -1, mask="none"),
+    Layout((64, 129), 0),
+    Layout((513, 127), -2, gamma=False),
+    Layout((3, 4097), 0),
+    Layout((1, 4097), 0),
+    Layout((7, 33, 16), -1, mask="some", compiled=True),
+    Layout((2, 17, 129), 1, compiled=True),
+    Layout((100, 3, 43), -3),
+    Layout((5, 9, 100), 2, mask="all"),
+    Layout((2, 7, 9, 64), -1),
+    Layout((2, 3, 64, 65), 1),
+    Layout((3, 4, 17, 5), -2),
+    Layout((2, 513, 3, 1), 1),
+    Layout((6, 3, 1, 1), 1, beta=False),
+    Layout((2, 3, 5, 7, 3), -1, mask="none", compiled=True),
+    Layout((2, 3, 16, 3, 43), 2),
+    Layout((3, 1, 4, 11, 31), 1),
+]
+
+
+def as_rows(array, axis):
+    """The array as one row for each place, one column for each channel."""
+    return np.moveaxis(array, axis, -1).reshape(-1, array.shape[axis])
+
+
+def from_rows(rows, shape, axis):
+    moved = [size for i, size in enumerate(shape) if i != axis % len(shape)]
+    return np.moveaxis(rows.reshape(*moved, shape[axis]), -1, axis)
+
+
+def wide(array):
+    return array.astype(np.longdouble if array.dtype == np.float64 else np.float64)
+
+
+@dataclasses.dataclass
+class Expected:
+    """A value, and the magnitude of what it was computed from."""
+
+    value: np.ndarray
+    magnitude: float
+
+
+class Definition:
+    """Batch normalization as its definition has it, and its gradients, by the formulas of the textbook."""
+
+    def __init__(self, x, gamma, beta, dy, axis, epsilon, mask=None, moments=None):
+        self._shape, self._axis = x.shape, axis
+        rows, dy = wide(as_rows(x, axis)), wide(as_rows(dy, axis))
+        gamma, beta = wide(gamma), wide(beta)
+        if moments is None:
+            weights = np.ones(len(rows), bool) if mask is None else mask.reshape(-1)
+            count = weights.sum()
+            divisor = max(count, 1)
+            mean = rows[weights].sum(0) / divisor
+            variance = ((rows[weights] - mean) ** 2).sum(0) / divisor
+        else:
+            count, weights = 0, np.zeros(len(rows), bool)
+            mean, variance = (wide(each) for each in moments)
+        inverse = 1 / np.sqrt(variance + epsilon)
+        normal = (rows - mean) * inverse
+        y = normal * gamma + beta
+        dbeta, dgamma = dy.sum(0), (dy * normal).sum(0)
+        through = (dbeta + normal * dgamma) / max(count, 1) * (weights[:, None] & (count > 0))
+        slope = gamma * inverse
+        self.count = count
+        self.y = self._array(y, np.abs(normal * gamma) + np.abs(beta))
+        self.mean = Expected(mean, largest(rows))
+        self.variance = Expected(variance, largest(variance))
+        self.dx = self._array(slope * (dy - through), np.abs(slope * dy) + np.abs(slope * through))
+        self.dgamma = Expected(dgamma, largest(dgamma, dy * normal))
+        self.dbeta = Expected(dbeta, largest(dbeta, dy))
+
+    def _array(self, rows, terms):
+        return Expected(from_rows(rows, self._shape, self._axis), largest(rows, terms))
+
+
+def largest(*arrays):
+    return float(max(np.abs(array).max(initial=0) for array in arrays))
+
+
+def assert_close(actual, expected, dtype, name):
+    """Within `TOLERANCE`, and half an ulp more of what is rounded to half precision."""
+    assert actual.shape == expected.value.shape, name
+    bound = np.full(actual.shape, TOLERANCE[dtype] * expected.magnitude)
+    if actual.dtype in (np.float16, ml_dtypes.bfloat16):
+        nearest = np.abs(expected.value).astype(actual.dtype)
+        bound += np.spacing(nearest).astype(np.float64) / 2
+    error = np.abs(wide(actual) - expected.value)
+    assert not error.size or np.all(error <= bound), f"{name}: {np.max(error - bound)} above the bound {np.max(bound)}"
+
+
+class Data:
+    """Random inputs of a layout, and what they ought to give."""
+
+    def __init__(self, layout, dtype, mean=0.5, deviation=2.0):
+        rng = np.random.default_rng(zlib.crc32(str(layout).encode()))
+        channels = layout.shape[layout.axis]
+        statistics = np.float64 if dtype == tf.float64 else np.float32
+        self.layout, self.dtype = layout, dtype
+        self.x = rng.normal(mean, deviation, layout.shape).astype(NUMPY[dtype])
+        self.dy = (rng.standard_normal(layout.shape) + 0.1).astype(NUMPY[dtype])
+        # Of few digits, as Keras's layer rounds its own to half precision.
+        self.gamma = (rng.integers(2, 17, channels) / 8).astype(statistics)
+        self.beta = (rng.integers(-16, 17, channels) / 8).astype(statistics)
+        self.moments = [
+            rng.standard_normal(channels).astype(statistics),
+            rng.uniform(0.1, 4, channels).astype(statistics),
+        ]
+        self.mask = None
+        if layout.mask is not None:
+            share = {"some": 0.7, "all": 1.0, "none": 0.0}[layout.mask]
+            self.mask = rng.random(layout.shape[:-1]) < share
+        self.gamma = self.gamma if layout.gamma else np.ones_like(self.gamma)
+        self.beta = self.beta if layout.beta else np.zeros_like(self.beta)
+
+    def expected(self, *, inference=False):
+        moments = self.moments if inference else None
+        return Definition(
+            self.x, self.gamma, self.beta, self.dy, self.layout.axis, EPSILON, None if inference else self.mask, moments
+        )
+
+    def parameters(self):
+        """Gamma and beta, as the op takes them and for gradients to flow to."""
+        gamma = tf.constant(self.gamma) if self.layout.gamma else None
+        beta = tf.constant(self.beta) if self.layout.beta else None
+        return gamma, beta
+
+    def train(self, mode=lambda function: function, x=None):
+        """What `batch_norm` gives: y, its moments and the gradients."""
+        gamma, beta = self.parameters()
+        mask = None if self.mask is None else tf.constant(self.mask)
+
+        @mode
+        def run(x, dy):
+            with tf.GradientTape() as tape:
+                watched = [each for each in (x, gamma, beta) if each is not None]
+                tape.watch(watched)
+                y, moments = ops.batch_norm(x, gamma, beta, axis=self.layout.axis, epsilon=EPSILON, mask=mask)
+            return y, moments, tape.gradient(y, watched, dy)
+
+        return run(tf.constant(self.x) if x is None else x, tf.constant(self.dy))
+
+    def infer(self, mode=lambda function: function):
+        gamma, beta = self.parameters()
+        mean, variance = (tf.constant(each) for each in self.moments)
+
+        @mode
+        def run(x, dy):
+            with tf.GradientTape() as tape:
+                watched = [each for each in (x, gamma, beta) if each is not None]
+                tape.watch(watched)
+                y = ops.batch_norm_inference(x, gamma, beta, mean, variance, axis=self.layout.axis, epsilon=EPSILON)
+            return y, tape.gradient(y, watched, dy)
+
+        return run(tf.constant(self.x), tf.constant(self.dy))
+
+    def check_moments(self, moments, expected):
+        assert moments.count.dtype == tf.int64
+        assert moments.count.numpy() == expected.count, self.layout
+        for each in moments[1:]:
+            assert each.dtype == (tf.float64 if self.dtype == tf.float64 else tf.float32)
+        both = moments.mean.numpy().astype(np.float64) + moments.rest.numpy()
+        assert_close(both, expected.mean, self.dtype, f"mean of {self.layout}")
+        assert_close(moments.variance.numpy(), expected.variance, self.dtype, f"variance of {self.layout}")
+
+    def check_gradients(self, gradients, expected):
+        names = ["dx", *(["dgamma"] if self.layout.gamma else []), *(["dbeta"] if self.layout.beta else [])]
+        for name, gradient in zip(names, gradients, strict=True):
+            assert_close(gradient.numpy(), getattr(expected, name), self.dtype, f"{name} of {self.layout}")
+
+
+def layouts(mode):
+    return [layout for layout in LAYOUTS if mode.name != "xla" or layout.compiled]
+
+
+@pytest.mark.parametrize("dtype", list(NUMPY))
+def test_training_matches_the_definition(backend, mode, dtype):
+    for layout in layouts(mode):
+        data = Data(layout, dtype)
+        expected = data.expected()
+        y, moments, gradients = data.train(mode)
+        assert y.dtype == dtype
+        assert_close(y.numpy(), expected.y, dtype, f"y of {layout}")
+        data.check_moments(moments, expected)
+        data.check_gradients(gradients, expected)
+
+
+@pytest.mark.parametrize("dtype", list(NUMPY))
+def test_inference_matches_the_definition(backend, mode, dtype):
+    for layout in layouts(mode)[::2]:
+        data = Data(layout, dtype)
+        expected = data.expected(inference=True)
+        y, gradients = data.infer(mode)
+        assert y.dtype == dtype
+        assert_close(y.numpy(), expected.y, dtype, f"y of {layout}")
+        data.check_gradients(gradients, expected)
+
+
+def test_no_gradient_flows_to_the_moments(backend):
+    x, mean, variance = tf.ones([4, 3]), tf.zeros([3]), tf.ones([3])
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch([x, mean, variance])
+        y = ops.batch_norm_inference(x, None, None, mean, variance)
+        _, moments = ops.batch_norm(x, None, None)
+        total = tf.add_n([tf.reduce_sum(each) for each in moments[1:]])
+    assert tape.gradient(y, [mean, variance]) == [None, None]
+    assert tape.gradient(total, x) is None
+
+
+@pytest.mark.parametrize("shape", [(40, 3), (5, 8, 3), (2, 3, 40)])
+def test_default_epsilon_and_parameters(backend, rng, shape):
+    x = rng.standard_normal(shape).astype(np.float32)
+    axes = tuple(range(len(shape) - 1))
+    y, _ = ops.batch_norm(x, None, None)
+    np.testing.assert_allclose(y, (x - x.mean(axes)) / np.sqrt(x.var(axes) + 1e-3), atol=1e-5)
+
+
+def test_mask_of_numbers(backend, rng):
+    x = tf.constant(rng.standard_normal((6, 3)), tf.float32)
+    mask = np.array([1, 0, 1, 1, 0, 1])
+    (a, wanted), (b, moments) = (ops.batch_norm(x, None, None, mask=tf.constant(m)) for m in (mask.astype(bool), mask))
+    np.testing.assert_array_equal(a, b)
+    assert moments.count.numpy() == wanted.count.numpy() == 4
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_masked_values_are_not_in_the_moments(backend, mode, rng, value):
+    x = rng.standard_normal((300, 20)).astype(np.float32)
+    mask = rng.random(300) < 0.5
+    expected = x[mask].astype(np.float64)
+    x[~mask] = value
+    y, moments = mode(lambda x: ops.batch_norm(x, None, None, mask=tf.constant(mask)))(tf.constant(x))
+    assert moments.count.numpy() == mask.sum()
+    np.testing.assert_allclose(moments.mean, expected.mean(0), atol=1e-6)
+    np.testing.assert_allclose(moments.variance, expected.var(0), rtol=1e-5)
+    assert np.isfinite(y.numpy()[mask]).all()
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((0, 3), 1), ((0, 3, 4), 1), ((5, 3, 0), 1), ((0, 2, 100), 2)])
+def test_no_values_at_all(backend, mode, shape, axis):
+    data = Data(Layout(shape, axis), tf.float32)
+    y, moments, (dx, dgamma, dbeta) = data.train(mode)
+    assert y.shape == dx.shape == shape
+    assert moments.count.numpy() == 0
+    for each in (*moments[1:], dgamma, dbeta):
+        np.testing.assert_array_equal(each, np.zeros(shape[axis]))
+    y, (dx, dgamma, dbeta) = data.infer(mode)
+    assert y.shape == dx.shape == shape
+    np.testing.assert_array_equal(dgamma, np.zeros(shape[axis]))
+    np.testing.assert_array_equal(dbeta, np.zeros(shape[axis]))
+
+
+NO_CHANNELS = """
+    import tensorflow as tf
+    import accumops
+
+    for backend in ("fused", "reference"):
+        accumops.set_backend(backend)
+        for shape, axis in [((5, 0), 1), ((0, 0), 1), ((5, 0, 4), 1), ((0,), 0)]:
+            y, moments = accumops.ops.batch_norm(tf.zeros(shape), None, None, axis=axis)
+            assert y.shape == shape, (backend, shape, y.shape)
+            assert moments.mean.shape == moments.variance.shape == (0,), (backend, shape, moments)
+            assert moments.count.numpy() >= 0, (backend, shape, moments)
+            y = accumops.ops.batch_norm_inference(tf.zeros(shape), None, None, tf.zeros([0]), tf.zeros([0]), axis=axis)
+            assert y.shape == shape, (backend, shape, y.shape)
+"""
+
+
+def run_script(script, *arguments, timeout):
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *arguments], capture_output=True, text=True, timeout=timeout
+    )
+
+
+def test_no_channels():
+    """In a process of its own, which ends where the op does not."""
+    done = run_script(NO_CHANNELS, timeout=60)
+    assert done.returncode == 0, done.stderr[-1000:]
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((4097, 17), 1), ((1000, 64), 1), ((3, 5, 4097), 1)])
+def test_large_mean_costs_no_digits(backend, mode, rng, shape, axis):
+    """A mean of 1e4 and a deviation of 1e-2, which is ten times the distance of float32's numbers there.
+
+    The data are as float32 rounds them: that is theirs, and the definition's, which is why the bound is as ever.
+    """
+    layout = Layout(shape, axis)
+    data = Data(layout, tf.float32, mean=1e4, deviation=1e-2)
+    epsilon = 1e-9
+    expected = Definition(data.x, data.gamma, data.beta, data.dy, axis, epsilon)
+    y, moments = mode(lambda x: ops.batch_norm(x, data.gamma, data.beta, axis=axis, epsilon=epsilon))(
+        tf.constant(data.x)
+    )
+    assert_close(y.numpy(), expected.y, tf.float32, "y")
+    # TensorFlow's own sums of thousands of squares are longer than the fused op's, and less exact.
+    np.testing.assert_allclose(
+        moments.variance, expected.variance.value, rtol=1e-5 if backend == "fused" else 1e-4, atol=0
+    )
+    mean = moments.mean.numpy().astype(np.float64) + moments.rest.numpy()
+    np.testing.assert_allclose(mean, expected.mean.value, rtol=0, atol=1e-4 * 1e-2)
+
+
+def test_large_mean_of_many_rows(mode, rng):
+    """The fused op's sums of float32 are short, whatever the number of rows."""
+    x = rng.normal(1e4, 1e-2, (1 << 18, 4)).astype(np.float32)
+    y, moments = mode(lambda x: ops.batch_norm(x, None, None, epsilon=1e-9))(tf.constant(x))
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(moments.variance, exact.var(0), rtol=1e-5)
+    assert largest(y.numpy() - (exact - exact.mean(0)) / np.sqrt(exact.var(0) + 1e-9)) < 1e-5 * largest(y.numpy())
+
+
+@pytest.mark.parametrize("value", [0.1, 10000.1, -3e8])
+def test_constant_channels_have_no_negative_variance(backend, mode, value):
+    y, moments = mode(lambda x: ops.batch_norm(x, None, None, epsilon=1e-6))(tf.fill([4097, 5], value))
+    variance = moments.variance.numpy()
+    assert np.all(variance >= 0)
+    assert np.all(variance <= (1e-6 * value) ** 2)
+    assert np.isfinite(y.numpy()).all()
+
+
+KERAS_LAYOUTS = [
+    Layout((513, 64), -1),
+    Layout((2, 9, 7, 17), -1),
+    Layout((4, 16, 65), 1),
+    Layout((129, 100), -1, "some"),
+]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("layout", KERAS_LAYOUTS, ids=str)
+def test_half_precision_is_as_good_as_keras(backend, dtype, layout, training):
+    data = Data(layout, dtype)
+    layer = keras.layers.BatchNormalization(axis=layout.axis, epsilon=EPSILON, dtype=f"mixed_{dtype.name}")
+    layer.build(layout.shape)
+    for variable, value in [
+        (layer.gamma, data.gamma),
+        (layer.beta, data.beta),
+        (layer.moving_mean, data.moments[0]),
+        (layer.moving_variance, data.moments[1]),
+    ]:
+        variable.assign(value)
+    if not training:  # as the layer rounds them
+        data.moments = [each.astype(NUMPY[dtype]).astype(np.float32) for each in data.moments]
+    x, dy = tf.constant(data.x), tf.constant(data.dy)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = layer(x, training=training, mask=None if data.mask is None else tf.constant(data.mask))
+    keras_results = [y, *tape.gradient(y, [x, layer.gamma.value, layer.beta.value], dy)]
+    if training:
+        y, _, gradients = data.train()
+    else:
+        y, gradients = data.infer()
+    expected = data.expected(inference=not training)
+    wanted = (expected.y, expected.dx, expected.dgamma, expected.dbeta)
+    names = ("y", "dx", "dgamma", "dbeta")
+    for name, ours, theirs, exact in zip(names, [y, *gradients], keras_results, wanted, strict=True):
+        assert ours.dtype == (dtype if name in ("y", "dx") else tf.float32)
+        error, allowed = (largest(wide(each.numpy()) - exact.value) for each in (ours, theirs))
+        # Sums are float32: where Keras happens to round them well, a few roundings more are none of half precision's.
+        rounding = 0 if name in ("y", "dx") else 1e-6 * largest(exact.value)
+        assert error <= max(2 * allowed, rounding), (name, error, allowed)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("layout", [Layout((6, 4, 8), -1, "some"), Layout((6, 8, 4), 1)], ids=str)
+def test_no_copy_in_float32(dtype, layout):
+    """Neither forward nor backward is there a tensor of x's size that is not of its dtype."""
+    data = Data(layout, dtype)
+    traced = []
+
+    def trace(function):
+        traced.append(tf.function(function))
+        return traced[-1]
+
+    data.train(trace)
+    data.infer(trace)
+    for function in traced:
+        graph = function.get_concrete_function(tf.constant(data.x), tf.constant(data.dy)).graph
+        operations = graph.get_operations()
+        assert any(op.type == "AccumOps>BatchNormGrad" for op in operations)
+        size = data.x.size
+        for op in operations:
+            for output in op.outputs:
+                if output.shape.num_elements() == size:
+                    assert output.dtype == dtype, op
+        assert not [op for op in operations if op.type == "Cast" and op.inputs[0].shape == layout.shape]
+
+
+def test_is_one_op_each_way_in_the_graph(backend):
+    data = Data(Layout((6, 4, 8), -1), tf.float32)
+    graphs = []
+
+    def trace(function):
+        graphs.append(tf.function(function).get_concrete_function(tf.constant(data.x), tf.constant(data.dy)).graph)
+        return tf.function(function)
+
+    data.train(trace)
+    kinds = [op.type for op in graphs[0].get_operations()]
+    fused = [kind for kind in kinds if kind.startswith("AccumOps>")]
+    assert fused == (["AccumOps>BatchNorm", "AccumOps>BatchNormGrad"] if backend == "fused" else [])
+    if backend == "fused":
+        assert not {"Mul", "Sub", "Sum", "Mean", "Rsqrt"} & set(kinds)
+
+
+def assert_same_bits(first, second):
+    for a, b in zip(tf.nest.flatten(first), tf.nest.flatten(second), strict=True):
+        assert a.numpy().tobytes() == b.numpy().tobytes()
+
+
+DETERMINISM = [
+    Layout((40_000, 64), -1),
+    Layout((70_001, 17), -1),
+    Layout((5000, 600), -1, "some"),
+    Layout((8, 33, 5000), 1),
+    Layout((3, 3, 100, 1001), 1),
+]
+
+
+@pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16])
+@pytest.mark.parametrize("layout", DETERMINISM, ids=str)
+def test_same_bits_every_time(layout, dtype):
+    data = Data(layout, dtype)
+    first = data.train()
+    for _ in range(3):
+        assert_same_bits(first, data.train())
+    assert_same_bits(first, data.train(tf.function))
+
+
+THREADS = """
+    import sys
+    import zlib
+    import numpy as np
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(int(sys.argv[1]))
+    from accumops import ops, set_backend
+
+    set_backend("fused")
+    digest = 0
+    for shape, axis in [((40_000, 64), 1), ((70_001, 17), 1), ((8, 33, 5000), 1), ((1_000_003, 1), 1)]:
+        rng = np.random.default_rng(5)
+        x = tf.constant(rng.normal(3, 1, shape), tf.float32)
+        dy = tf.constant(rng.normal(0, 1, shape), tf.float32)
+        parameters = [tf.constant(rng.normal(1, 1, shape[axis]), tf.float32) for _ in range(2)]
+        with tf.GradientTape() as tape:
+            tape.watch([x, *parameters])
+            y, moments = ops.batch_norm(x, *parameters, axis=axis)
+        for each in (y, *moments, *tape.gradient(y, [x, *parameters], dy)):
+            digest = zlib.crc32(each.numpy().tobytes(), digest)
+    print(digest)
+"""
+
+
+def test_same_bits_with_any_number_of_threads():
+    outputs = set()
+    for threads in (1, 7):
+        done = run_script(THREADS, str(threads), timeout=120)
+        assert done.returncode == 0, done.stderr[-1000:]
+        outputs.add(done.stdout)
+    assert len(outputs) == 1
+    assert outputs.pop().strip().isdigit()
+
+
+@pytest.mark.parametrize("dtype", list(NUMPY))
+@pytest.mark.parametrize(
+    "layout", [Layout((130, 17), -1), Layout((130, 3), -1, "some"), Layout((130, 5, 7), 1)], ids=str
+)
+def test_unaligned_input(backend, dtype, layout):
+    """A slice shares its tensor's buffer, from any element on."""
+    data = Data(layout, dtype)
+    aligned = data.train()
+    longer = tf.concat([tf.zeros([1, *layout.shape[1:]], dtype), tf.constant(data.x)], 0)
+    assert_same_bits(aligned, data.train(x=longer[1:]))
+    np.testing.assert_array_equal(aligned[0], data.train()[0])
+
+
+def test_shapes_unknown_until_run(backend):
+    data = Data(Layout((7, 5, 3), -1, "some"), tf.float32)
+
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec([None, None, None]),
+            tf.TensorSpec(None, tf.bool),
+            tf.TensorSpec([None, None, 3]),
+        ]
+    )
+    def run(x, mask, dy):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y, moments = ops.batch_norm(x, data.gamma, data.beta, epsilon=EPSILON, mask=mask)
+        return y, moments, tape.gradient(y, x, dy)
+
+    expected = data.expected()
+    y, moments, dx = run(data.x, data.mask, data.dy)
+    assert_close(y.numpy(), expected.y, tf.float32, "y")
+    data.check_moments(moments, expected)
+    assert_close(dx.numpy(), expected.dx, tf.float32, "dx")
+
+
+class TestSecondOrder:
+    """Gradients of gradients, which the fused op does not have."""
+
+    @pytest.fixture
+    def second_order(self):
+        def run(normalize):
+            x = tf.constant([[1.0], [2.0], [4.0]])
+            with tf.GradientTape() as outer:
+                outer.watch(x)
+                with tf.GradientTape() as inner:
+                    inner.watch(x)
+                    loss = tf.reduce_sum(normalize(x) ** 3)
+                gradient = inner.gradient(loss, x)
+            return outer.gradient(gradient, x)
+
+        return run
+
+    @pytest.mark.parametrize("name", ["batch_norm", "batch_norm_inference"])
+    def test_raises_or_works(self, backend, second_order, name):
+        def normalize(x):
+            if name == "batch_norm":
+                return ops.batch_norm(x, None, None)[0]
+            return ops.batch_norm_inference(x, None, None, tf.zeros([1]), tf.ones([1]))
+
+        for run in (second_order, tf.function(second_order, autograph=False)):
+            if backend == "fused":
+                with pytest.raises(LookupError, match=r"no gradient of second order.*set_backend"):
+                    run(normalize)
+            else:
+                assert np.isfinite(run(normalize).numpy()).all()
+
+
+class TestMergeMoments:
+    SIZES = (5, 1, 128, 0, 33, 4097, 2)
+
+    @staticmethod
+    def window(channels, value=np.nan):
+        shapes = [(), (channels,), (channels,)]
+        return ops.MomentsWindow(*(tf.Variable(tf.fill(shape, np.float64(value))) for shape in shapes))
+
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(tf.float32, 1e-6), (tf.float64, 1e-13), (tf.bfloat16, 1e-6)])
+    def test_ragged_micro_batches_are_the_pooled_batch(self, backend, mode, rng, dtype, tolerance):
+        """Each with a mean of its own, so that most of the variance is between them."""
+        channels = 17
+        batches = [
+            (rng.normal(rng.normal(0, 3, channels), 1.0, (size, channels))).astype(NUMPY[dtype]) for size in self.SIZES
+        ]
+        window = self.window(channels)
+        sizes = self.SIZES if mode.name != "xla" else self.SIZES[:4]  # each is a shape to compile for
+
+        @mode
+        def run(x, overwrite):
+            _, moments = ops.batch_norm(x, None, None)
+            ops.merge_moments(window, moments, overwrite=overwrite)
+
+        for _ in range(2):  # the second window starts on the first one's values
+            for i in range(len(sizes)):
+                run(tf.constant(batches[i]), tf.constant(i == 0))
+            pooled = np.concatenate(batches[: len(sizes)]).astype(np.float64)
+            assert window.count.numpy() == len(pooled)
+            np.testing.assert_allclose(window.mean, pooled.mean(0), rtol=0, atol=tolerance * largest(pooled))
+            np.testing.assert_allclose(window.centred, pooled.var(0) * len(pooled), rtol=tolerance)
+
+    def test_large_mean(self, backend, rng):
+        batches = [rng.normal(1e4 + i, 1e-2, (500, 3)).astype(np.float32) for i in (0, 0, 1e-2)]
+        window = self.window(3)
+        for i, batch in enumerate(batches):
+            ops.merge_moments(window, ops.batch_norm(batch, None, None)[1], overwrite=i == 0)
+        pooled = np.concatenate(batches).astype(np.float64)
+        np.testing.assert_allclose(window.centred, pooled.var(0) * len(pooled), rtol=1e-5)
+
+    def test_masked_rows_do_not_count(self, backend, rng):
+        x = rng.standard_normal((2, 50, 3)).astype(np.float32)
+        mask = rng.random((2, 50)) < 0.5
+        window = self.window(3)
+        for i in range(2):
+            _, moments = ops.batch_norm(x[i], None, None, mask=tf.constant(mask[i]))
+            ops.merge_moments(window, moments, overwrite=i == 0)
+        valid = x[mask].astype(np.float64)
+        assert window.count.numpy() == len(valid)
+        np.testing.assert_allclose(window.mean, valid.mean(0), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(window.centred, valid.var(0) * len(valid), rtol=1e-5)
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_nothing_to_merge(self, backend, mode, overwrite):
+        window = self.window(2, value=3.0)
+        moments = ops.BatchMoments(tf.constant(0, tf.int64), tf.zeros([2]), tf.zeros([2]), tf.zeros([2]))
+        mode(lambda: ops.merge_moments(window, moments, overwrite=overwrite))()
+        for each in window:
+            np.testing.assert_array_equal(each, np.full(each.shape, 0.0 if overwrite else 3.0))
+
+    def test_into_an_empty_window(self, backend, mode):
+        window = self.window(2, value=0.0)
+        moments = ops.BatchMoments(tf.constant(4, tf.int64), tf.ones([2]), tf.fill([2], 1e-9), tf.fill([2], 0.5))
+        mode(lambda: ops.merge_moments(window, moments))()
+        assert window.count.numpy() == 4
+        np.testing.assert_allclose(window.mean, np.full(2, 1 + 1e-9), rtol=1e-15)
+        np.testing.assert_array_equal(window.centred, np.full(2, 2.0))
+
+    def test_keras_variables(self, backend):
+        window = ops.MomentsWindow(*(keras.Variable(np.zeros(shape), dtype="float64") for shape in ((), (2,), (2,))))
+        moments = ops.BatchMoments(tf.constant(4, tf.int64), tf.ones([2]), tf.zeros([2]), tf.ones([2]))
+        ops.merge_moments(window, moments, overwrite=tf.constant(True))
+        np.testing.assert_array_equal(window.centred.numpy(), [4, 4])
+
+    def test_readers_keep_what_they_read(self, backend):
+        window = self.window(1000, value=1.0)
+        read = [each.read_value() for each in window]
+        moments = ops.BatchMoments(tf.constant(4, tf.int64), tf.zeros([1000]), tf.zeros([1000]), tf.ones([1000]))
+        ops.merge_moments(window, moments, overwrite=True)
+        assert [float(tf.reduce_sum(each)) for each in read] == [1, 1000, 1000]
+        assert [float(tf.reduce_sum(each)) for each in window] == [4, 0, 4000]
+
+
+def test_memory_stays_flat(backend, resident_bytes):
+    x = tf.ones([64, 33])
+    window = TestMergeMoments.window(33)
+
+    @tf.function
+    def run():
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y, moments = ops.batch_norm(x, None, None)
+        ops.merge_moments(window, moments, overwrite=True)
+        return tape.gradient(y, x)
+
+    for _ in range(500):
+        run()
+    before = resident_bytes()
+    for _ in range(3000):
+        run()
+    assert resident_bytes() - before < 2 << 20
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(NUMPY))
+def test_on_gpu_matches_the_definition(dtype):
+    with tf.device("GPU:0"):
+        for layout in LAYOUTS:
+            data = Data(layout, dtype)
+            expected = data.expected()
+            y, moments, gradients = data.train()
+            assert "GPU" in y.device
+            assert_close(y.numpy(), expected.y, dtype, f"y of {layout}")
+            data.check_moments(moments, expected)
+            data.check_gradients(gradients, expected)
