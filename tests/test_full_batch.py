@@ -43,7 +43,11 @@ def check(feature, optimizer, mode, **run):
         np.testing.assert_allclose(history[name], values, rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("mode", list(MODES))
+# Micro-batches side by side are those of "micro_batch_size" in another order of execution.
+ONE_AFTER_ANOTHER = ["accum_steps", "micro_batch_size"]
+
+
+@pytest.mark.parametrize("mode", ONE_AFTER_ANOTHER)
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 @pytest.mark.parametrize("run", list(RUNS))
 def test_every_optimizer(optimizer, mode, run):
@@ -56,7 +60,7 @@ def test_every_feature(backend, feature, mode):
     check(feature, "AdamW", mode)
 
 
-@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("mode", ONE_AFTER_ANOTHER)
 @pytest.mark.parametrize("feature", ["Masked", "Regularized", "ListOutputs", "TinyLastBatch", "Embedding"])
 @pytest.mark.parametrize("run", ["eager", "xla"])
 def test_features_in_other_runs(feature, mode, run):

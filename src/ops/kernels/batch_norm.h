@@ -90,7 +90,8 @@ void BatchNormGradientCpu(const BatchNormGradient& args, Executor& executor);
 // cleared, and is aligned as what cudaMalloc returns.
 std::int64_t BatchNormWorkspaceCuda(const BatchNormShape& shape, DType dtype);
 // All pointers are device memory. They return null, or the text of the CUDA error.
-const char* BatchNormForwardCuda(const BatchNormForward& args, void* workspace, CUstream_st* stream);
+const char* BatchNormForwardCuda(const BatchNormForward& args, void* workspace,
+                                 CUstream_st* stream);
 const char* BatchNormInferenceCuda(const BatchNormInference& args, CUstream_st* stream);
 const char* BatchNormGradientCuda(const BatchNormGradient& args, void* workspace,
                                   CUstream_st* stream);
