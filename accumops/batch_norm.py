@@ -79,7 +79,7 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
         check_accum_steps(accum_steps)
         self.accum_steps = None if accum_steps is None else int(accum_steps)
         # In a namespace, where Keras does not find it: the window is saved apart from the weights.
-        self._state = types.SimpleNamespace(accumulator=None, alone_in=None)
+        self._state = types.SimpleNamespace(accumulator=None, within=None, alone_in=None)
 
     def build(self, input_shape: Any) -> None:
         """Creates the variables: those of Keras's layer, and the window's."""
@@ -179,11 +179,14 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
     @contextlib.contextmanager
     def within_window(self, accumulator: GradientAccumulator) -> Iterator[None]:
         """For as long as a step of its runs or is traced, leaves it to `accumulator` to say when a window ends."""
-        before, self._state.accumulator = self._state.accumulator, accumulator
+        before, self._state.within = self._state.within, accumulator
         try:
             yield
         finally:
-            self._state.accumulator = before
+            self._state.within = before
+
+    def _joined(self) -> bool:
+        return self._state.accumulator is not None or self._state.within is not None
 
     def close_window(self) -> None:
         """Ends the window, full or not: the running statistics move by its moments, if there are any."""
@@ -207,7 +210,7 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
             moving.assign(tf.where(count > 0, tf.cast(new, old.dtype), old))
 
     def _add(self, moments: ops.BatchMoments) -> None:
-        joined = self._state.accumulator is not None
+        joined = self._joined()
         alone = not joined and (self.accum_steps == 1 or (self.accum_steps is None and tf.executing_eagerly()))
         if alone or in_stateless_scope():
             self._called_alone()
@@ -227,7 +230,7 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
             self._state.alone_in = _graphs()[0]
 
     def _call_as_keras(self, inputs: tf.Tensor, training: bool | None, mask: tf.Tensor | None, where: str) -> tf.Tensor:
-        if self._state.accumulator is not None or self.accum_steps not in (None, 1):
+        if self._joined() or self.accum_steps not in (None, 1):
             raise ValueError(f"The layer '{self.name}' cannot pool a window's statistics {where}.")
         return super().call(inputs, training=training, mask=mask)
 
