@@ -102,7 +102,7 @@ def _layers(shape: tuple[int, ...], dtype: tf.DType) -> dict[str, Callable[[], o
             with tf.GradientTape() as tape:
                 tape.watch(x)
                 y = layer(x, training=True)
-            return tape.gradient(y, [x, layer.gamma.value, layer.beta.value], output_gradients=dy)
+            return y, tape.gradient(y, [x, layer.gamma.value, layer.beta.value], output_gradients=dy)
 
         return step
 
@@ -116,7 +116,7 @@ def _layers(shape: tuple[int, ...], dtype: tf.DType) -> dict[str, Callable[[], o
         with tf.GradientTape() as tape:
             tape.watch(images)
             y, _, _ = tf.compat.v1.nn.fused_batch_norm(images, gamma, beta, epsilon=1e-3)
-        return tape.gradient(y, [images, gamma, beta], output_gradients=image_gradients)
+        return y, tape.gradient(y, [images, gamma, beta], output_gradients=image_gradients)
 
     return {
         "Keras": layer(keras.layers.BatchNormalization),

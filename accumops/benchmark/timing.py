@@ -1,6 +1,7 @@
 """Timing contenders against each other on a machine that is not quiet."""
 
 import dataclasses
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -33,6 +34,8 @@ def interleave(
 ) -> dict[str, Timing]:
     """Runs all contenders in turn, round after round, so that what disturbs one disturbs all.
 
+    Each round has its own order: what one leaves in the caches is not always found by the same other one.
+
     Args:
         contenders: Functions that return when their work is done.
         rounds: Timed runs of each, at least 2.
@@ -52,8 +55,11 @@ def interleave(
     if rounds < 2:
         raise ValueError(f"`rounds` must be at least 2. Received: {rounds}")
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    order = list(contenders.items())
+    shuffle = random.Random(0).shuffle
     for turn in range(warmup + rounds):
-        for name, run in contenders.items():
+        shuffle(order)
+        for name, run in order:
             start = time.perf_counter()
             run()
             elapsed = time.perf_counter() - start
