@@ -15,8 +15,8 @@ changes does so with the next one.
 """
 
 import contextlib
+import dataclasses
 import math
-import numbers
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,8 +28,7 @@ import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 
 from accumops import ops
-
-Schedule = Callable[[tf.Tensor], "tf.Tensor | int"]
+from accumops.arguments import Schedule, as_weight, check_accum_steps, check_bool, check_variables, is_variable, name_of
 
 
 class WindowMember(Protocol):
@@ -46,6 +45,51 @@ class WindowMember(Protocol):
 
     def drop_window(self) -> None:
         """Is called where a window is dropped."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
+    """The gradients of a micro-batch on their way into a window, and what the counters become with it."""
+
+    gradients: list[tf.Tensor | tf.IndexedSlices | None]
+    present: list[int]  # the positions of those that are not None
+    touched_rows: list[keras.Variable | None]
+    weight: tf.Tensor
+    starts: tf.Tensor  # whether it is the window's first
+    fills: tf.Tensor  # whether it is the window's last
+    limit: tf.Tensor
+    total: tf.Tensor  # of the weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """What a window has come to where it ends.
+
+    The sum of a variable's weighted gradients is what its accumulator holds; for those in `latest` it is
+    `(0 if starts else accumulator) + latest_weight * latest`.
+    """
+
+    accumulators: list[keras.Variable | None]  # None for a variable without gradient
+    weight: tf.Tensor
+    touched_rows: Callable[[int], keras.Variable | None]
+    latest: dict[int, tf.Tensor] = dataclasses.field(default_factory=dict)
+    latest_weight: tf.Tensor | float = 1.0
+    starts: tf.Tensor | bool = False
+
+    def means(self, *, sparse: bool) -> list[tf.Tensor | tf.IndexedSlices | None]:
+        """The weighted mean of each variable's gradients; with `sparse` of its touched rows, where these are known."""
+        return [
+            None if accumulator is None else self._mean(accumulator, self.touched_rows(i) if sparse else None)
+            for i, accumulator in enumerate(self.accumulators)
+        ]
+
+    def _mean(self, accumulator: keras.Variable, flags: keras.Variable | None) -> tf.Tensor | tf.IndexedSlices:
+        weight = tf.cast(self.weight, accumulator.dtype)
+        if flags is None:
+            return tf.math.divide_no_nan(tf.convert_to_tensor(accumulator), weight)
+        rows = tf.where(flags)[:, 0]
+        values = tf.math.divide_no_nan(tf.gather(accumulator.value, rows), weight)
+        return tf.IndexedSlices(values, rows, dense_shape=tf.constant(list(accumulator.shape), rows.dtype))
 
 
 class GradientAccumulator(tf.Module):
@@ -128,9 +172,9 @@ class GradientAccumulator(tf.Module):
         members = {id(member): member for member in map(_member_of, variables) if member is not None}
         for member in members.values():
             member.check_window(self._accum_steps)
-        if iterations is not None and not (_is_variable(iterations) and tf.as_dtype(iterations.dtype).is_integer):
+        if iterations is not None and not (is_variable(iterations) and tf.as_dtype(iterations.dtype).is_integer):
             raise TypeError(f"`iterations` must be an integer variable. Received: {iterations!r}")
-        self._names = [_name(variable) for variable in variables]
+        self._names = [name_of(variable) for variable in variables]
         self._accumulators = [_new_accumulator(variable) for variable in variables]
         with _counter_device(jit_compile):
             self._step = _new_variable("step", (), "int64")
@@ -207,6 +251,18 @@ class GradientAccumulator(tf.Module):
         return tf.convert_to_tensor(self._step)
 
     @property
+    def remaining(self) -> tf.Tensor:
+        """How many micro-batches are missing until the window, or the next one, is full: an int64 scalar.
+
+        It is 1, the least there can be, where the next window's number comes from a callable or is not known.
+        """
+        self._check_built()
+        with tf.device(self._step.value.device):
+            unknown = not isinstance(self._accum_steps, int)
+            following = tf.constant(1, tf.int64) if unknown else tf.convert_to_tensor(self._setting.next_limit)
+            return tf.where(tf.equal(self._step, 0), following, self._limit - self._step)
+
+    @property
     def open(self) -> tf.Tensor:
         """Whether a window has begun and waits for `close`, full or not: a bool scalar."""
         self._check_built()
@@ -243,13 +299,22 @@ class GradientAccumulator(tf.Module):
             ValueError: If it is not built and `variables` is not given, if all gradients are None, or if their number,
                 a shape or a dtype does not fit.
         """
+        self._add(self._prepare(gradients, variables, weight))
+
+    def _prepare(
+        self,
+        gradients: Sequence[tf.Tensor | tf.IndexedSlices | None],
+        variables: Sequence[tf.Variable] | None,
+        weight: float | tf.Tensor,
+    ) -> MicroBatch:
+        """Checks what `accumulate` is given, and says what it does to the counters."""
         if not self.built:
             if variables is None:
                 raise ValueError(f"{self.name} is not built: call `build(variables)` first, or pass `variables`.")
             self.build(variables)
         gradients = list(gradients)
         self._check_gradients(gradients)
-        weight = _as_weight(weight)
+        weight = as_weight(weight)
         present = [i for i, gradient in enumerate(gradients) if gradient is not None]
         self._seen_gradients()  # before the step says that a window is open
         self._check_connections(present)
@@ -257,28 +322,41 @@ class GradientAccumulator(tf.Module):
         with tf.device(self._step.value.device):
             starts = tf.equal(self._step, 0)
             limit = self._window_limit(starts)
+            fills = tf.constant(False) if self._accum_steps is None else tf.greater_equal(self._step + 1, limit)
         total = tf.where(starts, weight, self._weight + weight)
+        return MicroBatch(gradients, present, touched, weight, starts, fills, limit, total)
+
+    def _add(self, batch: MicroBatch) -> None:
         with _Recording() as accumulation:
-            ops.accumulate(
-                self._accumulators,
-                [
-                    _no_change(accumulator) if gradient is None else gradient
-                    for accumulator, gradient in zip(self._accumulators, gradients, strict=True)
-                ],
-                scale=weight,
-                overwrite=starts,
-                touched_rows=touched,
-            )
+            self._sum(batch, range(len(self._accumulators)))
         # Counted when it is done: a micro-batch that fails is none.
         with tf.control_dependencies(accumulation.operations):
-            for i in self._tracked.intersection(present):
-                if not isinstance(gradients[i], tf.IndexedSlices):
+            for i in self._tracked.intersection(batch.present):
+                if not isinstance(batch.gradients[i], tf.IndexedSlices):
                     flags = self._touched_rows[str(i)]
                     flags.assign(tf.ones(flags.shape, tf.bool))
-            self._weight.assign(total)
-            self._limit.assign(limit)
+            self._weight.assign(batch.total)
+            self._limit.assign(batch.limit)
             self._step.assign_add(1)
-            self._connect(present)
+            self._connect(batch.present)
+
+    def _sum(self, batch: MicroBatch, positions: Iterable[int]) -> None:
+        """Adds the gradients of some variables to their accumulators."""
+        positions = list(positions)
+        if not positions:
+            return
+        accumulators = [self._accumulators[i] for i in positions]
+        gradients = [batch.gradients[i] for i in positions]
+        ops.accumulate(
+            accumulators,
+            [
+                _no_change(accumulator) if gradient is None else gradient
+                for accumulator, gradient in zip(accumulators, gradients, strict=True)
+            ],
+            scale=batch.weight,
+            overwrite=batch.starts,
+            touched_rows=[batch.touched_rows[i] for i in positions],
+        )
 
     @tf.autograph.experimental.do_not_convert
     def close(self, *, keep_sparse: bool = False) -> list[tf.Tensor | tf.IndexedSlices | None]:
@@ -298,12 +376,12 @@ class GradientAccumulator(tf.Module):
                 which a function that XLA compiles does not check.
         """
         check_bool("keep_sparse", keep_sparse)
-        with self._closing(keep_sparse) as gradients:
-            return gradients
+        with self._ending() as window:
+            return window.means(sparse=keep_sparse)
 
     @contextlib.contextmanager
-    def _closing(self, keep_sparse: bool) -> Iterator[list[tf.Tensor | tf.IndexedSlices | None]]:
-        """What `close` returns; the window ends when what is done with it has not failed."""
+    def _ending(self) -> Iterator[Window]:
+        """The open window, which ends when what is done with it has not failed."""
         self._check_built()
         empty = f"{self.name} has no open window to close: call `accumulate` first."
         if tf.executing_eagerly():
@@ -312,29 +390,41 @@ class GradientAccumulator(tf.Module):
         else:
             with tf.device(self._step.value.device):
                 tf.debugging.assert_positive(self.step, message=empty)
+        yield Window(self._held(), tf.convert_to_tensor(self._weight), self._rows_of)
+        self._finish()
+
+    @contextlib.contextmanager
+    def _ending_with(self, batch: MicroBatch) -> Iterator[Window]:
+        """The window with a last micro-batch, whose dense gradients are not added to the accumulators first."""
+        latest = {i: batch.gradients[i] for i in batch.present if not isinstance(batch.gradients[i], tf.IndexedSlices)}
+        with _Recording() as accumulation:
+            self._sum(batch, (i for i in range(len(self._accumulators)) if i not in latest))
+        with tf.control_dependencies(accumulation.operations):
+            self._connect(batch.present)
+            yield Window(self._held(), batch.total, self._rows_of, latest, batch.weight, batch.starts)
+            self._finish()
+
+    def _held(self) -> list[keras.Variable | None]:
+        """The accumulators of the variables that have a gradient in this window."""
         # Before the first gradient all variables may have one: the function that closes is traced before the others.
         seen = self._seen_gradients() or range(len(self._accumulators))
         if not tf.executing_eagerly():
             self._closed_without.update(set(range(len(self._accumulators))).difference(seen))
-        yield [
-            self._mean(i, sparse=keep_sparse and self._knows_rows(i)) if i in seen else None
-            for i in range(len(self._accumulators))
-        ]
+        return [accumulator if i in seen else None for i, accumulator in enumerate(self._accumulators)]
+
+    def _rows_of(self, i: int) -> keras.Variable | None:
+        """The flags of touched rows, from now on kept right whatever comes; None where they are not known."""
+        if str(i) not in self._touched_rows or i in self._untracked:
+            return None
+        self._tracked.add(i)
+        return self._touched_rows[str(i)]
+
+    def _finish(self) -> None:
         self._step.assign(0)
         if self._closed is not None:
             self._closed.assign_add(1)
         for member in self._setting.members:
             member.close_window()
-
-    def _mean(self, i: int, sparse: bool) -> tf.Tensor | tf.IndexedSlices:
-        accumulator = self._accumulators[i]
-        weight = tf.cast(self._weight, accumulator.dtype)
-        if not sparse:
-            return tf.math.divide_no_nan(tf.convert_to_tensor(accumulator), weight)
-        self._tracked.add(i)  # a function that relies on the flags: whatever comes keeps them right
-        rows = tf.where(self._touched_rows[str(i)])[:, 0]
-        values = tf.math.divide_no_nan(tf.gather(accumulator.value, rows), weight)
-        return tf.IndexedSlices(values, rows, dense_shape=tf.constant(list(accumulator.shape), rows.dtype))
 
     def reset(self) -> None:
         """Drops the open window, if there is one: the next micro-batch starts a new one."""
@@ -366,9 +456,6 @@ class GradientAccumulator(tf.Module):
 
         # A condition, as the count of updates may have to come from a GPU.
         return tf.cond(starts, scheduled, lambda: tf.identity(self._limit))
-
-    def _knows_rows(self, i: int) -> bool:
-        return str(i) in self._touched_rows and i not in self._untracked
 
     def _choose_tracking(self, gradients: list[tf.Tensor | tf.IndexedSlices | None]) -> list[keras.Variable | None]:
         """Returns the flags that sparse gradients of this call rely on, by position."""
@@ -451,75 +538,6 @@ def _member_of(variable: tf.Variable | keras.Variable) -> WindowMember | None:
     return _MEMBERS.get(id(variable))
 
 
-def check_accum_steps(accum_steps: int | Schedule | None) -> int | Schedule | None:
-    """Returns `accum_steps` if it can be one, or raises what the user should read."""
-    if accum_steps is None:
-        return None
-    steps: Any = accum_steps
-    if callable(accum_steps):
-        try:
-            steps = tf.function(accum_steps)(tf.constant(0, tf.int64))
-        except tf.errors.OperatorNotAllowedInGraphError as error:
-            raise TypeError(
-                "The callable `accum_steps` decides by the value of a tensor, and its source cannot be read well "
-                "enough to compile that. Use tf.where, or a function on lines of its own."
-            ) from error
-        except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"The callable `accum_steps` must take a count of updates, an int64 scalar. Received: {accum_steps!r}, "
-                f"which raises {type(error).__name__}: {error}"
-            ) from error
-        if tf.is_tensor(steps) and steps.shape.rank == 0 and steps.dtype.is_integer:
-            steps = int(steps)
-    source = "" if steps is accum_steps else " from the callable for 0 updates"
-    if isinstance(steps, bool) or not isinstance(steps, numbers.Integral):
-        hint = " In an AccumStepsScheduler callback a dict of epochs can be given." if isinstance(steps, dict) else ""
-        raise TypeError(
-            f"`accum_steps` must be an int, the number of micro-batches, or a callable that returns one.{hint} "
-            f"Received{source}: {steps!r}"
-        )
-    if not 1 <= int(steps) < 1 << 63:
-        raise ValueError(f"`accum_steps` must be at least 1, and an int64. Received{source}: {steps}")
-    return accum_steps if callable(accum_steps) else int(steps)
-
-
-def check_variables(variables: Sequence[tf.Variable | keras.Variable]) -> list[tf.Variable | keras.Variable]:
-    """Returns the variables as a list, if gradients for them can be accumulated."""
-    if _is_variable(variables) or not isinstance(variables, Iterable):
-        raise TypeError(f"`variables` must be a list of variables. Received: {variables!r}")
-    variables = list(variables)
-    if not variables:
-        raise ValueError("At least one variable is needed to accumulate gradients for. Received none.")
-    known: set[int] = set()
-    for variable in variables:
-        if not _is_variable(variable):
-            raise TypeError(f"`variables` must hold tf.Variable or keras.Variable. Received: {variable!r}")
-        if not tf.as_dtype(variable.dtype).is_floating:
-            raise ValueError(
-                f"Gradients of '{_name(variable)}' cannot be accumulated: its dtype must be floating-point. "
-                f"Received: {tf.as_dtype(variable.dtype).name}."
-            )
-        if id(variable) in known:
-            raise ValueError(f"'{_name(variable)}' is given twice. Give each variable once, and its gradients summed.")
-        known.add(id(variable))
-    return variables
-
-
-def check_bool(name: str, value: bool) -> bool:
-    """Returns `value` if it is a bool."""
-    if not isinstance(value, bool):
-        raise TypeError(f"`{name}` must be True or False. Received: {value!r}")
-    return value
-
-
-def _is_variable(value: object) -> bool:
-    return isinstance(value, tf.Variable | keras.Variable)
-
-
-def _name(variable: tf.Variable | keras.Variable) -> str:
-    return getattr(variable, "path", variable.name)
-
-
 class _Recording:
     """The operations that a block adds to the graph that is being traced; none when executing eagerly."""
 
@@ -580,20 +598,7 @@ def _new_variable(
 
 
 def _flat_name(variable: tf.Variable | keras.Variable) -> str:
-    return _name(variable).replace("/", "_").replace(":", "_")
-
-
-def _as_weight(weight: float | tf.Tensor) -> tf.Tensor:
-    if isinstance(weight, bool) or not (
-        isinstance(weight, numbers.Real | np.ndarray) or tf.is_tensor(weight) or _is_variable(weight)
-    ):
-        raise TypeError(f"`weight` must be a number or a scalar tensor. Received: {weight!r}")
-    if isinstance(weight, numbers.Real) and not 0 <= float(weight) < math.inf:
-        raise ValueError(f"`weight` must be finite and not negative. Received: {weight}")
-    tensor = tf.cast(weight, tf.float32)
-    if tensor.shape.rank not in (0, None):
-        raise ValueError(f"`weight` must be a number or a scalar tensor. Received shape: {tensor.shape}")
-    return tensor
+    return name_of(variable).replace("/", "_").replace(":", "_")
 
 
 def _no_change(accumulator: keras.Variable) -> tf.Tensor | tf.IndexedSlices:

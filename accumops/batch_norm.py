@@ -21,7 +21,8 @@ import tensorflow as tf
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from accumops import ops
-from accumops.accumulator import GradientAccumulator, check_accum_steps, register_member
+from accumops.accumulator import GradientAccumulator, register_member
+from accumops.arguments import check_accum_steps
 
 # A number of calls that is never reached: the window is somebody else's to end.
 _NEVER = 1 << 62

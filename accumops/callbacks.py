@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from accumops.accumulator import check_accum_steps
+from accumops.arguments import check_accum_steps
 from accumops.optimizer import GradientAccumulateOptimizer
 
 PARTIAL_WINDOWS = ("flush", "carry", "drop")

@@ -8,16 +8,17 @@ micro_batch_size=b      a `fit` step is a window: its batch is split into micro-
 import contextlib
 import numbers
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from accumops.accumulator import Schedule, check_accum_steps, check_bool
+from accumops.arguments import Schedule, check_accum_steps, check_bool
 from accumops.batch_norm import AccumBatchNormalization
 from accumops.callbacks import PARTIAL_WINDOWS, AccumStepsScheduler, PartialWindow
+from accumops.model_function import train_function
 from accumops.optimizer import Clipping, GradientAccumulateOptimizer, check_gradient_clipping
 
 _NORMALIZATIONS = ("samples", "steps", "weights")
@@ -118,6 +119,7 @@ class GradientAccumulateModel(keras.Model):
         self.gradient_clipping = gradient_clipping
         self.lazy_sparse = lazy_sparse
         self._flush_function: Callable[[], None] | None = None
+        self._may_update = True
         if model.built:
             self.built = True
             self._build_shapes_dict = getattr(model, "_build_shapes_dict", None)
@@ -214,13 +216,38 @@ class GradientAccumulateModel(keras.Model):
                 windows.enter_context(layer.within_window(self.optimizer.accumulator))
             return self._run_step(data)
 
+    def make_train_function(self, force: bool = False) -> Callable[[Any], dict[str, Any]]:
+        """Returns the function that `fit` calls with an iterator, once a step.
+
+        Args:
+            force: Whether to make it anew where there is one.
+        """
+        made: Callable[[Any], dict[str, Any]] | None = getattr(self, "train_function", None)
+        if made is None or force:
+            super().make_train_function(force=True)
+            made = getattr(self, "train_function")  # noqa: B009 - Keras's, of a type that is not known
+            plain = not self.run_eagerly and not self.jit_compile and self.steps_per_execution == 1
+            if plain and not tf.distribute.has_strategy():
+                made = self.train_function = train_function(self, made)
+        return made
+
+    @contextlib.contextmanager
+    def without_update(self) -> Iterator[None]:
+        """Has steps that run or are traced within accumulate only, and leave a full window open."""
+        before, self._may_update = self._may_update, False
+        try:
+            yield
+        finally:
+            self._may_update = before
+
     def _normalizations(self) -> list[AccumBatchNormalization]:
         layers = self._flatten_layers(include_self=False)
         return [layer for layer in layers if isinstance(layer, AccumBatchNormalization)]
 
     def _run_step(self, data: Any) -> dict[str, Any]:
         if self.micro_batch_size is None:
-            return self._train_on_micro_batch(data, self.optimizer.apply)
+            optimizer = self.optimizer
+            return self._train_on_micro_batch(data, optimizer.apply if self._may_update else optimizer.accumulate)
         if self.optimizer.accumulator.built:
             self.optimizer.accumulator.reset()  # what a step that failed may have left open
         _for_each_slice(

@@ -8,8 +8,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from accumops import row_update
-from accumops.accumulator import GradientAccumulator, Schedule, check_accum_steps, check_bool, check_variables
+from accumops import fused_update, row_update
+from accumops.accumulator import GradientAccumulator, MicroBatch, Window
+from accumops.arguments import Schedule, check_accum_steps, check_bool, check_variables
+from accumops.fused_update import FusedUpdate
 
 Gradients = Sequence[tf.Tensor | tf.IndexedSlices | None]
 Clipping = Callable[[Gradients, Sequence[keras.Variable]], Gradients]
@@ -148,9 +150,17 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
             ValueError: If it is not built and `trainable_variables` is not given, a variable is not known, or a
                 gradient does not fit its variable.
         """
-        positions = self._accumulate(grads, trainable_variables, weight)
-        if positions and self.accum_steps is not None:
-            keras.ops.cond(self._accumulator.ready, lambda: self._update(positions), lambda: None)
+        batch = self._prepare(grads, trainable_variables, weight)
+        if batch is None:
+            return
+        accumulator, positions = self._accumulator, self._positions(trainable_variables)
+        if self.accum_steps is None:
+            accumulator._add(batch)
+        elif self._folds():
+            keras.ops.cond(batch.fills, lambda: self._update_with(batch, positions), lambda: accumulator._add(batch))
+        else:
+            accumulator._add(batch)
+            keras.ops.cond(accumulator.ready, lambda: self._update(positions), lambda: None)
 
     @tf.autograph.experimental.do_not_convert
     def accumulate(
@@ -170,7 +180,9 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         Raises:
             ValueError: As `apply` does.
         """
-        self._accumulate(grads, trainable_variables, weight)
+        batch = self._prepare(grads, trainable_variables, weight)
+        if batch is not None:
+            self._accumulator._add(batch)
 
     @tf.autograph.experimental.do_not_convert
     def flush(self) -> None:
@@ -186,16 +198,15 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         if self._accumulator.built:
             keras.ops.cond(self._accumulator.open, lambda: self._update([]), lambda: None)
 
-    def _accumulate(
+    def _prepare(
         self,
         grads: Gradients,
         trainable_variables: Sequence[keras.Variable] | None,
         weight: float | tf.Tensor,
-    ) -> list[int]:
-        """Returns the positions of the given variables among those of `build`."""
+    ) -> MicroBatch | None:
         grads = list(grads)
         if not grads:
-            return []
+            return None
         if trainable_variables is None:
             if not self.built:
                 raise ValueError(
@@ -213,35 +224,89 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
             with keras.name_scope(self.name, caller=self):
                 self.build(trainable_variables)
         self._check_variables_are_known(trainable_variables)
-        positions = [self._get_variable_index(variable) for variable in trainable_variables]
+        positions = self._positions(trainable_variables)
         if len(set(positions)) < len(positions):
             raise ValueError("A variable is given twice. Give each variable once, and its gradients summed.")
         given = dict(zip(positions, grads, strict=True))
-        self._accumulator.accumulate([given.get(i) for i in range(len(self._trainable_variables))], weight=weight)
-        return positions
+        gradients = [given.get(i) for i in range(len(self._trainable_variables))]
+        return self._accumulator._prepare(gradients, None, weight)
+
+    def _positions(self, variables: Sequence[keras.Variable] | None) -> list[int]:
+        """Where these variables stand among those of `build`."""
+        if variables is None:
+            return list(range(len(self._trainable_variables)))
+        return [self._get_variable_index(variable) for variable in variables]
+
+    @property
+    def fused_update(self) -> FusedUpdate:
+        """Whether the update is one fused op over all variables, by which rule, and if it is not, why: print it.
+
+        It is where the wrapped optimizer is Keras's SGD, Adam, AdamW or Lion, or a LossScaleOptimizer around one, with
+        float32 variables, and the compiled ops can run. Else the wrapped optimizer's own `apply` makes the update.
+        Both keep their state in the wrapped optimizer's variables.
+        """
+        if self.gradient_clipping is not None and self.lazy_sparse:
+            return FusedUpdate(None, "`gradient_clipping` goes over rows with `lazy_sparse=True`")
+        return fused_update.describe(self.inner_optimizer, self._trainable_variables if self.built else [])
+
+    def _folds(self) -> bool:
+        """Whether a window's last gradients can go straight into the update."""
+        needs_all = self.gradient_clipping is not None or fused_update.needs_norms(self.inner_optimizer)
+        return not needs_all and bool(self.fused_update)
+
+    def _update_with(self, batch: MicroBatch, positions: list[int]) -> None:
+        """Ends the window with a micro-batch that it does not hold yet, and applies its gradient."""
+        with self._accumulator._ending_with(batch) as window:
+            self._apply_fused(window, positions)
 
     def _update(self, positions: list[int]) -> None:
         """Closes the window and applies its gradient to all variables that have one.
 
         Those of `positions` that have none go along, for the wrapped optimizer to warn of.
         """
+        with self._accumulator._ending() as window:
+            if not self.fused_update:
+                self._apply_unfused(window, positions)
+            elif self.gradient_clipping is None:
+                self._apply_fused(window, positions)
+            else:
+                clipped = self._clip(window.means(sparse=False), self.gradient_clipping)
+                latest = {i: tf.cast(each, tf.float32) for i, each in enumerate(clipped) if each is not None}
+                mean = Window(window.accumulators, tf.constant(1.0), window.touched_rows, latest, 1.0, True)
+                self._apply_fused(mean, positions)
+
+    def _apply_fused(self, window: Window, positions: list[int]) -> None:
+        if self.lazy_sparse:
+            _check_no_constraints(
+                [
+                    variable
+                    for i, variable in enumerate(self._trainable_variables)
+                    if i not in window.latest
+                    and window.accumulators[i] is not None
+                    and window.touched_rows(i) is not None
+                ]
+            )
+        fused_update.apply(self.inner_optimizer, window, self._trainable_variables, positions, lazy=self.lazy_sparse)
+
+    def _apply_unfused(self, window: Window, positions: list[int]) -> None:
         innermost = _innermost(self.inner_optimizer)
         rows_suffice = row_update.leaves_other_rows(innermost) and innermost.loss_scale_factor is None
         if self.lazy_sparse:
             _check_lazy(self.inner_optimizer)
+        sparse = self.lazy_sparse or rows_suffice
         variables = self._trainable_variables
-        with self._accumulator._closing(keep_sparse=self.lazy_sparse or rows_suffice) as closed:
-            rows = {i: g.indices for i, g in enumerate(closed) if isinstance(g, tf.IndexedSlices)}
-            if self.lazy_sparse:
-                _check_no_constraints([variables[i] for i in rows])
-            gradients = closed if self.gradient_clipping is None else self._clip(closed, self.gradient_clipping)
-            pairs = [
-                (gradient, variable)
-                for i, (gradient, variable) in enumerate(zip(gradients, variables, strict=True))
-                if gradient is not None or i in positions
-            ]
-            with row_update.updating_rows(innermost, rows, self.lazy_sparse) if rows else contextlib.nullcontext():
-                self.inner_optimizer.apply([gradient for gradient, _ in pairs], [variable for _, variable in pairs])
+        closed = window.means(sparse=sparse)
+        rows = {i: g.indices for i, g in enumerate(closed) if isinstance(g, tf.IndexedSlices)}
+        if self.lazy_sparse:
+            _check_no_constraints([variables[i] for i in rows])
+        gradients = closed if self.gradient_clipping is None else self._clip(closed, self.gradient_clipping)
+        pairs = [
+            (gradient, variable)
+            for i, (gradient, variable) in enumerate(zip(gradients, variables, strict=True))
+            if gradient is not None or i in positions
+        ]
+        with row_update.updating_rows(innermost, rows, self.lazy_sparse) if rows else contextlib.nullcontext():
+            self.inner_optimizer.apply([gradient for gradient, _ in pairs], [variable for _, variable in pairs])
 
     def _clip(self, gradients: Gradients, clip: Clipping) -> Gradients:
         """Clips the gradients of the loss itself, where the wrapped optimizer is to scale them back."""

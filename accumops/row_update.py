@@ -6,11 +6,12 @@ For the others it is another algorithm, the lazy one: a row's momentums decay on
 """
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Mapping
 
 import keras
 import tensorflow as tf
+
+from accumops.overriding import overriding
 
 
 class _Rows:
@@ -137,17 +138,6 @@ def updating_rows(
         rows: Indices of rows by the variable's position, each once; the gradients are of these rows, in this order.
         lazy_weight_decay: Whether the weights of other rows do not decay.
     """
-    with _LOCK:
-        yield from _updating_rows(optimizer, rows, lazy_weight_decay)
-
-
-# An optimizer is changed while its `apply` runs, or is traced.
-_LOCK = threading.RLock()
-
-
-def _updating_rows(
-    optimizer: keras.optimizers.Optimizer, rows: Mapping[int, tf.Tensor], lazy_weight_decay: bool
-) -> Iterator[None]:
     rule = rule_of(optimizer)
     decays = optimizer._use_weight_decay
     update_step = optimizer.update_step
@@ -169,15 +159,8 @@ def _updating_rows(
         in_rows = lazy_weight_decay and optimizer._get_variable_index(variable) in rows
         return not in_rows and decays(variable)
 
-    # Beside what Keras tracks: these are not the optimizer's state.
-    attributes = vars(optimizer)
-    before = {name: attributes[name] for name in ("update_step", "_use_weight_decay") if name in attributes}
-    attributes.update(update_step=update, _use_weight_decay=decays_as_a_whole)
-    try:
+    with overriding(optimizer, update_step=update, _use_weight_decay=decays_as_a_whole):
         yield
-    finally:
-        del attributes["update_step"], attributes["_use_weight_decay"]
-        attributes.update(before)
 
 
 def _value(variable: tf.Variable | keras.Variable) -> tf.Variable:

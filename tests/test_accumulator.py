@@ -429,7 +429,7 @@ def test_a_close_that_is_traced_first_keeps_dense_gradients(backend):
 def test_a_failure_between_leaves_the_window_open(variables):
     accumulator = GradientAccumulator(accum_steps=1)
     accumulator.accumulate(gradients(2), variables)
-    with pytest.raises(RuntimeError), accumulator._closing(keep_sparse=False):
+    with pytest.raises(RuntimeError), accumulator._ending():
         raise RuntimeError
     assert accumulator.ready
     np.testing.assert_array_equal(accumulator.close()[0], np.full([2, 3], 2.0))

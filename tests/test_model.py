@@ -113,8 +113,10 @@ def test_one_accumulate_op_in_the_step(rng):
         graph = tf.function(lambda: model.train_step(data)).get_concrete_function().graph
     finally:
         accumops.set_backend("auto")
-    kinds = [op.type for op in graph.get_operations()]
+    graphs = [graph, *(function.graph for function in graph._functions.values() if hasattr(function, "graph"))]
+    kinds = [op.type for each in graphs for op in each.get_operations()]
     assert kinds.count("AccumOps>Accumulate") == 1
+    assert kinds.count("AccumOps>Update") == 1
     assert "ZerosLike" not in kinds
     assert "AddN" not in kinds
 

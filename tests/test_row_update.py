@@ -122,10 +122,16 @@ def test_rows_suffice_without_lazy_sparse(backend, mode, rng, name):
 
 @pytest.mark.parametrize(
     ("name", "lazy", "as_large_as_the_table"),
-    [("SGD", False, False), ("Adagrad", False, False), ("AdamW", True, False), ("AdamW", False, True)],
+    [
+        ("SGD", False, False),
+        ("Adagrad", False, False),
+        ("AdamW", True, False),
+        ("AdamW", False, False),
+        ("RMSprop", False, True),
+    ],
 )
 def test_tensors_of_the_size_of_the_table(name, lazy, as_large_as_the_table):
-    """A micro-step and an update compute one only where the optimizer's mathematics needs it."""
+    """A micro-step and an update compute one only where neither the fused op nor the rows alone will do."""
     variable = keras.Variable(np.zeros((ROWS, WIDTH), "float32"))
     optimizer = GradientAccumulateOptimizer(OPTIMIZERS[name](), accum_steps=3, lazy_sparse=lazy)
     optimizer.build([variable])

@@ -4,6 +4,7 @@ from accumops.ops import reference
 from accumops.ops.accumulate import accumulate
 from accumops.ops.batch_norm import BatchMoments, MomentsWindow, batch_norm, batch_norm_inference, merge_moments
 from accumops.ops.library import LibraryError, build_info, get_backend, set_backend
+from accumops.ops.update import squared_norms, update
 
 __all__ = [
     "BatchMoments",
@@ -17,4 +18,6 @@ __all__ = [
     "merge_moments",
     "reference",
     "set_backend",
+    "squared_norms",
+    "update",
 ]

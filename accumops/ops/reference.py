@@ -69,6 +69,80 @@ def _accumulate_rows(
         touched.scatter_update(tf.IndexedSlices(tf.ones_like(rows, dtype=tf.bool), rows))
 
 
+def squared_norms(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+    """The definition of `accumops.ops.squared_norms`, with the same arguments; it trusts them."""
+    if not tensors:
+        return tf.zeros([0], tf.float64)
+    return tf.stack([tf.reduce_sum(tf.cast(tensor, tf.float64) ** 2) for tensor in tensors])
+
+
+def update(
+    rule: str,
+    variables: Sequence[tf.Variable],
+    slots: Sequence[Sequence[tf.Variable]],
+    *,
+    accumulators: Sequence[tf.Variable] | None,
+    latest: Sequence[tf.Tensor] | None,
+    scales: tf.Tensor,
+    rate: tf.Tensor,
+    decay: tf.Tensor,
+    decays: Sequence[bool],
+    weight: tf.Tensor,
+    overwrite: tf.Tensor,
+    touched_rows: Sequence[tf.Variable | None],
+    beta_1: float,
+    beta_2: float,
+    epsilon: float,
+    clip: float,
+) -> None:
+    """The definition of `accumops.ops.update`, with the same arguments; it trusts them."""
+    scales = tf.broadcast_to(scales, [len(variables)])
+    for i, variable in enumerate(variables):
+        gradient = tf.zeros_like(variable)
+        if accumulators is not None:
+            gradient = tf.where(overwrite, gradient, accumulators[i])
+        if latest is not None:
+            gradient += weight * tf.cast(latest[i], tf.float32)
+        gradient *= scales[i]
+        if clip:
+            gradient = tf.clip_by_value(gradient, -clip, clip)
+        before = [tf.convert_to_tensor(each) for each in (variable, *(slot[i] for slot in slots))]
+        value = before[0] - before[0] * decay if decays[i] else before[0]
+        after = _step(rule, value, before[1:], gradient, rate, beta_1, beta_2, epsilon)
+        rows = touched_rows[i]
+        for target, old, new in zip((variable, *(slot[i] for slot in slots)), before, after, strict=True):
+            if rows is not None:
+                new = tf.where(tf.reshape(rows, [-1] + [1] * (new.shape.rank - 1)), new, old)
+            target.assign(new)
+
+
+def _step(
+    rule: str,
+    value: tf.Tensor,
+    slots: Sequence[tf.Tensor],
+    gradient: tf.Tensor,
+    rate: tf.Tensor,
+    beta_1: float,
+    beta_2: float,
+    epsilon: float,
+) -> tuple[tf.Tensor, ...]:
+    """The value and the slots after a step."""
+    if rule == "sgd":
+        return (value - rate * gradient,)
+    if rule in ("momentum", "nesterov"):
+        step = rate * gradient
+        momentum = slots[0] * beta_1 - step
+        return value + (momentum * beta_1 - step if rule == "nesterov" else momentum), momentum
+    if rule == "lion":
+        direction = slots[0] * beta_1 + gradient * (1 - beta_1)
+        return value - rate * tf.sign(direction), slots[0] * beta_2 + gradient * (1 - beta_2)
+    momentum = slots[0] + (gradient - slots[0]) * (1 - beta_1)
+    velocity = slots[1] + (gradient * gradient - slots[1]) * (1 - beta_2)
+    largest = (tf.maximum(slots[2], velocity),) if rule == "amsgrad" else ()
+    under = largest[0] if largest else velocity
+    return value - momentum * rate / (tf.sqrt(under) + epsilon), momentum, velocity, *largest
+
+
 def statistics_dtype(dtype: tf.DType) -> tf.DType:
     """Float64 for float64 data, else float32."""
     return tf.float64 if dtype == tf.float64 else tf.float32

@@ -8,10 +8,9 @@
 //   some 100 KiB an SM, a few times what latency times bandwidth asks for.
 // - A block finds its tensor by binary search in the parameter bank. That is some ten cached loads,
 //   hidden behind the other blocks' traffic; a map from block to tensor would not fit.
-#include <climits>
-
 #include "accumulate.h"
 #include "cuda_common.cuh"
+#include "tensor_table.cuh"
 
 namespace accumops {
 namespace {
@@ -43,33 +42,13 @@ struct AccumulateParams {
   int count;
 };
 
-// All of a table is copied at each launch, so a list gets the smallest that holds it.
-using SmallParams = AccumulateParams<136>;  // what every CUDA version accepts
-static_assert(sizeof(SmallParams) <= 4096, "too large for a kernel parameter");
-#if CUDART_VERSION >= 12010
-using MediumParams = AccumulateParams<416>;
-using LargeParams = AccumulateParams<1120>;
-static_assert(sizeof(LargeParams) <= 32764, "too large for a kernel parameter");
-#endif
+constexpr int kSmallCapacity = 136;
+using SmallParams = AccumulateParams<kSmallCapacity>;
+using MediumParams = AccumulateParams<cuda::LargeCapacity(416, kSmallCapacity)>;
+using LargeParams = AccumulateParams<cuda::LargeCapacity(1120, kSmallCapacity)>;
 
 constexpr std::uint8_t Kind(DType accumulator, DType gradient) {
   return static_cast<std::uint8_t>(static_cast<int>(accumulator) * 4 + static_cast<int>(gradient));
-}
-
-// The last entry whose first chunk is not beyond `chunk`.
-__host__ __device__ inline int FindEntry(const std::uint32_t* first_chunk, int count,
-                                         std::uint32_t chunk) {
-  int low = 0;
-  int high = count;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (first_chunk[middle] <= chunk) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
 }
 
 // A chunk is `head` scalars, `packs` packs at aligned addresses, and scalars to the end.
@@ -203,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     AccumulateKernel(const __grid_constant__ Params params) {
   const bool overwrite = *params.overwrite;
   const double scale = cuda::ReadScale(params.scale);
-  const int entry = FindEntry(params.first_chunk, params.count, blockIdx.x);
+  const int entry = cuda::FindEntry(params.first_chunk, params.count, blockIdx.x);
   const auto accumulate = [&](auto* function) {
     return function(params.accumulator[entry], params.gradient[entry], params.size[entry],
                     blockIdx.x - params.first_chunk[entry], scale, overwrite);
@@ -236,46 +215,6 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (!finite && params.all_finite != nullptr) *params.all_finite = false;
 }
 
-// Fills tables with the list, in order, and hands each to `launch(params, chunks)`. A tensor with
-// more chunks than a grid has blocks is spread over tables.
-template <class Params, class Launcher>
-cudaError_t ForEachTable(const AccumulateItem* items, std::size_t count, std::int64_t max_chunks,
-                         Params& params, Launcher launch) {
-  std::int64_t chunks = 0;
-  params.count = 0;
-  const auto flush = [&] {
-    const cudaError_t error = params.count == 0 ? cudaSuccess : launch(params, chunks);
-    params.count = 0;
-    chunks = 0;
-    return error;
-  };
-  for (const AccumulateItem* item = items; item != items + count; ++item) {
-    const std::size_t acc_bytes = SizeOf(item->accumulator_dtype);
-    const std::size_t grad_bytes = SizeOf(item->gradient_dtype);
-    const std::int64_t chunk_size = kChunkBytes / static_cast<std::int64_t>(acc_bytes);
-    for (std::int64_t begin = 0; begin < item->size;) {
-      if (params.count == Params::kCapacity || chunks == max_chunks) {
-        const cudaError_t error = flush();
-        if (error != cudaSuccess) return error;
-      }
-      const std::int64_t left = item->size - begin;
-      const std::int64_t room = max_chunks - chunks;
-      const std::int64_t needed = (left - 1) / chunk_size + 1;
-      const std::int64_t taken = needed < room ? needed : room;
-      const std::int64_t size = needed <= room ? left : taken * chunk_size;
-      const int entry = params.count++;
-      params.accumulator[entry] = static_cast<char*>(item->accumulator) + begin * acc_bytes;
-      params.gradient[entry] = static_cast<const char*>(item->gradient) + begin * grad_bytes;
-      params.size[entry] = size;
-      params.first_chunk[entry] = static_cast<std::uint32_t>(chunks);
-      params.kind[entry] = Kind(item->accumulator_dtype, item->gradient_dtype);
-      chunks += taken;
-      begin += size;
-    }
-  }
-  return flush();
-}
-
 template <class Params>
 cudaError_t LaunchTables(const AccumulateItem* items, std::size_t count, DeviceScalar scale,
                          const bool* overwrite, bool* all_finite, cudaStream_t stream) {
@@ -283,34 +222,39 @@ cudaError_t LaunchTables(const AccumulateItem* items, std::size_t count, DeviceS
   params.scale = scale;
   params.overwrite = overwrite;
   params.all_finite = all_finite;
-  return ForEachTable(
-      items, count, INT_MAX, params, [stream](const Params& filled, std::int64_t chunks) {
-        return cuda::Launch(AccumulateKernel<Params>, chunks, kThreads, filled, stream);
+  const auto chunk_size = [](const AccumulateItem& item) {
+    return kChunkBytes / static_cast<std::int64_t>(SizeOf(item.accumulator_dtype));
+  };
+  return cuda::ForEachTable(
+      count, Params::kCapacity,
+      [&](std::size_t i) { return cuda::ChunksOf(items[i].size, chunk_size(items[i])); },
+      [&](std::size_t i, const cuda::TablePart& part) {
+        const AccumulateItem& item = items[i];
+        const std::int64_t begin = part.begin * chunk_size(item);
+        const std::int64_t end = begin + part.chunks * chunk_size(item);
+        const std::size_t acc_bytes = SizeOf(item.accumulator_dtype);
+        const std::size_t grad_bytes = SizeOf(item.gradient_dtype);
+        const int entry = part.entry;
+        params.accumulator[entry] = static_cast<char*>(item.accumulator) + begin * acc_bytes;
+        params.gradient[entry] = static_cast<const char*>(item.gradient) + begin * grad_bytes;
+        params.size[entry] = (end < item.size ? end : item.size) - begin;
+        params.first_chunk[entry] = static_cast<std::uint32_t>(part.first_chunk);
+        params.kind[entry] = Kind(item.accumulator_dtype, item.gradient_dtype);
+      },
+      [&](int entries, std::int64_t chunks) {
+        params.count = entries;
+        return cuda::Launch(AccumulateKernel<Params>, chunks, kThreads, params, stream);
       });
 }
-
-#if CUDART_VERSION >= 12010
-bool DriverTakesLargeParams() {
-  static const bool result = [] {
-    int version = 0;
-    return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12010;
-  }();
-  return result;
-}
-#endif
 
 }  // namespace
 
 const char* AccumulateCuda(const AccumulateItem* items, std::size_t count, DeviceScalar scale,
                            const bool* overwrite, bool* all_finite, CUstream_st* stream) {
   if (items == nullptr || count == 0) return nullptr;
-  auto* launch = LaunchTables<SmallParams>;
-#if CUDART_VERSION >= 12010
-  if (count > SmallParams::kCapacity && DriverTakesLargeParams()) {
-    launch =
-        count > MediumParams::kCapacity ? LaunchTables<LargeParams> : LaunchTables<MediumParams>;
-  }
-#endif
+  const auto launch = cuda::ChooseTable<SmallParams, LargeParams>(
+      count, LaunchTables<SmallParams>,
+      count > MediumParams::kCapacity ? LaunchTables<LargeParams> : LaunchTables<MediumParams>);
   return cuda::ErrorText(launch(items, count, scale, overwrite, all_finite, stream));
 }
 

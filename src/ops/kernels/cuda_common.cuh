@@ -44,6 +44,7 @@ inline __device__ float Multiply(float a, float b) { return __fmul_rn(a, b); }
 inline __device__ double Multiply(double a, double b) { return __dmul_rn(a, b); }
 inline __device__ float Add(float a, float b) { return __fadd_rn(a, b); }
 inline __device__ double Add(double a, double b) { return __dadd_rn(a, b); }
+inline __device__ float Subtract(float a, float b) { return __fsub_rn(a, b); }
 
 // A float32 scale survives the detour through float64 unchanged.
 inline __device__ double ReadScale(const DeviceScalar& scale) {

@@ -4,6 +4,7 @@
 
 #include "batch_norm_span.h"
 #include "span.h"
+#include "update_span.h"
 
 namespace accumops {
 namespace {
@@ -43,6 +44,8 @@ const SpanFunctions& CurrentSpanFunctions() { return *Current().load(std::memory
 const BatchNormSpanFunctions& CurrentBatchNormSpanFunctions() {
   return *CurrentSpanFunctions().batch_norm;
 }
+
+const UpdateSpanFunctions& CurrentUpdateSpanFunctions() { return *CurrentSpanFunctions().update; }
 
 bool UseInstructionSet(const char* name) {
   const SpanFunctions* functions = Find(name);

@@ -211,9 +211,11 @@ void Triad(float* a, const float* b, const float* c, float scale, std::int64_t s
 }  // namespace
 
 extern const BatchNormSpanFunctions kBatchNormSpanFunctions;
+extern const UpdateSpanFunctions kUpdateSpanFunctions;
 extern const SpanFunctions kSpanFunctions;
 const SpanFunctions kSpanFunctions = {ACCUMOPS_STRING(ACCUMOPS_INSTRUCTION_SET),
-                                      &kBatchNormSpanFunctions, Accumulate, Triad};
+                                      &kBatchNormSpanFunctions, &kUpdateSpanFunctions, Accumulate,
+                                      Triad};
 
 }  // namespace ACCUMOPS_INSTRUCTION_SET
 }  // namespace accumops

@@ -21,10 +21,12 @@ struct Span {
 };
 
 struct BatchNormSpanFunctions;
+struct UpdateSpanFunctions;
 
 struct SpanFunctions {
   const char* instruction_set;
   const BatchNormSpanFunctions* batch_norm;
+  const UpdateSpanFunctions* update;
   // Returns false if `check_finite` and the gradient holds Inf or NaN.
   bool (*accumulate)(const Span& span);
   // a = b + scale * c, with plain or with non-temporal stores: the yardstick for bandwidth.

@@ -208,7 +208,7 @@ class AccumulateCpuOp : public AccumulateOp {
             inputs.variables.Describe(inputs.dense + i), ", which has ", height, " rows."));
       }
     }
-    TF_RETURN_IF_ERROR(inputs.variables.MakeWritable(ctx, CopyOnHost));
+    TF_RETURN_IF_ERROR(inputs.variables.MakeWritable(ctx, CopyOnHost, inputs.variables.size()));
     const double scale = inputs.scale->dtype() == tensorflow::DT_DOUBLE
                              ? inputs.scale->scalar<double>()()
                              : inputs.scale->scalar<float>()();
@@ -234,7 +234,7 @@ class AccumulateGpuOp : public AccumulateOp {
 
  protected:
   absl::Status Run(OpKernelContext* ctx, Inputs& inputs, bool* all_finite) override {
-    TF_RETURN_IF_ERROR(inputs.variables.MakeWritable(ctx, CopyOnDevice));
+    TF_RETURN_IF_ERROR(inputs.variables.MakeWritable(ctx, CopyOnDevice, inputs.variables.size()));
     CUstream_st* stream = CudaStream(ctx);
     const DeviceScalar scale = {inputs.scale->data(), ToDType(inputs.scale->dtype())};
     const bool* overwrite = inputs.overwrite->scalar<bool>().data();

@@ -291,7 +291,7 @@ class MergeMomentsOp : public OpKernel {
                       variable.shape().DebugString(), "; it must be double, of shape ",
                       i == 0 ? "[]" : mean.shape().DebugString(), ".")));
     }
-    OP_REQUIRES_OK(ctx, window.MakeWritable(ctx, Launchers::kCopy));
+    OP_REQUIRES_OK(ctx, window.MakeWritable(ctx, Launchers::kCopy, window.size()));
     const auto values = [&](std::size_t i) {
       return static_cast<double*>(window.tensor(i).data());
     };

@@ -72,11 +72,12 @@ absl::Status VariableList::Lock() {
   return absl::OkStatus();
 }
 
-absl::Status VariableList::MakeWritable(OpKernelContext* ctx, CopyBytes copy) {
+absl::Status VariableList::MakeWritable(OpKernelContext* ctx, CopyBytes copy, std::size_t count) {
   tensorflow::AllocatorAttributes attributes;
   attributes.set_gpu_compatible(true);
   attributes.set_nic_compatible(true);
-  for (Entry& entry : entries_) {
+  for (std::size_t i = 0; i < count; ++i) {
+    Entry& entry = entries_[i];
     Tensor* tensor = entry.variable->tensor();
     if (tensor->RefCountIsOne() || tensor->TotalBytes() == 0) continue;
     Tensor own;

@@ -34,10 +34,12 @@ class VariableList {
   // How error messages call variable `i`, such as "accumulators[3] ('dense/kernel_accumulator')".
   std::string Describe(std::size_t i) const;
 
-  // Gives each variable whose buffer a reader still holds a buffer of its own, so that readers keep
-  // what they read. The lock is exclusive, so a buffer with one reference is nobody else's,
-  // copy_on_read_mode included.
-  absl::Status MakeWritable(tensorflow::OpKernelContext* ctx, CopyBytes copy);
+  std::size_t size() const { return entries_.size(); }
+
+  // Gives each of the first `count` variables whose buffer a reader still holds a buffer of its
+  // own, so that readers keep what they read. The lock is exclusive, so a buffer with one reference
+  // is nobody else's, copy_on_read_mode included.
+  absl::Status MakeWritable(tensorflow::OpKernelContext* ctx, CopyBytes copy, std::size_t count);
 
  private:
   struct Entry {

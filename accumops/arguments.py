@@ -1,0 +1,99 @@
+"""What callers give, checked once and named in the messages."""
+
+import math
+import numbers
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+Schedule = Callable[[tf.Tensor], "tf.Tensor | int"]
+
+
+def check_accum_steps(accum_steps: int | Schedule | None) -> int | Schedule | None:
+    """Returns `accum_steps` if it can be one, or raises what the user should read."""
+    if accum_steps is None:
+        return None
+    steps: Any = accum_steps
+    if callable(accum_steps):
+        try:
+            steps = tf.function(accum_steps)(tf.constant(0, tf.int64))
+        except tf.errors.OperatorNotAllowedInGraphError as error:
+            raise TypeError(
+                "The callable `accum_steps` decides by the value of a tensor, and its source cannot be read well "
+                "enough to compile that. Use tf.where, or a function on lines of its own."
+            ) from error
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"The callable `accum_steps` must take a count of updates, an int64 scalar. Received: {accum_steps!r}, "
+                f"which raises {type(error).__name__}: {error}"
+            ) from error
+        if tf.is_tensor(steps) and steps.shape.rank == 0 and steps.dtype.is_integer:
+            steps = int(steps)
+    source = "" if steps is accum_steps else " from the callable for 0 updates"
+    if isinstance(steps, bool) or not isinstance(steps, numbers.Integral):
+        hint = " In an AccumStepsScheduler callback a dict of epochs can be given." if isinstance(steps, dict) else ""
+        raise TypeError(
+            f"`accum_steps` must be an int, the number of micro-batches, or a callable that returns one.{hint} "
+            f"Received{source}: {steps!r}"
+        )
+    if not 1 <= int(steps) < 1 << 63:
+        raise ValueError(f"`accum_steps` must be at least 1, and an int64. Received{source}: {steps}")
+    return accum_steps if callable(accum_steps) else int(steps)
+
+
+def check_variables(variables: Sequence[tf.Variable | keras.Variable]) -> list[tf.Variable | keras.Variable]:
+    """Returns the variables as a list, if gradients for them can be accumulated."""
+    if is_variable(variables) or not isinstance(variables, Iterable):
+        raise TypeError(f"`variables` must be a list of variables. Received: {variables!r}")
+    variables = list(variables)
+    if not variables:
+        raise ValueError("At least one variable is needed to accumulate gradients for. Received none.")
+    known: set[int] = set()
+    for variable in variables:
+        if not is_variable(variable):
+            raise TypeError(f"`variables` must hold tf.Variable or keras.Variable. Received: {variable!r}")
+        if not tf.as_dtype(variable.dtype).is_floating:
+            raise ValueError(
+                f"Gradients of '{name_of(variable)}' cannot be accumulated: its dtype must be floating-point. "
+                f"Received: {tf.as_dtype(variable.dtype).name}."
+            )
+        if id(variable) in known:
+            raise ValueError(
+                f"'{name_of(variable)}' is given twice. Give each variable once, and its gradients summed."
+            )
+        known.add(id(variable))
+    return variables
+
+
+def check_bool(name: str, value: bool) -> bool:
+    """Returns `value` if it is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False. Received: {value!r}")
+    return value
+
+
+def is_variable(value: object) -> bool:
+    """Whether it is a variable of TensorFlow or Keras."""
+    return isinstance(value, tf.Variable | keras.Variable)
+
+
+def name_of(variable: tf.Variable | keras.Variable) -> str:
+    """What messages call a variable."""
+    return getattr(variable, "path", variable.name)
+
+
+def as_weight(weight: float | tf.Tensor) -> tf.Tensor:
+    """Returns a micro-batch's share in its window as a float32 scalar."""
+    if isinstance(weight, bool) or not (
+        isinstance(weight, numbers.Real | np.ndarray) or tf.is_tensor(weight) or is_variable(weight)
+    ):
+        raise TypeError(f"`weight` must be a number or a scalar tensor. Received: {weight!r}")
+    if isinstance(weight, numbers.Real) and not 0 <= float(weight) < math.inf:
+        raise ValueError(f"`weight` must be finite and not negative. Received: {weight}")
+    tensor = tf.cast(weight, tf.float32)
+    if tensor.shape.rank not in (0, None):
+        raise ValueError(f"`weight` must be a number or a scalar tensor. Received shape: {tensor.shape}")
+    return tensor

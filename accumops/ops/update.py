@@ -1,0 +1,237 @@
+"""An optimizer's step over a list of variables as one op, and squared norms to clip by."""
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from accumops.ops import library, reference
+
+SLOTS = {"sgd": 0, "momentum": 1, "nesterov": 1, "adam": 2, "amsgrad": 3, "lion": 1}
+"""How many variables each rule keeps beside a variable."""
+
+_LATEST_DTYPES = (tf.float16, tf.bfloat16, tf.float32)
+_NORM_DTYPES = (*_LATEST_DTYPES, tf.float64)
+
+
+def update(
+    rule: str,
+    variables: Sequence[tf.Variable],
+    slots: Sequence[Sequence[tf.Variable]] = (),
+    *,
+    accumulators: Sequence[tf.Variable] | None = None,
+    latest: Sequence[tf.Tensor] | None = None,
+    scales: float | tf.Tensor = 1.0,
+    rate: float | tf.Tensor,
+    decay: float | tf.Tensor = 0.0,
+    decays: Sequence[bool] | None = None,
+    weight: float | tf.Tensor = 1.0,
+    overwrite: bool | tf.Tensor = False,
+    touched_rows: Sequence[tf.Variable | None] | None = None,
+    beta_1: float = 0.0,
+    beta_2: float = 0.0,
+    epsilon: float = 0.0,
+    clip: float = 0.0,
+) -> None:
+    """Makes an optimizer's step in place, for all variables in one op.
+
+    Each value, its accumulator and its slots are read once and written once. The gradient is
+    `clip(scale * ((overwrite ? 0 : accumulator) + weight * latest))`, and accumulators are not written. With g the
+    gradient, p the value, after its decay `p -= p * decay`, and m, v, w the slots:
+
+    - `"sgd"`: p -= rate * g
+    - `"momentum"`: m = beta_1 * m - rate * g, p += m
+    - `"nesterov"`: m = beta_1 * m - rate * g, p += beta_1 * m - rate * g
+    - `"adam"`: m += (g - m) * (1 - beta_1), v += (g² - v) * (1 - beta_2), p -= m * rate / (sqrt(v) + epsilon)
+      ([Kingma & Ba, 2014](https://arxiv.org/abs/1412.6980), its bias corrections in the rate)
+    - `"amsgrad"`: as `"adam"`, with w = max(w, v) under the root
+      ([Reddi et al., 2018](https://openreview.net/forum?id=ryQu7f-RZ))
+    - `"lion"`: p -= rate * sign(beta_1 * m + (1 - beta_1) * g), m = beta_2 * m + (1 - beta_2) * g
+      ([Chen et al., 2023](https://arxiv.org/abs/2302.06675))
+
+    `accumops.ops.reference.update` is the definition, in plain TensorFlow. The fused op gives the same bits on every
+    run and number of threads, except within functions that XLA compiles.
+
+    Args:
+        rule: One of the above.
+        variables: float32 variables (`tf.Variable` or `keras.Variable`), each once.
+        slots: For each slot of the rule, in the order above, a list of variables.
+        accumulators: For each variable the one that holds its sum of gradients, or None instead of the list.
+        latest: For each variable a gradient that its accumulator does not hold, a tensor of float16, bfloat16 or
+            float32, or None instead of the list. One of the two has to be there.
+        scales: A factor for all gradients, or a tensor with one for each variable.
+        rate: The learning rate: a number or scalar tensor, as the following are.
+        decay: What share of a value is taken from it before the step.
+        decays: For each variable, whether it decays; by default all do.
+        weight: A factor for the latest gradients.
+        overwrite: Whether accumulators count as zero, whatever they hold.
+        touched_rows: For each variable None, or a bool variable of shape `[rows]`: where its flags are not set, the
+            variable's rows and those of its slots stay as they are.
+        beta_1: Momentum, or the first of two decay rates.
+        beta_2: The second decay rate.
+        epsilon: What is added to the root.
+        clip: The largest magnitude of a gradient's values; 0 is no limit.
+
+    Raises:
+        ValueError: If lengths, shapes or dtypes do not fit, a variable is given twice, or a setting is out of range.
+        TypeError: If what should be a variable is not.
+        tf.errors.InvalidArgumentError: If a shape that was unknown when a graph was built does not fit. Nothing has
+            been updated then.
+
+    Example:
+
+    >>> weights, momentum, total = tf.Variable([1.0, 2.0]), tf.Variable([0.0, 0.0]), tf.Variable([4.0, 8.0])
+    >>> accumops.ops.update(
+    ...     "momentum", [weights], [[momentum]], accumulators=[total], scales=1 / 4, rate=0.1, beta_1=0.9
+    ... )
+    >>> weights.numpy()
+    array([0.9, 1.8], dtype=float32)
+    """
+    if rule not in SLOTS:
+        raise ValueError(f"`rule` must be one of {', '.join(map(repr, SLOTS))}. Received: {rule!r}")
+    targets = _variables("variables", variables)
+    kept = [_variables(f"slots[{i}]", slot) for i, slot in enumerate(slots)]
+    if len(kept) != SLOTS[rule]:
+        raise ValueError(f"The rule {rule!r} has {SLOTS[rule]} slots. Received: {len(kept)}")
+    sums = None if accumulators is None else _variables("accumulators", accumulators)
+    if sums is None and latest is None:
+        raise ValueError("Gradients are needed: give `accumulators`, or `latest`, or both.")
+    flags: list[tf.Variable | None] = [None] * len(targets)
+    if touched_rows is not None:
+        flags = [None if each is None else _variables("touched_rows", [each])[0] for each in touched_rows]
+    tensors = None if latest is None else [tf.convert_to_tensor(each) for each in latest]
+    if decays is None:
+        decays = [not (isinstance(decay, numbers.Real) and decay == 0)] * len(targets)
+    decaying = [bool(each) for each in decays]
+    _check_lists(targets, kept, sums, tensors, flags, decaying)
+    for name, value in (("beta_1", beta_1), ("beta_2", beta_2), ("epsilon", epsilon), ("clip", clip)):
+        _check_setting(name, value)
+    arguments: dict[str, Any] = {
+        "scales": _as_factor("scales", scales, len(targets)),
+        "rate": _as_factor("rate", rate),
+        "decay": _as_factor("decay", decay),
+        "weight": _as_factor("weight", weight),
+        "overwrite": tf.convert_to_tensor(overwrite, tf.bool),
+        "decays": decaying,
+        "beta_1": float(beta_1),
+        "beta_2": float(beta_2),
+        "epsilon": float(epsilon),
+        "clip": float(clip),
+    }
+    fused = library.fused_ops(targets)
+    if fused is None:
+        reference.update(rule, targets, kept, accumulators=sums, latest=tensors, touched_rows=flags, **arguments)
+        return
+    fused.accum_ops_update(
+        rule=rule,
+        variables=[variable.handle for variable in targets],
+        slots=[variable.handle for slot in kept for variable in slot],
+        accumulators=[variable.handle for variable in sums or []],
+        latest=tensors or [],
+        touched_rows=[variable.handle for variable in flags if variable is not None],
+        rows_of=[i for i, variable in enumerate(flags) if variable is not None],
+        new_1=1.0 - beta_1,
+        new_2=1.0 - beta_2,
+        **arguments,
+    )
+
+
+def squared_norms(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+    """The sum of squares of each tensor, in one pass over all of them.
+
+    Sums are float64, in which no square of a float32 overflows: a sum is finite exactly where all values are. The fused
+    op gives the same bits on every run and number of threads. `accumops.ops.reference.squared_norms` is the definition.
+
+    Args:
+        tensors: Tensors of float16, bfloat16, float32 or float64, of any shapes.
+
+    Returns:
+        A float64 tensor of shape `[len(tensors)]`.
+
+    Raises:
+        TypeError: If a tensor is not of one of those dtypes.
+
+    Example:
+
+    >>> accumops.ops.squared_norms([tf.constant([3.0, 4.0]), tf.constant(2.0)]).numpy()
+    array([25.,  4.])
+    """
+    tensors = [tf.convert_to_tensor(tensor) for tensor in tensors]
+    for i, tensor in enumerate(tensors):
+        if tensor.dtype not in _NORM_DTYPES:
+            raise TypeError(
+                f"`tensors[{i}]` must be of float16, bfloat16, float32 or float64. Received: {tensor.dtype.name}"
+            )
+    fused = library.fused_ops(tensors)
+    return reference.squared_norms(tensors) if fused is None else fused.accum_ops_squared_norms(values=tensors)
+
+
+def _variables(name: str, values: Sequence[tf.Variable | keras.Variable]) -> list[tf.Variable]:
+    variables = [value.value if isinstance(value, keras.Variable) else value for value in values]
+    for i, variable in enumerate(variables):
+        if not hasattr(variable, "handle"):
+            raise TypeError(f"`{name}[{i}]` must be a tf.Variable or keras.Variable. Received: {variable!r}")
+    return variables
+
+
+def _check_lists(
+    variables: list[tf.Variable],
+    slots: list[list[tf.Variable]],
+    accumulators: list[tf.Variable] | None,
+    latest: list[tf.Tensor] | None,
+    touched_rows: list[tf.Variable | None],
+    decays: list[bool],
+) -> None:
+    beside = {f"slots[{i}]": slot for i, slot in enumerate(slots)}
+    if accumulators is not None:
+        beside["accumulators"] = accumulators
+    lengths = {**beside, "latest": latest, "touched_rows": touched_rows, "decays": decays}
+    for name, values in lengths.items():
+        if values is not None and len(values) != len(variables):
+            raise ValueError(
+                f"`{name}` must have {len(variables)} items, one for each variable. Received: {len(values)}"
+            )
+    known: dict[int, str] = {}
+    for name, values in {"variables": variables, **beside}.items():
+        for i, (variable, value) in enumerate(zip(variables, values, strict=True)):
+            place = f"`{name}[{i}]` ('{value.name}')"
+            if value.dtype != tf.float32 or value.shape != variable.shape:
+                raise ValueError(
+                    f"{place} must be float32 of shape {variable.shape}. Received: {value.dtype.name} of shape "
+                    f"{value.shape}."
+                )
+            if id(value) in known:
+                raise ValueError(f"{known[id(value)]} and {place} are the same variable; give it once.")
+            known[id(value)] = place
+    for i, (variable, gradient) in enumerate(zip(variables, latest or [], strict=False)):
+        if gradient.dtype not in _LATEST_DTYPES or not gradient.shape.is_compatible_with(variable.shape):
+            raise ValueError(
+                f"`latest[{i}]` must be float16, bfloat16 or float32 of shape {variable.shape}. "
+                f"Received: {gradient.dtype.name} of shape {gradient.shape}."
+            )
+    for i, (variable, flags) in enumerate(zip(variables, touched_rows, strict=True)):
+        if flags is not None and (
+            flags.dtype != tf.bool or variable.shape.rank == 0 or flags.shape != variable.shape[:1]
+        ):
+            raise ValueError(
+                f"`touched_rows[{i}]` must be bool with a flag for each row of a variable of shape {variable.shape}. "
+                f"Received: {flags.dtype.name} of shape {flags.shape}."
+            )
+
+
+def _check_setting(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"`{name}` must be a number. Received: {value!r}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"`{name}` must be finite and not negative. Received: {value}")
+
+
+def _as_factor(name: str, value: float | tf.Tensor, length: int | None = None) -> tf.Tensor:
+    tensor = tf.cast(value, tf.float32)
+    shapes = ((),) if length is None else ((), (length,))
+    if not any(tensor.shape.is_compatible_with(shape) for shape in shapes):
+        raise ValueError(f"`{name}` must be of shape {' or '.join(map(str, shapes))}. Received: {tensor.shape}")
+    return tensor

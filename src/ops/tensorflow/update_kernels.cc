@@ -1,0 +1,250 @@
+// AccumOps>Update and AccumOps>SquaredNorms on the CPU and, where the library has CUDA kernels, on
+// GPUs: check the inputs, call a launcher.
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "kernel_support.h"
+#include "squared_norm.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "update.h"
+#include "update_attributes.h"
+#include "variable_list.h"
+
+namespace accumops {
+namespace {
+
+using ::tensorflow::DataTypeString;
+using ::tensorflow::OpInputList;
+using ::tensorflow::OpKernel;
+using ::tensorflow::OpKernelConstruction;
+using ::tensorflow::OpKernelContext;
+using ::tensorflow::Tensor;
+using ::tensorflow::TensorShape;
+
+// The launchers of a device.
+struct Cpu {
+  static absl::Status Update(OpKernelContext* ctx, const std::vector<UpdateItem>& items,
+                             const UpdateSettings& settings, const UpdateScalars& scalars) {
+    PoolExecutor executor(ctx);
+    UpdateCpu(items.data(), items.size(), settings, scalars, executor);
+    return absl::OkStatus();
+  }
+  static absl::Status SquaredNorms(OpKernelContext* ctx, const std::vector<SquaredNormItem>& items,
+                                   double* sums) {
+    PoolExecutor executor(ctx);
+    SquaredNormsCpu(items.data(), items.size(), sums, executor);
+    return absl::OkStatus();
+  }
+  static constexpr CopyBytes kCopy = CopyOnHost;
+};
+
+#if defined(ACCUMOPS_CUDA)
+struct Gpu {
+  static absl::Status Update(OpKernelContext* ctx, const std::vector<UpdateItem>& items,
+                             const UpdateSettings& settings, const UpdateScalars& scalars) {
+    return FromCuda(UpdateCuda(items.data(), items.size(), settings, scalars, CudaStream(ctx)));
+  }
+  static absl::Status SquaredNorms(OpKernelContext* ctx, const std::vector<SquaredNormItem>& items,
+                                   double* sums) {
+    Tensor workspace;
+    const auto bytes = static_cast<std::int64_t>(SquaredNormsWorkspace(items.data(), items.size()));
+    TF_RETURN_IF_ERROR(ctx->allocate_temp(tensorflow::DT_UINT8, TensorShape({bytes}), &workspace));
+    return FromCuda(
+        SquaredNormsCuda(items.data(), items.size(), sums, workspace.data(), CudaStream(ctx)));
+  }
+  static constexpr CopyBytes kCopy = CopyOnDevice;
+};
+#endif
+
+// The inputs of one call, checked.
+class UpdateInputs {
+ public:
+  explicit UpdateInputs(const UpdateAttributes& attributes) : attributes_(attributes) {}
+
+  absl::Status Read(OpKernelContext* ctx);
+  // Gives variables and slots that a reader still holds buffers of their own. On an error none has
+  // another value than before.
+  absl::Status MakeWritable(OpKernelContext* ctx, CopyBytes copy) {
+    const int written = attributes_.count + attributes_.slots;
+    return variables_.MakeWritable(ctx, copy, static_cast<std::size_t>(written));
+  }
+  std::vector<UpdateItem> Items() const;
+  UpdateScalars Scalars() const;
+
+ private:
+  absl::Status CheckScalars() const;
+  absl::Status CheckShapes() const;
+  std::size_t slot(int slot, int i) const {
+    return static_cast<std::size_t>((slot + 1) * attributes_.count + i);
+  }
+  std::size_t accumulator(int i) const {
+    return static_cast<std::size_t>(attributes_.count + attributes_.slots + i);
+  }
+  std::size_t flags(int i) const { return accumulator(attributes_.accumulators + i); }
+
+  const UpdateAttributes& attributes_;
+  VariableList variables_;  // the variables, their slots, the accumulators, the touched rows
+  OpInputList latest_;
+  const Tensor* scales_ = nullptr;
+  const Tensor* rate_ = nullptr;
+  const Tensor* decay_ = nullptr;
+  const Tensor* weight_ = nullptr;
+  const Tensor* overwrite_ = nullptr;
+};
+
+absl::Status UpdateInputs::Read(OpKernelContext* ctx) {
+  TF_RETURN_IF_ERROR(ctx->input_list("latest", &latest_));
+  TF_RETURN_IF_ERROR(ctx->input("scales", &scales_));
+  TF_RETURN_IF_ERROR(ctx->input("rate", &rate_));
+  TF_RETURN_IF_ERROR(ctx->input("decay", &decay_));
+  TF_RETURN_IF_ERROR(ctx->input("weight", &weight_));
+  TF_RETURN_IF_ERROR(ctx->input("overwrite", &overwrite_));
+  TF_RETURN_IF_ERROR(CheckScalars());
+  for (const char* name : {"variables", "slots", "accumulators", "touched_rows"}) {
+    TF_RETURN_IF_ERROR(variables_.Add(ctx, name));
+  }
+  TF_RETURN_IF_ERROR(variables_.Lock());
+  return CheckShapes();
+}
+
+absl::Status UpdateInputs::CheckScalars() const {
+  const struct {
+    const char* name;
+    const Tensor* tensor;
+  } scalars[] = {
+      {"rate", rate_}, {"decay", decay_}, {"weight", weight_}, {"overwrite", overwrite_}};
+  for (const auto& [name, tensor] : scalars) {
+    if (tensor->dims() != 0) {
+      return absl::InvalidArgumentError(absl::StrCat(name, " must be a scalar, not of shape ",
+                                                     tensor->shape().DebugString(), "."));
+    }
+  }
+  if (scales_->dims() != 0 && scales_->shape() != TensorShape({attributes_.count})) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("scales must be a scalar or have one for each of ", attributes_.count,
+                     " variables, not be of shape ", scales_->shape().DebugString(), "."));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status UpdateInputs::CheckShapes() const {
+  const int count = attributes_.count;
+  const int alike = count + attributes_.slots + attributes_.accumulators;
+  for (int i = 0; i < alike; ++i) {
+    const Tensor& tensor = variables_.tensor(static_cast<std::size_t>(i));
+    const Tensor& variable = variables_.tensor(static_cast<std::size_t>(i % count));
+    if (tensor.dtype() != tensorflow::DT_FLOAT || tensor.shape() != variable.shape()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(variables_.Describe(static_cast<std::size_t>(i)), " is ",
+                       DataTypeString(tensor.dtype()), " of shape ", tensor.shape().DebugString(),
+                       "; it must be float of shape ", variable.shape().DebugString(), "."));
+    }
+  }
+  for (int i = 0; i < latest_.size(); ++i) {
+    const Tensor& variable = variables_.tensor(static_cast<std::size_t>(i));
+    if (latest_[i].shape() != variable.shape()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(variables_.Describe(static_cast<std::size_t>(i)), " has shape ",
+                       variable.shape().DebugString(), " but latest[", i, "] has shape ",
+                       latest_[i].shape().DebugString(), "."));
+    }
+  }
+  for (std::size_t i = 0; i < attributes_.rows_of.size(); ++i) {
+    const Tensor& variable = variables_.tensor(static_cast<std::size_t>(attributes_.rows_of[i]));
+    const std::size_t flags_of = flags(static_cast<int>(i));
+    const Tensor& touched = variables_.tensor(flags_of);
+    if (touched.dtype() != tensorflow::DT_BOOL || variable.dims() == 0 ||
+        touched.shape() != TensorShape({variable.dim_size(0)})) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          variables_.Describe(flags_of), " is ", DataTypeString(touched.dtype()), " of shape ",
+          touched.shape().DebugString(), "; it must be bool with a flag for each row of ",
+          variables_.Describe(static_cast<std::size_t>(attributes_.rows_of[i])), ", of shape ",
+          variable.shape().DebugString(), "."));
+    }
+  }
+  return absl::OkStatus();
+}
+
+std::vector<UpdateItem> UpdateInputs::Items() const {
+  const auto data = [this](std::size_t i) {
+    return static_cast<float*>(variables_.tensor(i).data());
+  };
+  std::vector<UpdateItem> items(static_cast<std::size_t>(attributes_.count));
+  for (int i = 0; i < attributes_.count; ++i) {
+    const auto index = static_cast<std::size_t>(i);
+    UpdateItem& item = items[index];
+    item.value = data(index);
+    for (int s = 0; s < SlotsOf(attributes_.settings.rule); ++s) item.slots[s] = data(slot(s, i));
+    if (attributes_.accumulators > 0) item.accumulator = data(accumulator(i));
+    item.latest_dtype = DType::kFloat32;
+    if (attributes_.has_latest) {
+      item.latest = latest_[i].data();
+      item.latest_dtype = ToDType(latest_[i].dtype());
+    }
+    item.size = variables_.tensor(index).NumElements();
+    item.row_size = 1;
+    item.decays = attributes_.decays[index];
+  }
+  for (std::size_t i = 0; i < attributes_.rows_of.size(); ++i) {
+    const auto index = static_cast<std::size_t>(attributes_.rows_of[i]);
+    if (items[index].size == 0) continue;
+    items[index].touched_rows =
+        static_cast<const bool*>(variables_.tensor(flags(static_cast<int>(i))).data());
+    items[index].row_size = items[index].size / variables_.tensor(index).dim_size(0);
+  }
+  return items;
+}
+
+UpdateScalars UpdateInputs::Scalars() const {
+  const auto data = [](const Tensor* tensor) { return static_cast<const float*>(tensor->data()); };
+  return {data(scales_), scales_->dims() == 1, data(rate_),
+          data(decay_),  data(weight_),        static_cast<const bool*>(overwrite_->data())};
+}
+
+template <typename Launchers>
+class UpdateOp : public OpKernel {
+ public:
+  explicit UpdateOp(OpKernelConstruction* construction) : OpKernel(construction) {
+    OP_REQUIRES_OK(construction, attributes_.Read(*construction));
+  }
+
+  void Compute(OpKernelContext* ctx) final {
+    UpdateInputs inputs(attributes_);
+    OP_REQUIRES_OK(ctx, inputs.Read(ctx));
+    OP_REQUIRES_OK(ctx, inputs.MakeWritable(ctx, Launchers::kCopy));
+    OP_REQUIRES_OK(ctx,
+                   Launchers::Update(ctx, inputs.Items(), attributes_.settings, inputs.Scalars()));
+  }
+
+ private:
+  UpdateAttributes attributes_;
+};
+
+template <typename Launchers>
+class SquaredNormsOp : public OpKernel {
+ public:
+  using OpKernel::OpKernel;
+
+  void Compute(OpKernelContext* ctx) final {
+    std::vector<SquaredNormItem> items;
+    for (int i = 0; i < ctx->num_inputs(); ++i) {
+      const Tensor& values = ctx->input(i);
+      items.push_back({values.data(), values.NumElements(), ToDType(values.dtype())});
+    }
+    Tensor* sums = nullptr;
+    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, TensorShape({ctx->num_inputs()}), &sums));
+    OP_REQUIRES_OK(ctx, Launchers::SquaredNorms(ctx, items, static_cast<double*>(sums->data())));
+  }
+};
+
+#define ACCUMOPS_REGISTER(Launchers, DEVICE)                                            \
+  REGISTER_KERNEL_BUILDER(Name("AccumOps>Update").Device(DEVICE), UpdateOp<Launchers>); \
+  REGISTER_KERNEL_BUILDER(Name("AccumOps>SquaredNorms").Device(DEVICE), SquaredNormsOp<Launchers>)
+
+ACCUMOPS_REGISTER(Cpu, tensorflow::DEVICE_CPU);
+#if defined(ACCUMOPS_CUDA)
+ACCUMOPS_REGISTER(Gpu, tensorflow::DEVICE_GPU);
+#endif
+
+}  // namespace
+}  // namespace accumops

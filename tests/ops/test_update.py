@@ -1,0 +1,337 @@
+"""The update op and squared norms: both backends in every mode, against NumPy in float32 and in float64."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from accumops import ops
+from accumops.ops.update import SLOTS
+
+NUMPY = {tf.float16: np.float16, tf.bfloat16: ml_dtypes.bfloat16, tf.float32: np.float32, tf.float64: np.float64}
+# A block of the kernel is 8192 values, of which it does 256 at a time.
+SHAPES = [(), (0,), (1,), (17,), (255,), (257,), (5, 111), (8191,), (8193,), (7777, 7)]
+SETTINGS = {"beta_1": 0.9, "beta_2": 0.99, "epsilon": 1e-7}
+
+
+def step(rule, x, g, slots, rate, dtype):
+    """The definition, in one dtype: what `ops.update` says, word for word."""
+    b1, b2, epsilon = (dtype(SETTINGS[name]) for name in ("beta_1", "beta_2", "epsilon"))
+    new_1, new_2 = dtype(1 - SETTINGS["beta_1"]), dtype(1 - SETTINGS["beta_2"])
+    if rule == "sgd":
+        return x - rate * g, []
+    m = slots[0]
+    if rule in ("momentum", "nesterov"):
+        m = m * b1 - rate * g
+        return x + (m if rule == "momentum" else m * b1 - rate * g), [m]
+    if rule == "lion":
+        return x - rate * np.sign(m * b1 + g * new_1), [m * b2 + g * new_2]
+    m = m + (g - m) * new_1
+    v = slots[1] + (g * g - slots[1]) * new_2
+    slots = [m, v] if rule == "adam" else [m, v, np.maximum(slots[2], v)]
+    return x - m * rate / (np.sqrt(slots[-1]) + epsilon), slots
+
+
+class Problem:
+    """Random variables with their slots, accumulators and latest gradients."""
+
+    def __init__(self, rng, rule, shapes=SHAPES, latest_dtype=tf.float32):
+        def draw(dtype=np.float32):
+            return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+
+        self.rule = rule
+        self.values, self.sums, self.latest = draw(), draw(), draw(NUMPY[latest_dtype])
+        # As variances are, not negative.
+        self.slots = [[abs(each) if i else each for each in draw()] for i in range(SLOTS[rule])]
+        self.variables, self.accumulators = ([tf.Variable(v) for v in vs] for vs in (self.values, self.sums))
+        self.slot_variables = [[tf.Variable(v) for v in slot] for slot in self.slots]
+
+    def run(self, mode, *, accumulated=True, latest=False, **arguments):
+        @mode
+        def run(*given):
+            ops.update(
+                self.rule,
+                self.variables,
+                self.slot_variables,
+                accumulators=self.accumulators if accumulated else None,
+                latest=given if latest else None,
+                **{**SETTINGS, **arguments},
+            )
+
+        run(*(tf.constant(each) for each in self.latest))
+
+    def expected(self, i, gradient, *, rate, decay=0.0, decays=True, dtype=np.float32):
+        x = self.values[i].astype(dtype)
+        if decays:
+            x = x - x * dtype(np.float32(decay))
+        slots = [slot[i].astype(dtype) for slot in self.slots]
+        return step(self.rule, x, gradient.astype(dtype), slots, dtype(np.float32(rate)), dtype)
+
+    def check(self, i, expected, compare):
+        value, slots = expected
+        compare(self.variables[i].numpy(), value)
+        for actual, wanted in zip(self.slot_variables, slots, strict=True):
+            compare(actual[i].numpy(), wanted)
+
+
+def comparison(backend, mode):
+    """The kernel gives NumPy's bits. TensorFlow reorders constants in graphs, and XLA contracts operations."""
+    if backend == "fused" and mode.name != "xla":
+        return np.testing.assert_array_equal
+    return lambda actual, wanted: np.testing.assert_allclose(actual, wanted, rtol=3e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", SLOTS)
+def test_steps_as_the_rule_says(backend, mode, rng, rule):
+    problem = Problem(rng, rule)
+    problem.run(mode, scales=0.25, rate=0.01)
+    for i, total in enumerate(problem.sums):
+        gradient = np.float32(0.25) * total
+        problem.check(i, problem.expected(i, gradient, rate=0.01), comparison(backend, mode))
+        np.testing.assert_array_equal(problem.accumulators[i].numpy(), total)
+
+
+@pytest.mark.parametrize("latest_dtype", [tf.float16, tf.bfloat16, tf.float32])
+@pytest.mark.parametrize("rule", ["sgd", "adam"])
+def test_latest_gradient_goes_straight_in(backend, mode, rng, rule, latest_dtype):
+    problem = Problem(rng, rule, latest_dtype=latest_dtype)
+    problem.run(mode, latest=True, scales=0.25, rate=0.01, weight=3.0)
+    for i, (total, latest) in enumerate(zip(problem.sums, problem.latest, strict=True)):
+        gradient = np.float32(0.25) * (total + np.float32(3.0) * latest.astype(np.float32))
+        problem.check(i, problem.expected(i, gradient, rate=0.01), comparison(backend, mode))
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_accumulators_that_are_overwritten_have_no_influence(backend, mode, rng, accumulated):
+    problem = Problem(rng, "adam")
+    for accumulator in problem.accumulators:
+        accumulator.assign(tf.fill(accumulator.shape, np.nan))
+    problem.run(mode, accumulated=accumulated, latest=True, overwrite=True, scales=0.5, rate=0.01, weight=3.0)
+    for i, latest in enumerate(problem.latest):
+        gradient = np.float32(0.5) * (np.float32(3.0) * latest)
+        problem.check(i, problem.expected(i, gradient, rate=0.01), comparison(backend, mode))
+
+
+def test_decay_clip_and_scales_of_their_own(backend, mode, rng):
+    problem = Problem(rng, "momentum")
+    decays = [i % 2 == 0 for i in range(len(SHAPES))]
+    scales = np.linspace(0.1, 2, len(SHAPES), dtype=np.float32)
+    problem.run(mode, scales=tf.constant(scales), rate=0.01, decay=0.03, decays=decays, clip=0.5)
+    for i, total in enumerate(problem.sums):
+        gradient = np.clip(scales[i] * total, np.float32(-0.5), np.float32(0.5))
+        wanted = problem.expected(i, gradient, rate=0.01, decay=0.03, decays=decays[i])
+        problem.check(i, wanted, comparison(backend, mode))
+
+
+@pytest.mark.parametrize("rule", SLOTS)
+def test_rows_without_a_flag_stay_as_they_are(backend, mode, rng, rule):
+    shapes = [(1000, 33), (4, 5), (300, 2, 3), (7,), (0, 3)]
+    problem = Problem(rng, rule, shapes)
+    flags = [rng.random(shape[0]) < share for shape, share in zip(shapes, (0.02, 1, 0.5, 0, 0.5), strict=True)]
+    flags[1] = None
+    variables = [None if each is None else tf.Variable(each) for each in flags]
+    problem.run(mode, scales=0.25, rate=0.01, decay=0.1, touched_rows=variables)
+    for i, total in enumerate(problem.sums):
+        value, slots = problem.expected(i, np.float32(0.25) * total, rate=0.01, decay=0.1)
+        if flags[i] is not None:
+            touched = flags[i].reshape([-1] + [1] * (total.ndim - 1))
+            value = np.where(touched, value, problem.values[i])
+            slots = [np.where(touched, new, old[i]) for new, old in zip(slots, problem.slots, strict=True)]
+        problem.check(i, (value, slots), comparison(backend, mode))
+
+
+@pytest.mark.parametrize("rule", SLOTS)
+def test_close_to_float64(backend, mode, rng, rule):
+    problem = Problem(rng, rule, [(7777, 7)])
+    problem.run(mode, scales=0.25, rate=0.01)
+    gradient = 0.25 * problem.sums[0].astype(np.float64)
+    wanted = problem.expected(0, gradient, rate=0.01, dtype=np.float64)
+
+    def compare(actual, exact):
+        # A sign may differ where the direction is rounding alone.
+        wrong = ~np.isclose(actual, exact, rtol=1e-5, atol=1e-6)
+        assert wrong.mean() < 1e-4
+
+    problem.check(0, wanted, compare)
+
+
+def test_numbers_that_are_not_finite_stay_where_they_are(backend, mode):
+    """NaN of a gradient reaches its own value alone, is no number that a clip makes one, and wins a maximum."""
+    values = np.array([1.0, 2.0, 3.0, np.inf], np.float32)
+    total = np.array([np.nan, np.inf, 1.0, 1.0], np.float32)
+    for rule in ("sgd", "amsgrad", "lion"):
+        variable, accumulator = tf.Variable(values), tf.Variable(total)
+        slots = [[tf.Variable(tf.zeros(4))] for _ in range(SLOTS[rule])]
+
+        @mode
+        def run(rule=rule, variable=variable, slots=slots, accumulator=accumulator):
+            ops.update(rule, [variable], slots, accumulators=[accumulator], rate=0.5, clip=2.0, **SETTINGS)
+
+        run()
+        assert np.isnan(variable.numpy()[0])
+        assert np.isfinite(variable.numpy()[1:3]).all()
+        assert variable.numpy()[3] == np.inf
+        if rule == "amsgrad" and (backend, mode.name) != ("reference", "xla"):  # XLA's maximum on a CPU loses it
+            assert np.isnan(slots[2][0].numpy()[0])
+
+
+def test_a_variable_that_is_being_read_keeps_what_was_read(backend):
+    variable, accumulator = tf.Variable([1.0, 2.0]), tf.Variable([1.0, 1.0])
+    before = (
+        variable.read_value()
+        if backend == "reference"
+        else tf.raw_ops.ReadVariableOp(resource=variable.handle, dtype=tf.float32)
+    )
+    ops.update("sgd", [variable], accumulators=[accumulator], rate=1.0)
+    np.testing.assert_array_equal(before.numpy(), [1, 2])
+    np.testing.assert_array_equal(variable.numpy(), [0, 1])
+
+
+def test_nothing_to_update(backend, mode):
+    @mode
+    def run():
+        ops.update("adam", [], [[], []], accumulators=[], rate=0.1)
+        return ops.squared_norms([])
+
+    assert run().shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", NUMPY)
+def test_squared_norms(backend, mode, rng, dtype):
+    shapes = [(), (0,), (1,), (15,), (17,), (32767,), (32769,), (777, 77)]
+    tensors = [rng.standard_normal(shape).astype(NUMPY[dtype]) for shape in shapes]
+
+    @mode
+    def run(*given):
+        return ops.squared_norms(given)
+
+    norms = run(*map(tf.constant, tensors)).numpy()
+    assert norms.dtype == np.float64
+    exact = [np.sum(tensor.astype(np.float64) ** 2) for tensor in tensors]
+    np.testing.assert_allclose(norms, exact, rtol=1e-12)
+
+
+def test_squared_norms_are_finite_where_the_values_are(backend, mode):
+    largest = np.finfo(np.float32).max
+
+    @mode
+    def run(*given):
+        return ops.squared_norms(given)
+
+    tensors = [[largest] * 40, [1.0] * 20 + [np.nan], [np.inf] + [1.0] * 20, [1e-30]]
+    norms = run(*(tf.constant(each, tf.float32) for each in tensors)).numpy()
+    assert np.isfinite(norms).tolist() == [True, False, False, True]
+    np.testing.assert_allclose(norms[3], np.float64(np.float32(1e-30)) ** 2)
+
+
+def test_the_same_bits_on_every_run(rng):
+    tensors = [tf.constant(rng.standard_normal(n), tf.float32) for n in (100_003, 7, 65_536)]
+    ops.set_backend("fused")
+    try:
+        norms = {ops.squared_norms(tensors).numpy().tobytes() for _ in range(50)}
+    finally:
+        ops.set_backend("auto")
+    assert len(norms) == 1
+
+
+def variables(*shapes, dtype=tf.float32):
+    return [tf.Variable(tf.zeros(shape, dtype)) for shape in shapes]
+
+
+ONE = variables((3,))
+WRONG = {
+    "an unknown rule": (("adagrad", ONE), {}, ValueError, "must be one of 'sgd'"),
+    "slots that the rule has not": (("sgd", ONE, [variables((3,))]), {}, ValueError, "has 0 slots. Received: 1"),
+    "no gradients": (("sgd", ONE), {"accumulators": None}, ValueError, "give `accumulators`, or `latest`"),
+    "no variable": (("sgd", [tf.zeros([3])]), {}, TypeError, r"`variables\[0\]` must be a tf.Variable"),
+    "a float64 variable": (("sgd", variables((3,), dtype=tf.float64)), {}, ValueError, "must be float32"),
+    "too few accumulators": (("sgd", variables((3,), (3,))), {}, ValueError, "must have 2 items"),
+    "another shape": (("sgd", ONE), {"accumulators": variables((4,))}, ValueError, r"of shape \(3,\). Received"),
+    "a variable twice": (("sgd", ONE), {"accumulators": ONE}, ValueError, "the same variable; give it once"),
+    "another shape of the latest": (("sgd", ONE), {"latest": [tf.zeros([4])]}, ValueError, r"`latest\[0\]`"),
+    "a wide latest": (("sgd", ONE), {"latest": [tf.zeros([3], tf.float64)]}, ValueError, "Received: float64"),
+    "flags of other rows": (
+        ("sgd", ONE),
+        {"touched_rows": variables((4,), dtype=tf.bool)},
+        ValueError,
+        "with a flag for each row",
+    ),
+    "a negative clip": (("sgd", ONE), {"clip": -1.0}, ValueError, "`clip` must be finite and not negative"),
+    "a decay rate that is no number": (("sgd", ONE), {"beta_1": "0.9"}, TypeError, "`beta_1` must be a number"),
+    "a rate of many": (("sgd", ONE), {"rate": tf.zeros([3])}, ValueError, "`rate` must be of shape"),
+    "scales of others": (("sgd", ONE), {"scales": tf.zeros([3])}, ValueError, "`scales` must be of shape"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_bad_arguments(backend, case):
+    positional, keywords, error, message = WRONG[case]
+    arguments = {"accumulators": variables((3,)), "rate": 0.1, **keywords}
+    with pytest.raises(error, match=message):
+        ops.update(*positional, **arguments)
+
+
+def test_shapes_that_only_the_call_knows(rng):
+    variable, accumulator = tf.Variable([1.0, 2.0]), tf.Variable([1.0, 1.0])
+
+    @tf.function(input_signature=[tf.TensorSpec(None, tf.float32)])
+    def run(latest):
+        ops.update("sgd", [variable], accumulators=[accumulator], latest=[latest], rate=1.0)
+
+    ops.set_backend("fused")
+    try:
+        with pytest.raises(tf.errors.InvalidArgumentError, match=r"latest\[0\] has shape \[3\]"):
+            run(tf.zeros([3]))
+    finally:
+        ops.set_backend("auto")
+    np.testing.assert_array_equal(variable.numpy(), [1, 2])
+
+
+RAW = {
+    "S": ({"slots": "variables"}, "1 slots"),
+    "A": ({"accumulators": []}, "0 accumulators, 0 latest"),
+    "decays": ({"decays": []}, "0 decays"),
+    "rows_of": ({"rows_of": [0]}, "0 touched rows and 1 rows_of"),
+    "rows out of range": ({"rows_of": [7], "touched_rows": "flags"}, "rows_of must be ascending positions"),
+    "flags": ({"rows_of": [0], "touched_rows": "other flags"}, "it must be bool with a flag for each row"),
+    "a slot": ({"rule": "momentum", "slots": "other"}, "does not fit|it must be float of shape"),
+    "rate": ({"rate": [1.0]}, "rank 0|scalar"),
+    "clip": ({"clip": -1.0}, "clip must not be negative"),
+    "uninitialized": ({"accumulators": "gone"}, "uninitialized|deleted|resource"),
+}
+
+
+@pytest.mark.parametrize("case", RAW)
+def test_malformed_calls_of_the_raw_op_fail_and_change_nothing(case):
+    """What no wrapper has checked: the process lives, and nothing was written."""
+    raw = ops.library.load()[0]
+    variable, accumulator, other = tf.Variable([1.0, 2.0]), tf.Variable([1.0, 1.0]), tf.Variable([1.0])
+    named = {
+        "variables": [tf.Variable([3.0, 3.0]).handle],
+        "flags": [tf.Variable([True, True]).handle],
+        "other flags": [tf.Variable([True]).handle],
+        "other": [other.handle],
+        "gone": [tf.raw_ops.VarHandleOp(dtype=tf.float32, shape=[2], shared_name="nobody made this")],
+    }
+    changes, message = RAW[case]
+    arguments = {
+        "variables": [variable.handle],
+        "slots": [],
+        "accumulators": [accumulator.handle],
+        "touched_rows": [],
+        "latest": [],
+        "scales": 1.0,
+        "rate": 1.0,
+        "decay": 0.0,
+        "weight": 1.0,
+        "overwrite": False,
+        "rule": "sgd",
+        "decays": [False],
+        **{
+            name: named[value] if isinstance(value, str) and name != "rule" else value
+            for name, value in changes.items()
+        },
+    }
+    with pytest.raises((tf.errors.OpError, ValueError), match=message):
+        raw.accum_ops_update(**arguments)
+    np.testing.assert_array_equal(variable.numpy(), [1, 2])
