@@ -106,6 +106,7 @@ class GradientAccumulateModel(keras.Model):
         # Inputs reach the wrapped model as they are; what it casts, it casts itself.
         super().__init__(name=name, autocast=False)
         self._convert_input_args = False
+        self._allow_non_tensor_positional_args = True
         self.model = model
         if hasattr(model, "output_names"):  # by which losses and metrics are found, and called in the logs
             self.output_names = model.output_names

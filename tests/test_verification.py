@@ -8,6 +8,7 @@ import tensorflow as tf
 import accumops
 from accumops import verification
 from accumops.ops import library, reference
+from accumops.ops.update import SLOTS
 from accumops.verification import runner
 from accumops.verification.case import Case, Expected, Subject, Trial, ulp
 
@@ -47,7 +48,15 @@ def test_every_result_is_within_its_bound(small_grid):
     assert {result.layout for result in results if result.op == "batch_norm"} == {
         f"{dtype}, channels {place}" for dtype in ("float16", "bfloat16", "float32", "float64") for place in PLACES
     }
-    assert {result.op for result in results} == {"accumulate", "batch_norm", "batch_norm_inference", "merge_moments"}
+    assert {result.layout for result in results if result.op == "update"} == set(SLOTS)
+    assert {result.op for result in results} == {
+        "accumulate",
+        "batch_norm",
+        "batch_norm_inference",
+        "merge_moments",
+        "update",
+        "squared_norms",
+    }
 
 
 def test_progress_counts_up_to_the_total(small_grid):

@@ -1,0 +1,166 @@
+"""The two functions that a model's steps run: whatever happens between steps, they do what one function would."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from accumops import GradientAccumulateModel
+from accumops.model_function import train_function
+
+
+def network():
+    keras.utils.set_random_seed(3)
+    return keras.Sequential([keras.Input((6,)), keras.layers.Dense(5, activation="tanh"), keras.layers.Dense(2)])
+
+
+def batches(rng, count=12, size=8):
+    x = rng.standard_normal((count * size, 6)).astype("float32")
+    return x, x[:, :2] ** 2
+
+
+def model(accum_steps=4, *, eager=False, **arguments):
+    made = GradientAccumulateModel(network(), accum_steps=accum_steps, **arguments)
+    made.compile(keras.optimizers.AdamW(0.01), "mse", run_eagerly=eager, jit_compile=False)
+    return made
+
+
+class At(keras.callbacks.Callback):
+    """Does something to the model after some steps, counted from 0."""
+
+    def __init__(self, actions):
+        super().__init__()
+        self.actions = actions
+        self.step = 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.actions.get(self.step, lambda model: None)(self.model)
+        self.step += 1
+
+
+def set_accum_steps(steps):
+    return lambda model: setattr(model, "accum_steps", steps)
+
+
+def add_a_micro_batch(model):
+    variables = model.trainable_variables
+    model.optimizer.apply([tf.ones(v.shape) for v in variables], variables, weight=8.0)
+
+
+INTERFERENCE = {
+    "none": {},
+    "a flush": {1: lambda model: model.flush(), 8: lambda model: model.flush()},
+    "a reset": {2: lambda model: model.optimizer.accumulator.reset()},
+    "more micro-batches a window": {2: set_accum_steps(6)},
+    "fewer micro-batches a window": {4: set_accum_steps(1), 9: set_accum_steps(2)},
+    "somebody else's micro-batch": {1: add_a_micro_batch, 6: add_a_micro_batch},
+    "somebody else's window": {2: add_a_micro_batch, 5: add_a_micro_batch},
+}
+
+
+@pytest.mark.parametrize("case", INTERFERENCE)
+def test_as_eagerly_whatever_happens_between_steps(rng, case):
+    x, y = batches(rng)
+    results = []
+    for eager in (False, True):
+        trained = model(eager=eager)
+        trained.fit(x, y, batch_size=8, shuffle=False, verbose=0, callbacks=[At(INTERFERENCE[case])])
+        results.append([*trained.get_weights(), int(trained.optimizer.iterations)])
+    for graph, eager in zip(*results, strict=True):
+        np.testing.assert_allclose(graph, eager, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("accum_steps", [1, 3, lambda updates: tf.where(updates < 2, 2, 3)])
+def test_schedules_and_windows_of_one(rng, accum_steps):
+    x, y = batches(rng)
+    graph, eager = model(accum_steps), model(accum_steps, eager=True)
+    for each in (graph, eager):
+        each.fit(x, y, batch_size=8, shuffle=False, epochs=2, verbose=0)
+    assert int(graph.optimizer.iterations) == int(eager.optimizer.iterations)
+    for a, b in zip(graph.get_weights(), eager.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_steps_that_cannot_end_a_window_know_nothing_of_the_update(rng, monkeypatch):
+    x, y = batches(rng, count=8)
+    trained = model()
+    called = []
+    for name in ("apply", "accumulate"):
+        original = getattr(type(trained.optimizer), name)
+
+        def spy(self, *args, name=name, original=original, **kwargs):
+            called.append(name)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(type(trained.optimizer), name, spy)
+    trained.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+    # Each was traced once (the whole one once more, where Keras builds the model), and two windows have ended.
+    assert called.count("accumulate") == 1
+    assert int(trained.optimizer.iterations) == 2
+
+
+def test_nothing_runs_at_the_end_of_the_data(rng):
+    """A generator of random numbers that no data reaches moves once a step, as in Keras."""
+    x, y = batches(rng, count=6)
+
+    class Noise(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.seeds = keras.random.SeedGenerator(7)
+
+        def call(self, inputs):
+            return inputs + 0 * keras.random.normal((2,), seed=self.seeds)
+
+    def noisy():
+        keras.utils.set_random_seed(3)
+        return keras.Sequential([keras.Input((6,)), keras.layers.Dense(2), Noise()])
+
+    ours, plain = GradientAccumulateModel(noisy(), accum_steps=3), noisy()
+    for each in (ours, plain):
+        each.compile("sgd", "mse", jit_compile=False)
+        each.fit(x, y, batch_size=8, epochs=3, verbose=0)
+    states = [each.layers[-1].seeds.state.numpy() for each in (ours.model, plain)]
+    np.testing.assert_array_equal(*states)
+
+
+def test_batches_that_are_given_one_by_one(rng):
+    x, y = batches(rng, count=8)
+    graph, eager = model(), model(eager=True)
+    for each in (graph, eager):
+        each.fit(x[:16], y[:16], batch_size=8, shuffle=False, verbose=0)
+        for i in range(16, 64, 8):
+            each.train_on_batch(x[i : i + 8], y[i : i + 8])
+    for a, b in zip(graph.get_weights(), eager.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_an_error_in_a_step_leaves_the_window(rng):
+    """The next steps decide anew."""
+    trained = model()
+    x, y = batches(rng, count=8)
+    trained.fit(x[:8], y[:8], batch_size=8, verbose=0)
+    function = trained.make_train_function(force=True)
+    good = iter(tf.data.Dataset.from_tensor_slices((x, y)).batch(8).repeat())
+    for _ in range(2):
+        function(good)
+    bad = iter(tf.data.Dataset.from_tensors((x[:8, :5], y[:8])))
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError)):
+        function(bad)
+    assert int(trained.optimizer.accumulator.step) == 2
+    for _ in range(2):
+        function(good)
+    assert (int(trained.optimizer.accumulator.step), int(trained.optimizer.iterations)) == (0, 2)
+    with pytest.raises(StopIteration):
+        function(iter(tf.data.Dataset.from_tensor_slices((x[:0], y[:0])).batch(8)))
+
+
+def test_where_keras_function_stays(monkeypatch):
+    """XLA compiles a step as a whole, and several steps are one call."""
+    made = []
+    monkeypatch.setattr("accumops.model.train_function", lambda *args: made.append(1) or train_function(*args))
+    for arguments, own in (({"jit_compile": True}, 0), ({"steps_per_execution": 2}, 0), ({"jit_compile": False}, 1)):
+        trained = GradientAccumulateModel(network(), accum_steps=2)
+        trained.compile("sgd", "mse", **{"jit_compile": False, **arguments})
+        trained.make_train_function()
+        assert trained.make_train_function() is trained.train_function
+        assert made == [1] * own
