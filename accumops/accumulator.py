@@ -384,14 +384,16 @@ class GradientAccumulator(tf.Module):
         """The open window, which ends when what is done with it has not failed."""
         self._check_built()
         empty = f"{self.name} has no open window to close: call `accumulate` first."
+        checks = []
         if tf.executing_eagerly():
             if int(self._step) == 0:
                 raise ValueError(empty)
         else:
             with tf.device(self._step.value.device):
-                tf.debugging.assert_positive(self.step, message=empty)
-        yield Window(self._held(), tf.convert_to_tensor(self._weight), self._rows_of)
-        self._finish()
+                checks.append(tf.debugging.assert_positive(self.step, message=empty))
+        with tf.control_dependencies([check for check in checks if check is not None]):
+            yield Window(self._held(), tf.convert_to_tensor(self._weight), self._rows_of)
+            self._finish()
 
     @contextlib.contextmanager
     def _ending_with(self, batch: MicroBatch) -> Iterator[Window]:

@@ -258,8 +258,8 @@ class GradientAccumulateModel(keras.Model):
             static_sizes=bool(self.jit_compile),
             at_once=self.parallel_micro_batches,
         )
-        if self.optimizer.built:
-            self.optimizer.flush()
+        if self.optimizer.accumulator.built:
+            self.optimizer.close()
         return self.get_metrics_result()
 
     def _train_on_micro_batch(self, data: Any, apply: Callable[..., None]) -> dict[str, Any]:
@@ -399,6 +399,12 @@ def _for_each_slice(
             "A batch with a tf.SparseTensor cannot be split: use `accum_steps` instead of `micro_batch_size`."
         )
     count = tf.shape(leaves[0])[0]
+    empty = "A batch without samples makes no update."
+    if leaves[0].shape[0] == 0:
+        raise ValueError(empty)
+    check = tf.debugging.assert_positive(count, message=empty)
+    with tf.control_dependencies([] if check is None else [check]):
+        count = tf.identity(count)
 
     def part(begin: tf.Tensor | int, end: tf.Tensor | int) -> Any:
         return keras.tree.map_structure(lambda leaf: None if leaf is None else leaf[begin:end], data)

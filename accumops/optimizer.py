@@ -196,7 +196,17 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
                 "`flush` needs an optimizer that is built: call `optimizer.build(trainable_variables)` first."
             )
         if self._accumulator.built:
-            keras.ops.cond(self._accumulator.open, lambda: self._update([]), lambda: None)
+            keras.ops.cond(self._accumulator.open, self.close, lambda: None)
+
+    @tf.autograph.experimental.do_not_convert
+    def close(self) -> None:
+        """Ends the open window, full or not, with an update: `flush` for who knows that one is open.
+
+        Raises:
+            ValueError: If it is not built, or no window is open, when executing eagerly. In a graph,
+                `tf.errors.InvalidArgumentError`, which a function that XLA compiles does not check.
+        """
+        self._update([])
 
     def _prepare(
         self,

@@ -572,3 +572,19 @@ class TestErrors:
         dataset = tf.data.Dataset.from_tensor_slices((problem.x, problem.y)).batch(64, drop_remainder=True)
         with pytest.raises(ValueError, match=r"micro_batch_size=65.*64"):
             model.fit(dataset, verbose=0)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_batch_without_samples(eager):
+    model = GradientAccumulateModel(keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)]), micro_batch_size=2)
+    model.compile("sgd", "mse", run_eagerly=eager, jit_compile=False)
+    data = tf.data.Dataset.from_tensors((tf.zeros([4, 3]), tf.zeros([4, 1])))
+    data = data.map(lambda x, y: (tf.boolean_mask(x, x[:, 0] > 1), tf.boolean_mask(y, y[:, 0] > 1)))
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match="A batch without samples"):
+        model.fit(data, verbose=0)
+    assert int(model.optimizer.iterations) == 0
+
+
+def test_called_with_an_array():
+    model = GradientAccumulateModel(keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)]), accum_steps=2)
+    assert model(np.ones((2, 3), "float32")).shape == (2, 1)

@@ -26,7 +26,7 @@ constexpr int kFlagSteps = 16;  // packs, full or single, whose flags a thread c
 // slots. kValues is what a thread holds of each array, kBlocks how many blocks share a processor.
 struct Sgd {
   static constexpr int kSlots = 0;
-  static constexpr int kValues = 16;
+  static constexpr int kValues = 12;
   static constexpr int kBlocks = 3;
   static __device__ float Step(float x, float g, float*, float rate, const UpdateSettings&) {
     return cuda::Subtract(x, cuda::Multiply(rate, g));
