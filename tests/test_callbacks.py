@@ -85,7 +85,7 @@ class TestAccumStepsScheduler:
         problem = Problem(rng, SAMPLES)
         problem.layers = lambda: [Counted(), keras.layers.Dense(3)]
         model, _, _ = with_model(problem, {0: 1, 1: 2, 2: 3, 3: 4})
-        fit(model, problem, 1)
+        fit(model, problem, 2)  # a step that cannot end a window has a function of its own
         before = len(traces)
         fit(model, problem, 4)
         assert len(traces) == before
