@@ -1,95 +1,72 @@
 """The `batch-norm` suite: forward and backward of one layer, and a window of a small network that has several."""
 
-import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from accumops import ops
 from accumops.batch_norm import AccumBatchNormalization
-from accumops.benchmark.timing import Timing, interleave
+from accumops.benchmark import training
+from accumops.benchmark.bandwidth import Bandwidth
+from accumops.benchmark.contender import Contender, time_contenders
+from accumops.benchmark.models import PROBLEMS, convolutional_network
+from accumops.benchmark.result import Result, Row
 from accumops.model import GradientAccumulateModel
-from accumops.ops import library
 from accumops.replace import replace_batchnorm_layers
 
+ROUNDS = 30
 WARMUP = 3
 SHAPES = ((32, 56, 56, 64), (16, 32, 32, 32), (8, 7, 7, 2048), (4096, 512))
 DTYPES = ("float32", "bfloat16")
 STEPS, MICRO = 4, 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One contender's result in one case."""
-
-    case: str
-    name: str
-    milliseconds: float  # median
-    spread: float  # quartile distance over median
-    bytes_moved: int | None  # at least: x, x, y, and x, dy, x, dy, dx
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """All contenders of all cases; those of one case are interleaved."""
-
-    rows: tuple[Row, ...]
+_PASSES = 8  # over the layer's input, at least: x, x, y, and x, dy, x, dy, dx
+_BANDWIDTH_SAMPLES = 5  # before each layer
 
 
 def turns(rounds: int) -> int:
     """How often `run` calls `progress`."""
-    return (len(SHAPES) * len(DTYPES) + 1) * (rounds + WARMUP)
+    return (len(SHAPES) * len(DTYPES) + 1) * (1 + WARMUP + rounds)
 
 
-def run(*, rounds: int = 30, progress: Callable[[], object] = lambda: None) -> Result:
-    """Measures on the CPU: Keras's layer, TensorFlow's fused op and ours, each forward and backward in a `tf.function`.
+def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
+    """Measures Keras's layer, TensorFlow's fused op and ours, each forward and backward in a `tf.function`.
 
     And a window of 4 micro-batches of 16 through six convolutions with batch normalization and ReLU: Keras's layers and
-    Keras's accumulation against `GradientAccumulateModel`, in both of its modes, with the layers replaced.
+    Keras's accumulation against `GradientAccumulateModel`, in both of its modes, with the layers replaced. The floor
+    there is forward and backward with the replaced layers.
 
     Args:
+        device: `"CPU"` or `"GPU"`.
         rounds: Timed runs of each contender.
         progress: Called after each round.
-
-    Raises:
-        accumops.LibraryError: If the compiled library is not there.
     """
-    _, problem = library.load()
-    if problem:
-        raise ops.LibraryError(f"There is nothing fused to measure: {problem}.")
-    before = ops.get_backend()
-    ops.set_backend("fused")
-    try:
-        with tf.device("CPU:0"):
-            return Result(tuple(_measure(rounds, progress)))
-    finally:
-        ops.set_backend(before)
-
-
-def _measure(rounds: int, progress: Callable[[], object]) -> Iterator[Row]:
-    cases: list[tuple[str, Callable[[], dict[str, Callable[[], object]]], int | None]] = [
+    measure = functools.partial(time_contenders, device=device, rounds=rounds, warmup=WARMUP, progress=progress)
+    bandwidth = Bandwidth(device)
+    rows: list[Row] = []
+    for shape in SHAPES:
+        for dtype in map(tf.as_dtype, DTYPES):
+            for _ in range(_BANDWIDTH_SAMPLES):
+                bandwidth.sample()
+            size = _PASSES * math.prod(shape) * dtype.size
+            case = f"{shape} {dtype.name}"
+            layers = measure(case, _layers(shape, dtype, size))
+            rows += [*bandwidth.limits(case, size), *layers]
+    rows += measure(f"window of {STEPS} x {MICRO}", _windows(device))
+    return Result(
+        "batch normalization: forward and backward, and a window of a network with six of them",
+        tuple(rows),
         (
-            f"{shape} {dtype}",
-            lambda shape=shape, dtype=dtype: _layers(shape, tf.as_dtype(dtype)),  # type: ignore[misc]
-            8 * math.prod(shape) * tf.as_dtype(dtype).size,
-        )
-        for shape in SHAPES
-        for dtype in DTYPES
-    ]
-    cases.append((f"window of {STEPS} x {MICRO}", _windows, None))
-    for case, make, size in cases:
-        times = interleave(make(), rounds=rounds, warmup=WARMUP, progress=progress)
-        yield from (_row(case, name, timing, size) for name, timing in times.items())
+            f"The limit counts the bytes that {_PASSES} passes move; in small layers caches beat the memory.",
+            "The window's floor is forward and backward alone, with accumops' layers.",
+        ),
+        bandwidth=bandwidth.best,
+    )
 
 
-def _row(case: str, name: str, timing: Timing, size: int | None) -> Row:
-    return Row(case, name, 1e3 * timing.median, timing.spread, size)
-
-
-def _layers(shape: tuple[int, ...], dtype: tf.DType) -> dict[str, Callable[[], object]]:
+def _layers(shape: tuple[int, ...], dtype: tf.DType, size: int) -> list[Contender]:
     x, dy = (tf.cast(tf.random.stateless_normal(shape, [seed, 0]), dtype) for seed in (1, 2))
     policy = "float32" if dtype == tf.float32 else f"mixed_{dtype.name}"
 
@@ -106,67 +83,51 @@ def _layers(shape: tuple[int, ...], dtype: tf.DType) -> dict[str, Callable[[], o
 
         return step
 
-    # TensorFlow's fused op wants images.
-    image = shape if len(shape) == 4 else (shape[0], 1, 1, shape[1])
-    images, image_gradients = tf.reshape(x, image), tf.reshape(dy, image)
-    gamma, beta = tf.Variable(tf.ones(shape[-1:])), tf.Variable(tf.zeros(shape[-1:]))
+    def fused() -> Callable[[], object]:
+        # TensorFlow's fused op wants images.
+        image = shape if len(shape) == 4 else (shape[0], 1, 1, shape[1])
+        images, image_gradients = tf.reshape(x, image), tf.reshape(dy, image)
+        gamma, beta = tf.Variable(tf.ones(shape[-1:])), tf.Variable(tf.zeros(shape[-1:]))
 
-    @tf.function
-    def fused() -> object:
-        with tf.GradientTape() as tape:
-            tape.watch(images)
-            y, _, _ = tf.compat.v1.nn.fused_batch_norm(images, gamma, beta, epsilon=1e-3)
-        return y, tape.gradient(y, [images, gamma, beta], output_gradients=image_gradients)
+        @tf.function
+        def step() -> object:
+            with tf.GradientTape() as tape:
+                tape.watch(images)
+                y, _, _ = tf.compat.v1.nn.fused_batch_norm(images, gamma, beta, epsilon=1e-3)
+            return y, tape.gradient(y, [images, gamma, beta], output_gradients=image_gradients)
 
-    return {
-        "Keras": layer(keras.layers.BatchNormalization),
-        "TensorFlow fused": fused,
-        "accumops": layer(AccumBatchNormalization),
-    }
+        return step
+
+    return [
+        Contender("Keras", lambda: layer(keras.layers.BatchNormalization), bytes_moved=size),
+        Contender("TensorFlow fused", fused, bytes_moved=size),
+        Contender("accumops", lambda: layer(AccumBatchNormalization), bytes_moved=size),
+    ]
 
 
-def _windows() -> dict[str, Callable[[], object]]:
-    x = tf.random.stateless_normal((STEPS * MICRO, 32, 32, 3), [1, 0])
-    y = tf.random.stateless_uniform((STEPS * MICRO,), [2, 0], maxval=10, dtype=tf.int32)
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+def _windows(device: str) -> list[Contender]:
+    x, y = PROBLEMS["convolutional network"].data(STEPS * MICRO)
 
-    def calls(model: keras.Model, batch_size: int) -> Callable[[], object]:
-        model.make_train_function()
-        batches = iter(tf.data.Dataset.from_tensor_slices((x, y)).batch(batch_size).cache().repeat())
+    def floor() -> Callable[[], object]:
+        model = replace_batchnorm_layers(convolutional_network())
+        step = training.forward_and_backward(model, drop=device == "CPU")
+        return training.each_micro_batch(step, training.split(x, y, MICRO))
 
-        def window() -> None:
-            for _ in range(STEPS * MICRO // batch_size):
-                model.train_function(batches)
-
-        return window
-
-    def keras_model(**arguments: Any) -> keras.Model:
+    def keras_model(batch_size: int, **arguments: Any) -> Callable[[], object]:
         model = convolutional_network()
-        model.compile(keras.optimizers.Adam(1e-3, **arguments), loss, jit_compile=False)
-        return model
+        adam = keras.optimizers.Adam(training.LEARNING_RATE, **arguments)
+        model.compile(adam, training.loss_function(), jit_compile=False)
+        return training.train_steps(model, x, y, batch_size)
 
     def ours(batch_size: int, **mode: Any) -> Callable[[], object]:
         model = GradientAccumulateModel(replace_batchnorm_layers(convolutional_network()), **mode)
-        model.compile(keras.optimizers.Adam(1e-3), loss, jit_compile=False)
-        return calls(model, batch_size)
+        model.compile(keras.optimizers.Adam(training.LEARNING_RATE), training.loss_function(), jit_compile=False)
+        return training.train_steps(model, x, y, batch_size)
 
-    return {
-        "Keras layers and accumulation": calls(keras_model(gradient_accumulation_steps=STEPS), MICRO),
-        "Keras layers, one batch": calls(keras_model(), STEPS * MICRO),
-        "accumops, accum_steps": ours(MICRO, accum_steps=STEPS),
-        "accumops, micro_batch_size": ours(STEPS * MICRO, micro_batch_size=MICRO),
-    }
-
-
-def convolutional_network() -> keras.Model:
-    """Six 3x3 convolutions of 32, 64 and 128 channels for images of 32x32, with batch normalization and ReLU."""
-    layers: list[keras.layers.Layer] = [keras.Input((32, 32, 3))]
-    for filters in (32, 64, 128):
-        for _ in range(2):
-            layers += [
-                keras.layers.Conv2D(filters, 3, padding="same", use_bias=False),
-                keras.layers.BatchNormalization(),
-                keras.layers.ReLU(),
-            ]
-        layers.append(keras.layers.MaxPooling2D())
-    return keras.Sequential([*layers, keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(10)])
+    return [
+        Contender("forward and backward", floor, floor=True),
+        Contender("Keras layers and accumulation", lambda: keras_model(MICRO, gradient_accumulation_steps=STEPS)),
+        Contender("Keras layers, one batch", lambda: keras_model(STEPS * MICRO)),
+        Contender("accumops, accum_steps", lambda: ours(MICRO, accum_steps=STEPS)),
+        Contender("accumops, micro_batch_size", lambda: ours(STEPS * MICRO, micro_batch_size=MICRO)),
+    ]

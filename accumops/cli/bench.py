@@ -1,103 +1,122 @@
-"""`accumops bench`: how fast the fused ops are, beside TensorFlow's own and beside the memory."""
+"""`accumops bench`: what accumulation costs, beside other ways to do it and beside what the machine can do."""
 
+import os
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from accumops.cli.console import console, table
+from accumops.cli.console import console, human_bytes, table
 from accumops.cli.info import describe
+from accumops.cli.picture import check_matplotlib, check_picture, draw_bars
 from accumops.cli.report import json_option, write_json
 
 if TYPE_CHECKING:
-    from accumops.benchmark import accumulate, batch_norm
+    from accumops.benchmark import Result, Row
 
 NOTHING_TO_MEASURE = 3
+SUITES = ("accumulate", "update", "batch-norm", "window", "memory")
 
 
 @click.command()
-@click.argument("suite", type=click.Choice(["accumulate", "batch-norm"]))
-@click.option("--rounds", type=click.IntRange(min=2), default=30, help="Timed runs of each contender.")
+@click.argument("suite", type=click.Choice(SUITES), metavar="SUITE")
+@click.option(
+    "--device",
+    type=click.Choice(["CPU", "GPU"], case_sensitive=False),
+    default="CPU",
+    metavar="[CPU|GPU]",
+    help="Where the work is done.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=2),
+    help="How often each contender is measured; by default 30 times, for memory 3.",
+)
 @json_option
+@click.option(
+    "--plot",
+    "picture",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    callback=check_picture,
+    help="Draw the results as bars; needs matplotlib.",
+)
 @click.pass_context
-def bench(context: click.Context, suite: str, rounds: int, json_file: Path | None) -> None:
-    """Time contenders interleaved in one process, and print their medians.
+def bench(
+    context: click.Context, suite: str, device: str, rounds: int | None, json_file: Path | None, picture: Path | None
+) -> None:
+    """Measure contenders interleaved, and print their medians.
 
-    The suite `accumulate` is one micro-step over the 214 trainable variables of ResNet-50 on the CPU; `batch-norm` is
-    forward and backward of one layer, and a window of a small network. Exits with 3 where there are no fused ops to
-    measure.
+    \b
+    accumulate  one micro-step over the 214 trainable variables of ResNet-50
+    update      AdamW's step over the same variables
+    batch-norm  forward and backward of one layer, and a window of a network
+    window      4 micro-batches of 16 and their update, in six models
+    memory      the peak of training by effective batch size, each in a process
+
+    They are compared with a floor: what the memory's bandwidth allows, forward and backward alone, or for memory one
+    micro-batch. Exits with 3 where there are no fused ops to measure.
     """
+    if picture is not None:
+        check_matplotlib()
+    # TensorFlow reads it when it first uses a GPU, which some contenders' processes share with this one.
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     facts = describe()
 
-    from accumops import LibraryError
-    from accumops.benchmark import accumulate, batch_norm
+    from accumops import LibraryError, benchmark
+    from accumops.verification import fused_problem
 
-    suites: dict[str, tuple[Any, Callable[[Any], None]]] = {
-        "accumulate": (accumulate, _print),
-        "batch-norm": (batch_norm, _print_batch_norm),
-    }
-    module, show = suites[suite]
+    if (problem := fused_problem(device.lower())) is not None:
+        click.echo(f"There is nothing fused to measure: {problem}.", err=True)
+        context.exit(NOTHING_TO_MEASURE)
+    if rounds is None:
+        rounds = benchmark.default_rounds(suite)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"bench {suite}", total=module.turns(rounds))
+        task = progress.add_task(f"bench {suite}", total=benchmark.turns(suite, rounds))
         try:
-            result = module.run(rounds=rounds, progress=lambda: progress.advance(task))
-        except LibraryError as problem:
-            click.echo(str(problem), err=True)
+            result = benchmark.run(suite, device=device, rounds=rounds, progress=lambda: progress.advance(task))
+        except LibraryError as error:
+            click.echo(str(error), err=True)
             context.exit(NOTHING_TO_MEASURE)
-    show(result)
+    _print(result)
     if json_file is not None:
-        write_json(json_file, {"accumops": facts, "suite": suite, "rounds": rounds, "result": asdict(result)})
+        report = {"accumops": facts, "suite": suite, "device": device, "rounds": rounds, "result": result.as_json()}
+        write_json(json_file, report)
+    if picture is not None:
+        draw_bars(result, picture)
 
 
-def _print_batch_norm(result: "batch_norm.Result") -> None:
+def _print(result: "Result") -> None:
+    columns: dict[str, Callable[[Row], str]] = {
+        "ms": lambda row: _number(row.milliseconds, ".2f"),
+        "peak": lambda row: "" if row.peak_bytes is None else human_bytes(row.peak_bytes),
+        "quartiles ±": lambda row: "" if row.spread is None else f"{50 * row.spread:.0f} %",
+        "GB/s": lambda row: "" if row.bytes_per_second is None else f"{row.bytes_per_second / 1e9:.1f}",
+        "of bandwidth": lambda row: _number(result.share(row), ".2f"),
+        "over floor": lambda row: _number(result.ratio(row), ".2f"),
+        "": lambda row: escape(row.note or ""),
+    }
+    shown = {name: text for name, text in columns.items() if any(text(row) for row in result.rows)}
     output = table(
-        title="batch normalization: forward and backward, and a window of a network with six of them",
-        caption="Medians, interleaved within each case. GB/s counts the bytes that eight passes move.",
+        title=result.title, caption="\n".join(["Medians; the contenders of a case take turns.", *result.footnotes])
     )
-    for header in ("case", "contender"):
-        output.add_column(header)
-    for header in ("ms", "quartiles ±", "GB/s", "time / last"):
-        output.add_column(header, justify="right")
-    ours = {row.case: row.milliseconds for row in result.rows}
-    for i, row in enumerate(result.rows):
-        first = i == 0 or result.rows[i - 1].case != row.case
-        output.add_row(
-            row.case if first else "",
-            row.name,
-            f"{row.milliseconds:.2f}",
-            f"{50 * row.spread:.0f} %",
-            "" if row.bytes_moved is None else f"{row.bytes_moved / row.milliseconds / 1e6:.1f}",
-            f"{row.milliseconds / ours[row.case]:.2f}",
-            end_section=i + 1 == len(result.rows) or result.rows[i + 1].case != row.case,
-        )
+    cases = result.cases()
+    if len(cases) > 1:
+        output.add_column("case")
+    output.add_column("contender", no_wrap=True)
+    for name in shown:
+        output.add_column(name, justify="right" if name else "left")
+    for case, rows in cases.items():
+        for row in rows:
+            first = [case if row is rows[0] else ""] if len(cases) > 1 else []
+            output.add_row(
+                *first, escape(row.name), *(text(row) for text in shown.values()), end_section=row is rows[-1]
+            )
     console().print(output)
 
 
-def _print(result: "accumulate.Result") -> None:
-    triad = max(row.bytes_per_second for row in result.rows if row.name.startswith("triad"))
-    fused = result.row("fused").milliseconds
-    output = table(
-        title=f"accumulate: {result.values / 1e6:.1f} million float32 values in {result.variables} variables",
-        caption=(
-            "Medians of one interleaved run. GB/s counts the bytes that the operation has to move, share is of the "
-            "faster triad."
-        ),
-    )
-    output.add_column("contender")
-    for header in ("ms", "quartiles ±", "bytes/value", "GB/s", "share", "time / fused"):
-        output.add_column(header, justify="right")
-    for row in result.rows:
-        output.add_row(
-            row.name,
-            f"{row.milliseconds:.2f}",
-            f"{50 * row.spread:.0f} %",
-            str(row.bytes_per_value),
-            f"{row.bytes_per_second / 1e9:.1f}",
-            f"{row.bytes_per_second / triad:.2f}",
-            f"{row.milliseconds / fused:.2f}",
-        )
-    console().print(output)
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

@@ -12,13 +12,13 @@ import click
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from accumops.cli.console import console, human_bytes, table
+from accumops.cli.picture import check_picture
 
 _BATCH = 256
 _MICRO_BATCH = 32
 _ACCUM_STEPS = _BATCH // _MICRO_BATCH
 _TRAINING_SAMPLES = 6 * _BATCH  # of 1797: whole windows, and the rest is to test on
 _LEARNING_RATE = 1e-3
-_SUFFIXES = (".png", ".pdf", ".svg")
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,13 @@ class _Run:
     layer_output_bytes: int
 
 
-def _check_output(context: click.Context, parameter: click.Parameter, value: Path) -> Path:
-    if value.suffix.lower() not in _SUFFIXES:
-        raise click.BadParameter(f"{str(value)!r} must end in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}")
-    if not value.absolute().parent.is_dir():
-        raise click.BadParameter(f"there is no directory {str(value.parent)!r}")
-    return value
-
-
 @click.command()
 @click.option("--updates", type=click.IntRange(min=1), default=120, help="Updates in each of the runs.")
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
     default=Path("accumops-demo.png"),
-    callback=_check_output,
+    callback=check_picture,
     help="Where to save the picture of the loss curves.",
 )
 def demo(updates: int, output: Path) -> None:

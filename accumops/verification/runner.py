@@ -121,7 +121,7 @@ def run(
     planned = [(subject, case) for subject in SUBJECTS for case in subject.cases(quick)]
     total = sum(len(case.modes) for _, case in planned)
     results: list[Result] = []
-    with backend("fused"), _no_retracing_warnings(), tf.device(place), np.errstate(all="ignore"):
+    with backend("fused"), no_retracing_warnings(), tf.device(place), np.errstate(all="ignore"):
         for i, (subject, case) in enumerate(planned):
             for result in _run_case(subject, case, np.random.default_rng([seed, i])):
                 results.append(result)
@@ -142,7 +142,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_retracing_warnings() -> Iterator[None]:
+def no_retracing_warnings() -> Iterator[None]:
     """Keeps TensorFlow from advising against many `tf.function`s made in a loop, which is the point here."""
     logger = tf.get_logger()
     before = logger.level

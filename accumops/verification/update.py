@@ -15,8 +15,8 @@ from accumops.ops.update import SLOTS
 from accumops.verification.case import MODES, Case, Expected, Implementation, Subject, Trial, ulp
 
 _SETTINGS = {"beta_1": 0.9, "beta_2": 0.99, "epsilon": 1e-7}
-# What a value goes through: gradient, averages, root, quotient, decay.
-_ROUNDINGS = 16
+# What a value goes through, generously: gradient and its square, averages, root, quotient, decay.
+_ROUNDINGS = 64
 # Around one, a vector and the kernels' blocks.
 _SHAPES: list[tuple[int, ...]] = [(), (3,), (17,), (5, 111), (8191,), (8193,), (777, 77)]
 
@@ -176,7 +176,7 @@ def _run(
 def _norm_cases(quick: bool) -> Iterator[Case]:
     for i, dtype in enumerate(("float16", "bfloat16", "float32", "float64")):
         modes: Sequence[str] = MODES if i == 2 or not quick else MODES[:1]
-        yield Case(dtype, "all sizes", partial(_norm_trial, dtype), modes)
+        yield Case(dtype, "sizes of all kinds", partial(_norm_trial, dtype), modes)
 
 
 def _norm_trial(dtype: str, rng: np.random.Generator) -> Trial:

@@ -23,49 +23,52 @@ void Prefetch(const T* from, std::int64_t size) {
   for (std::int64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(p + i);
 }
 
-template <typename T>
-void AddLatest(const T* latest, std::int64_t size, float weight, bool starts,
+// gradient = scale * (accumulator + weight * latest), as far as they are there.
+template <bool kAccumulated, bool kLatest, typename T>
+void ScaledSum(const UpdateSpan& span, std::int64_t begin, std::int64_t size,
                float* __restrict gradient) {
-  Prefetch(latest, size);
-  if (starts) {
-    for (std::int64_t i = 0; i < size; ++i) gradient[i] = weight * Widen(latest[i]);
-  } else {
-    for (std::int64_t i = 0; i < size; ++i) {
+  const float* __restrict accumulator = kAccumulated ? span.accumulator + begin : nullptr;
+  const T* __restrict latest = kLatest ? static_cast<const T*>(span.latest) + begin : nullptr;
+  const float scale = span.scale;
+  const float weight = span.weight;
+  if (kAccumulated) Prefetch(accumulator, size);
+  if (kLatest) Prefetch(latest, size);
+  for (std::int64_t i = 0; i < size; ++i) {
+    float sum = kAccumulated ? accumulator[i] : 0.0f;
+    if (kLatest) {
       const float product = weight * Widen(latest[i]);
-      gradient[i] = gradient[i] + product;
+      sum = kAccumulated ? sum + product : product;
     }
+    gradient[i] = scale * sum;
+  }
+}
+
+template <typename T>
+void ScaledSumWithLatest(const UpdateSpan& span, std::int64_t begin, std::int64_t size,
+                         float* __restrict gradient) {
+  if (span.accumulator == nullptr) {
+    ScaledSum<false, true, T>(span, begin, size, gradient);
+  } else {
+    ScaledSum<true, true, T>(span, begin, size, gradient);
   }
 }
 
 // The gradients of `size` values from `begin` on.
 void FindGradients(const UpdateSpan& span, std::int64_t begin, std::int64_t size, float clip,
                    float* __restrict gradient) {
-  const bool starts = span.accumulator == nullptr;
-  if (!starts) {
-    const float* accumulator = span.accumulator + begin;
-    Prefetch(accumulator, size);
-    for (std::int64_t i = 0; i < size; ++i) gradient[i] = accumulator[i];
-  } else if (span.latest == nullptr) {
-    for (std::int64_t i = 0; i < size; ++i) gradient[i] = 0;
-  }
-  if (span.latest != nullptr) {
-    switch (span.latest_dtype) {
-      case DType::kFloat16:
-        AddLatest(static_cast<const Float16*>(span.latest) + begin, size, span.weight, starts,
-                  gradient);
-        break;
-      case DType::kBFloat16:
-        AddLatest(static_cast<const BFloat16*>(span.latest) + begin, size, span.weight, starts,
-                  gradient);
-        break;
-      case DType::kFloat32:
-      case DType::kFloat64:
-        AddLatest(static_cast<const float*>(span.latest) + begin, size, span.weight, starts,
-                  gradient);
-        break;
+  if (span.latest == nullptr) {
+    if (span.accumulator == nullptr) {
+      ScaledSum<false, false, float>(span, begin, size, gradient);
+    } else {
+      ScaledSum<true, false, float>(span, begin, size, gradient);
     }
+  } else if (span.latest_dtype == DType::kFloat16) {
+    ScaledSumWithLatest<Float16>(span, begin, size, gradient);
+  } else if (span.latest_dtype == DType::kBFloat16) {
+    ScaledSumWithLatest<BFloat16>(span, begin, size, gradient);
+  } else {
+    ScaledSumWithLatest<float>(span, begin, size, gradient);
   }
-  for (std::int64_t i = 0; i < size; ++i) gradient[i] = span.scale * gradient[i];
   if (clip == 0) return;
   for (std::int64_t i = 0; i < size; ++i) {
     const float g = gradient[i];

@@ -1,0 +1,95 @@
+"""Functions that run in a process of their own: with its own memory, and its own TensorFlow settings."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from accumops.benchmark.contender import problem_text
+
+_ROOT = Path(__file__).resolve().parents[2]  # where the package lies
+_SERVE = "from accumops.benchmark.child_process import serve; serve()"
+
+
+class ChildProcessFailed(RuntimeError):
+    """A function raised an error there, or the process died."""
+
+
+class ChildProcess:
+    """A new Python process that runs functions when it is told to; a context manager, that ends it.
+
+    Args:
+        environment: Environment variables that it is to have besides this process's.
+    """
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+        self._messages = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _SERVE],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._messages,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path, **(environment or {})},
+        )
+
+    def __enter__(self) -> "ChildProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._messages.close()
+
+    def call(self, function: Callable[..., Any], **arguments: Any) -> Any:
+        """Has the process run a function, and waits.
+
+        Args:
+            function: One of a module's own. It is found by its name: what this process has changed is not seen.
+            **arguments: Its arguments, as JSON takes them.
+
+        Returns:
+            What it returned, as JSON gives it back.
+
+        Raises:
+            ChildProcessFailed: If it raised an error, or the process is dead.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps([function.__module__, function.__name__, arguments]) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # there is no answer either
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise ChildProcessFailed(self._last_message())
+        result, problem = json.loads(answer)
+        if problem is not None:
+            raise ChildProcessFailed(problem)
+        return result
+
+    def _last_message(self) -> str:
+        self._messages.seek(0)
+        lines = [line.strip() for line in self._messages if line.strip()]
+        return f"the process ended with {self._process.wait()}: {lines[-1] if lines else 'no message'}"
+
+
+def serve() -> None:
+    """What the new process does: for each line of stdin it runs a function, and answers with a line on stdout."""
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)  # what else is printed is no answer
+        for line in sys.stdin:
+            module, name, arguments = json.loads(line)
+            result, problem = None, None
+            try:
+                result = getattr(importlib.import_module(module), name)(**arguments)
+            except Exception as error:
+                problem = problem_text(error)
+            print(json.dumps([result, problem]), file=answers, flush=True)

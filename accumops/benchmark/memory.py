@@ -1,0 +1,163 @@
+"""The `memory` suite: what training takes at its peak, against the effective batch size."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from accumops.benchmark import training
+from accumops.benchmark.child_process import ChildProcess, ChildProcessFailed
+from accumops.benchmark.models import PROBLEMS, Problem
+from accumops.benchmark.result import Result, Row
+from accumops.benchmark.timing import interleave
+from accumops.model import GradientAccumulateModel
+
+ROUNDS = 3
+MODEL = "convolutional network"
+MICRO = 16
+SIZES = (32, 64, 128, 256)
+FLOOR = f"a micro-batch of {MICRO}, without accumulation"
+_WINDOWS = 3  # at whose peak the process is looked at
+
+Make = Callable[[Problem, int], Callable[[], object]]
+
+
+def turns(rounds: int) -> int:
+    """How often `run` calls `progress`."""
+    return rounds * (1 + len(CONTENDERS) * len(SIZES))
+
+
+def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
+    """Measures in a new process each time: the peak in some windows over what it was before there was a model.
+
+    On a CPU that is resident memory, with all that TensorFlow keeps; on a GPU what its allocator has given out.
+
+    Args:
+        device: `"CPU"` or `"GPU"`.
+        rounds: Processes for each contender.
+        progress: Called after each process.
+    """
+    notes: dict[tuple[str, int], str] = {}
+
+    def sample(key: tuple[str, int]) -> float:
+        name, samples = key
+        try:
+            with ChildProcess() as process:
+                return process.call(peak_bytes, problem=MODEL, contender=name, samples=samples, device=device)
+        except ChildProcessFailed as error:
+            notes[key] = str(error)
+            return 0.0
+        finally:
+            progress()
+
+    keys = [(FLOOR, MICRO)] + [(name, samples) for samples in SIZES for name in CONTENDERS]
+    peaks = interleave({key: key for key in keys}, sample=sample, rounds=rounds, warmup=0)
+
+    def row(samples: int, key: tuple[str, int]) -> Row:
+        empty = Row(f"{samples} samples", key[0], floor=key[0] == FLOOR, note=notes.get(key))
+        if empty.note is not None:
+            return empty
+        return dataclasses.replace(empty, peak_bytes=round(peaks[key].median), spread=peaks[key].spread)
+
+    return Result(
+        f"peak memory of training, {MODEL}",
+        tuple(
+            row(samples, key)
+            for samples in SIZES
+            for key in [(FLOOR, MICRO), *((name, samples) for name in CONTENDERS)]
+        ),
+        (
+            "Over the process's memory before it had a model: weights, Adam's slots, accumulators, activations and "
+            "what TensorFlow keeps.",
+        ),
+        settings={"model": MODEL, "micro_batch_size": MICRO},
+    )
+
+
+def peak_bytes(problem: str, contender: str, samples: int, device: str) -> int:
+    """The peak while windows run, in bytes over what it was before there was a model; for a process of its own.
+
+    Args:
+        problem: The name of one of `PROBLEMS`.
+        contender: The name of one of `CONTENDERS`, or `FLOOR`.
+        samples: The effective batch size.
+        device: `"CPU"` or `"GPU"`.
+    """
+    make = _at_once if contender == FLOOR else CONTENDERS[contender]
+    memory = _DeviceMemory() if device == "GPU" else _ResidentMemory()
+    with tf.device(f"{device}:0"):
+        tf.add(1.0, 1.0)  # starts TensorFlow
+        before = memory.now()
+        window = make(PROBLEMS[problem], samples)
+        window()  # traced
+        memory.forget_peak()
+        for _ in range(_WINDOWS):
+            window()
+        return memory.peak() - before
+
+
+class _ResidentMemory:
+    """This process's memory, as Linux counts it."""
+
+    def now(self) -> int:
+        return self._entry("VmRSS")
+
+    def forget_peak(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> int:
+        # Not getrusage's ru_maxrss, which begins with what the parent had when it forked.
+        return self._entry("VmHWM")
+
+    def _entry(self, name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+class _DeviceMemory:
+    """The first GPU's memory, as TensorFlow's allocator counts it."""
+
+    def now(self) -> int:
+        return tf.config.experimental.get_memory_info("GPU:0")["current"]
+
+    def forget_peak(self) -> None:
+        tf.config.experimental.reset_memory_stats("GPU:0")
+
+    def peak(self) -> int:
+        return tf.config.experimental.get_memory_info("GPU:0")["peak"]
+
+
+def _train(model: Any, problem: Problem, samples: int, batch_size: int, **arguments: Any) -> Callable[[], object]:
+    adam = keras.optimizers.Adam(training.LEARNING_RATE, **arguments)
+    model.compile(adam, training.loss_function(), jit_compile=False)
+    return training.train_steps(model, *problem.data(samples), batch_size)
+
+
+def _at_once(problem: Problem, samples: int) -> Callable[[], object]:
+    return _train(problem.build(keras), problem, samples, samples)
+
+
+def _keras(problem: Problem, samples: int) -> Callable[[], object]:
+    model = problem.build(keras)
+    return _train(model, problem, samples, MICRO, gradient_accumulation_steps=samples // MICRO)
+
+
+def _micro_batch_size(problem: Problem, samples: int) -> Callable[[], object]:
+    model = GradientAccumulateModel(problem.build(keras), micro_batch_size=MICRO)
+    return _train(model, problem, samples, samples)
+
+
+def _accum_steps(problem: Problem, samples: int) -> Callable[[], object]:
+    model = GradientAccumulateModel(problem.build(keras), accum_steps=samples // MICRO)
+    return _train(model, problem, samples, MICRO)
+
+
+CONTENDERS: dict[str, Make] = {
+    "the batch at once": _at_once,
+    "Keras, gradient_accumulation_steps": _keras,
+    "accumops, micro_batch_size": _micro_batch_size,
+    "accumops, accum_steps": _accum_steps,
+}

@@ -1,0 +1,170 @@
+"""The `window` suite: a window of micro-batches and its update, in several models, against forward and backward."""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from accumops.benchmark import legacy, training
+from accumops.benchmark.bandwidth import Bandwidth
+from accumops.benchmark.contender import Contender, repeated, time_contenders
+from accumops.benchmark.models import PROBLEMS, Problem
+from accumops.benchmark.result import Result, Row
+from accumops.model import GradientAccumulateModel
+from accumops.optimizer import GradientAccumulateOptimizer
+from accumops.verification import backend
+
+ROUNDS = 30
+WARMUP = 3
+STEPS, MICRO = 4, 16
+MODELS = tuple(PROBLEMS)
+FLOOR = "forward and backward"
+_BANDWIDTH_SAMPLES = 5  # before each model
+
+
+def turns(rounds: int) -> int:
+    """How often `run` calls `progress`."""
+    return len(MODELS) * (1 + WARMUP + rounds)
+
+
+def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
+    """Measures windows of 4 micro-batches of 16 with Adam, in each of the models.
+
+    The floor is forward and backward of the micro-batches, with the gradients dropped. The limit adds the time in which
+    the memory can move what accumulation and update have to.
+
+    Args:
+        device: `"CPU"` or `"GPU"`.
+        rounds: Timed runs of each contender.
+        progress: Called after each round.
+    """
+    bandwidth = Bandwidth(device)
+    missing = legacy.missing_package()
+    rows: list[Row] = []
+    for problem in (PROBLEMS[name] for name in MODELS):
+        for _ in range(_BANDWIDTH_SAMPLES):
+            bandwidth.sample()
+        with contextlib.ExitStack() as processes:
+            own = contenders(problem, device)
+            if missing is None:
+                legacy_process = legacy.contenders(problem, device=device, steps=STEPS, micro_batch=MICRO)
+                own += processes.enter_context(legacy_process)
+            timed = time_contenders(problem.name, own, device=device, rounds=rounds, warmup=WARMUP, progress=progress)
+        floor = next(row.milliseconds for row in timed if row.floor)
+        if floor is not None:
+            limit = floor + 1e3 * bytes_to_move(problem) / bandwidth.best
+            timed.insert(1, Row(problem.name, f"{FLOOR}, and the memory's limit", limit))
+        rows += timed
+    footnotes = (
+        "The floor is called once a micro-batch, as most contenders are; micro_batch_size is called once a window.",
+        f"The memory's limit is that of moving what accumulation and Adam have to, at {bandwidth.best / 1e9:.1f} GB/s.",
+        "GradientAccumulator runs on Keras 2 and its layers, in a process of its own, which takes turns with this one."
+        if missing is None
+        else f"GradientAccumulator is left out: there is no module {missing!r} here.",
+    )
+    return Result(
+        f"windows of {STEPS} micro-batches of {MICRO} and their update",
+        tuple(rows),
+        footnotes,
+        settings={"accum_steps": STEPS, "micro_batch_size": MICRO},
+        bandwidth=bandwidth.best,
+    )
+
+
+def contenders(problem: Problem, device: str) -> list[Contender]:
+    """What is timed for a problem: each with its own model, of the same weights."""
+    x, y = problem.data(STEPS * MICRO)
+    parts = training.split(x, y, MICRO)
+    weights = problem.build(keras).get_weights()
+
+    def new_model() -> Any:
+        model = problem.build(keras)
+        model.set_weights(weights)
+        return model
+
+    def adam(**arguments: Any) -> keras.optimizers.Optimizer:
+        return keras.optimizers.Adam(training.LEARNING_RATE, **arguments)
+
+    def floor() -> Callable[[], object]:
+        step = training.forward_and_backward(new_model(), drop=device == "CPU")
+        return training.each_micro_batch(step, parts)
+
+    def floor_in_one_call() -> Callable[[], object]:
+        return training.forward_and_backward_in_one_call(new_model(), x, y, MICRO)
+
+    def hand_written() -> Callable[[], object]:
+        return training.hand_written(new_model(), adam(), parts)
+
+    def built_in(jit_compile: bool) -> Callable[[], object]:
+        model = new_model()
+        model.compile(adam(gradient_accumulation_steps=STEPS), training.loss_function(), jit_compile=jit_compile)
+        return training.train_steps(model, x, y, MICRO)
+
+    def ours(batch_size: int, **arguments: Any) -> Callable[[], object]:
+        model = GradientAccumulateModel(new_model(), **arguments)
+        model.compile(adam(), training.loss_function(), jit_compile=False)
+        return training.train_steps(model, x, y, batch_size)
+
+    accum_steps = functools.partial(ours, MICRO, accum_steps=STEPS)
+    micro_batch_size = functools.partial(ours, STEPS * MICRO, micro_batch_size=MICRO)
+
+    def reference() -> Callable[[], object]:
+        window = accum_steps()
+        with backend("reference"):
+            window()  # what is traced stays
+        return window
+
+    def custom_loop() -> Callable[[], object]:
+        model = new_model()
+        optimizer = GradientAccumulateOptimizer(adam(), STEPS)
+        optimizer.build(model.trainable_variables)
+        compute = training.gradients_of(model)
+
+        @tf.function
+        def step(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+            value, gradients = compute(x, y)
+            optimizer.apply(gradients, model.trainable_variables)
+            return value
+
+        return training.each_micro_batch(step, parts)
+
+    def contender(name: str, prepare: Callable[[], Callable[[], object]], *, floor: bool = False) -> Contender:
+        return Contender(name, lambda: repeated(prepare(), problem.windows), floor=floor, times=problem.windows)
+
+    made = [contender(FLOOR, floor, floor=True)]
+    if device == "CPU":
+        made.append(contender(f"{FLOOR}, in one call", floor_in_one_call))
+    made += [
+        contender("written by hand", hand_written),
+        contender("Keras", lambda: built_in(jit_compile=False)),
+        contender("Keras, XLA", lambda: built_in(jit_compile=True)),
+        contender("accumops reference, accum_steps", reference),
+        contender("accumops, accum_steps", accum_steps),
+        contender("accumops, micro_batch_size", micro_batch_size),
+        contender("accumops, optimizer in a custom loop", custom_loop),
+    ]
+    if problem.large_table:
+        made += [
+            contender("accumops, accum_steps, lazy_sparse", functools.partial(accum_steps, lazy_sparse=True)),
+            contender("accumops, micro_batch_size, lazy_sparse", functools.partial(micro_batch_size, lazy_sparse=True)),
+        ]
+    return made
+
+
+def bytes_to_move(problem: Problem) -> int:
+    """What accumulating gradients that are there and Adam's update have to read and write in a window, in float32.
+
+    The first micro-batch's gradients overwrite the accumulators, those between are added, and those of the last one are
+    read by the update.
+    """
+    model = problem.build(keras)
+    _, gradients = training.gradients_of(model)(*problem.data(MICRO))
+    total = 0
+    for variable, gradient in zip(model.trainable_variables, gradients, strict=True):
+        given = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
+        total += (8 + 12 * (STEPS - 2) + 4) * int(tf.size(given)) + 28 * math.prod(variable.shape)
+    return total
