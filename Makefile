@@ -17,7 +17,7 @@ demo: build
 	$(BIN)/accumops demo
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: build
 	$(BIN)/ruff check .

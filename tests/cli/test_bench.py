@@ -25,8 +25,15 @@ CONTENDERS = {
     "update": {"memory's limit, plain stores", "memory's limit, streaming stores", "fused", "reference"}
     | {"fused, last gradient folded in", "keras.optimizers.AdamW", "keras.optimizers.AdamW, XLA"}
     | {"ResourceApplyAdam a variable"},
-    "batch-norm": {"memory's limit, plain stores", "memory's limit, streaming stores", "Keras", "TensorFlow fused"}
-    | {"accumops", "forward and backward", "Keras layers and accumulation", "Keras layers, one batch"}
+    "batch-norm": {"memory's limit, plain stores", "memory's limit, streaming stores", "Keras, the layer"}
+    | {
+        "TensorFlow, the fused op",
+        "accumops, the layer",
+        "accumops, the op",
+        "forward and backward",
+        "Keras layers and accumulation",
+        "Keras layers, one batch",
+    }
     | {"accumops, accum_steps", "accumops, micro_batch_size"},
     "window": {"forward and backward", "forward and backward, and the memory's limit", "written by hand"}
     | {"forward and backward, in one call", "Keras", "Keras, XLA", "accumops reference, accum_steps"}
