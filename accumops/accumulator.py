@@ -262,6 +262,13 @@ class GradientAccumulator(tf.Module):
             following = tf.constant(1, tf.int64) if unknown else tf.convert_to_tensor(self._setting.next_limit)
             return tf.where(tf.equal(self._step, 0), following, self._limit - self._step)
 
+    def missing(self) -> int | None:
+        """As `remaining`, read now, where no function is traced; None where the variables alone do not say it."""
+        if not self.built or not isinstance(self._accum_steps, int):
+            return None
+        step = int(self._step.numpy())
+        return self._accum_steps if step == 0 else int(self._limit.numpy()) - step
+
     @property
     def open(self) -> tf.Tensor:
         """Whether a window has begun and waits for `close`, full or not: a bool scalar."""

@@ -105,6 +105,9 @@ def _reason(
         return f"{type(optimizer).__name__} is not known"
     if type(inner).update_step not in [kind.update_step for kind in _RULES] or "update_step" in vars(inner):
         return f"{type(inner).__name__} is none of SGD, Adam, AdamW and Lion"
+    unknown = [name for name in _REPLACED if not hasattr(keras.optimizers.Optimizer, name)]
+    if unknown:
+        return f"the optimizers of Keras {keras.__version__} have no `{unknown[0]}`"
     own = [name for name in _REPLACED if getattr(type(inner), name) is not getattr(keras.optimizers.Optimizer, name)]
     if own:
         return f"{type(inner).__name__} has its own `{own[0]}`"

@@ -120,7 +120,7 @@ class GradientAccumulateModel(keras.Model):
         self.gradient_clipping = gradient_clipping
         self.lazy_sparse = lazy_sparse
         self._flush_function: Callable[[], None] | None = None
-        self._may_update = True
+        self._ends_window: bool | None = None
         if model.built:
             self.built = True
             self._build_shapes_dict = getattr(model, "_build_shapes_dict", None)
@@ -233,13 +233,16 @@ class GradientAccumulateModel(keras.Model):
         return made
 
     @contextlib.contextmanager
-    def without_update(self) -> Iterator[None]:
-        """Has steps that run or are traced within accumulate only, and leave a full window open."""
-        before, self._may_update = self._may_update, False
+    def window_that(self, ends: bool | None) -> Iterator[None]:
+        """For steps that run or are traced within, says whether they end their window; None leaves it to a condition.
+
+        Who says that a step does not end it, and is wrong, leaves a full window open, and `flush` ends it.
+        """
+        before, self._ends_window = self._ends_window, ends
         try:
             yield
         finally:
-            self._may_update = before
+            self._ends_window = before
 
     def _normalizations(self) -> list[AccumBatchNormalization]:
         layers = self._flatten_layers(include_self=False)
@@ -248,7 +251,8 @@ class GradientAccumulateModel(keras.Model):
     def _run_step(self, data: Any) -> dict[str, Any]:
         if self.micro_batch_size is None:
             optimizer = self.optimizer
-            return self._train_on_micro_batch(data, optimizer.apply if self._may_update else optimizer.accumulate)
+            ways = {None: optimizer.apply, False: optimizer.accumulate, True: optimizer.close}
+            return self._train_on_micro_batch(data, ways[self._ends_window])
         if self.optimizer.accumulator.built:
             self.optimizer.accumulator.reset()  # what a step that failed may have left open
         _for_each_slice(

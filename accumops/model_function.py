@@ -1,8 +1,9 @@
-"""What `fit` calls once a step, where neither XLA nor a strategy is in play: two functions in place of one.
+"""What `fit` calls once a step, where neither XLA nor a strategy is in play: functions that know where a window ends.
 
-A call of a `tf.function` takes microseconds for each variable that it uses, and so does a condition that is false. So
-a step that cannot end its window gets a function that knows nothing of the update. Which step that is, the step before
-has said; if it was wrong, because somebody else has used the window meanwhile, the update follows at once.
+A call of a `tf.function` takes microseconds for each variable that it uses, and so does a condition. So a step that
+cannot end its window gets a function that knows nothing of the update, and one that does a function without condition.
+Where a window ends the variables are asked; of the steps before, each has said that the next is none. If that was
+wrong, because somebody else has used the window meanwhile, the update follows at once.
 """
 
 from collections.abc import Callable
@@ -28,23 +29,19 @@ def train_function(
     """
     sliced = model.micro_batch_size is not None
 
-    def make(updates: bool) -> Callable[[tf.data.Iterator], tuple[Logs, tf.Tensor]]:
+    def make(ends: bool | None) -> Callable[[tf.data.Iterator], tuple[Logs, tf.Tensor]]:
         def step(iterator: tf.data.Iterator) -> tuple[Logs, tf.Tensor]:
             data = iterator.get_next()
             # At the data's end nothing else has run, what needs no data included.
-            with tf.control_dependencies(_tensors(data)):
-                if updates:
-                    logs = model.train_step(_without_optionals(data))
-                else:
-                    with model.without_update():
-                        logs = model.train_step(_without_optionals(data))
+            with tf.control_dependencies(_tensors(data)), model.window_that(ends):
+                logs = model.train_step(_without_optionals(data))
                 accumulator = model.optimizer.accumulator
                 counted = not sliced and accumulator.built
                 return logs, accumulator.remaining if counted else tf.constant(1, tf.int64)
 
         return tf.function(step, reduce_retracing=True, autograph=False)
 
-    whole, accumulating = make(True), make(False)
+    functions = {ends: make(ends) for ends in (None, False, True)}
     remaining = 1
 
     def function(iterator: Any) -> Logs:
@@ -52,10 +49,16 @@ def train_function(
         if not isinstance(iterator, tf.data.Iterator):
             remaining = 1
             return for_other_iterators(iterator)
-        chosen = accumulating if remaining > 1 else whole
+        if model.model.built and not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+        if remaining > 1:
+            ends: bool | None = False
+        else:
+            missing = None if sliced else model.optimizer.accumulator.missing()
+            ends = None if missing is None else missing <= 1
         remaining = 1  # what an error leaves
         try:
-            logs, after = chosen(iterator)
+            logs, after = functions[ends](iterator)
         except tf.errors.OutOfRangeError as error:
             raise StopIteration from error
         remaining = int(after)

@@ -199,14 +199,36 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
             keras.ops.cond(self._accumulator.open, self.close, lambda: None)
 
     @tf.autograph.experimental.do_not_convert
-    def close(self) -> None:
-        """Ends the open window, full or not, with an update: `flush` for who knows that one is open.
+    def close(
+        self,
+        grads: Gradients | None = None,
+        trainable_variables: Sequence[keras.Variable] | None = None,
+        *,
+        weight: float | tf.Tensor = 1.0,
+    ) -> None:
+        """Ends the window, full or not, with an update: for who knows that it does.
+
+        Args:
+            grads: The gradients of the last micro-batch, as for `apply`; None where the open window has them all.
+            trainable_variables: As for `apply`.
+            weight: As for `apply`.
 
         Raises:
-            ValueError: If it is not built, or no window is open, when executing eagerly. In a graph,
-                `tf.errors.InvalidArgumentError`, which a function that XLA compiles does not check.
+            ValueError: As `apply` does; without `grads` also if no window is open, when executing eagerly. In a graph
+                that is `tf.errors.InvalidArgumentError`, which a function that XLA compiles does not check.
         """
-        self._update([])
+        if grads is None:
+            self._update([])
+            return
+        batch = self._prepare(grads, trainable_variables, weight)
+        if batch is None:
+            return
+        positions = self._positions(trainable_variables)
+        if self._folds():
+            self._update_with(batch, positions)
+        else:
+            self._accumulator._add(batch)
+            self._update(positions)
 
     def _prepare(
         self,

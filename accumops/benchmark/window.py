@@ -104,9 +104,9 @@ def contenders(problem: Problem, device: str) -> list[Contender]:
         model.compile(adam(gradient_accumulation_steps=STEPS), training.loss_function(), jit_compile=jit_compile)
         return training.train_steps(model, x, y, MICRO)
 
-    def ours(batch_size: int, **arguments: Any) -> Callable[[], object]:
+    def ours(batch_size: int, jit_compile: bool = False, **arguments: Any) -> Callable[[], object]:
         model = GradientAccumulateModel(new_model(), **arguments)
-        model.compile(adam(), training.loss_function(), jit_compile=False)
+        model.compile(adam(), training.loss_function(), jit_compile=jit_compile)
         return training.train_steps(model, x, y, batch_size)
 
     accum_steps = functools.partial(ours, MICRO, accum_steps=STEPS)
@@ -145,6 +145,8 @@ def contenders(problem: Problem, device: str) -> list[Contender]:
         contender("accumops reference, accum_steps", reference),
         contender("accumops, accum_steps", accum_steps),
         contender("accumops, micro_batch_size", micro_batch_size),
+        contender("accumops, accum_steps, XLA", functools.partial(accum_steps, jit_compile=True)),
+        contender("accumops, micro_batch_size, XLA", functools.partial(micro_batch_size, jit_compile=True)),
         contender("accumops, optimizer in a custom loop", custom_loop),
     ]
     if problem.large_table:

@@ -38,6 +38,7 @@ CONTENDERS = {
     "window": {"forward and backward", "forward and backward, and the memory's limit", "written by hand"}
     | {"forward and backward, in one call", "Keras", "Keras, XLA", "accumops reference, accum_steps"}
     | {"accumops, accum_steps", "accumops, micro_batch_size", "accumops, optimizer in a custom loop"}
+    | {"accumops, accum_steps, XLA", "accumops, micro_batch_size, XLA"}
     | {"accumops, accum_steps, lazy_sparse", "accumops, micro_batch_size, lazy_sparse"},
     "memory": {"a micro-batch of 16, without accumulation", "the batch at once", "accumops, micro_batch_size"}
     | {"Keras, gradient_accumulation_steps", "accumops, accum_steps"},
