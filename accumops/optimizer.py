@@ -12,6 +12,7 @@ from accumops import fused_update, row_update
 from accumops.accumulator import GradientAccumulator, MicroBatch, Window
 from accumops.arguments import Schedule, check_accum_steps, check_bool, check_variables
 from accumops.fused_update import FusedUpdate
+from accumops.overriding import LOCK
 
 Gradients = Sequence[tf.Tensor | tf.IndexedSlices | None]
 Clipping = Callable[[Gradients, Sequence[keras.Variable]], Gradients]
@@ -279,7 +280,8 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         """
         if self.gradient_clipping is not None and self.lazy_sparse:
             return FusedUpdate(None, "`gradient_clipping` goes over rows with `lazy_sparse=True`")
-        return fused_update.describe(self.inner_optimizer, self._trainable_variables if self.built else [])
+        with LOCK:
+            return fused_update.describe(self.inner_optimizer, self._trainable_variables if self.built else [])
 
     def _folds(self) -> bool:
         """Whether a window's last gradients can go straight into the update."""
@@ -288,7 +290,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
 
     def _update_with(self, batch: MicroBatch, positions: list[int]) -> None:
         """Ends the window with a micro-batch that it does not hold yet, and applies its gradient."""
-        with self._accumulator._ending_with(batch) as window:
+        with LOCK, self._accumulator._ending_with(batch) as window:
             self._apply_fused(window, positions)
 
     def _update(self, positions: list[int]) -> None:
@@ -296,7 +298,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
 
         Those of `positions` that have none go along, for the wrapped optimizer to warn of.
         """
-        with self._accumulator._ending() as window:
+        with LOCK, self._accumulator._ending() as window:
             if not self.fused_update:
                 self._apply_unfused(window, positions)
             elif self.gradient_clipping is None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import keras
 
-_LOCK = threading.RLock()
+LOCK = threading.RLock()
+"""Held while attributes are replaced; and by who looks at them before, so as not to find another thread's."""
 
 
 @contextlib.contextmanager
@@ -19,7 +20,7 @@ def overriding(optimizer: keras.optimizers.Optimizer, **replacements: Any) -> It
         **replacements: Its attributes for as long as the block lasts, by name.
     """
     attributes = vars(optimizer)
-    with _LOCK:
+    with LOCK:
         before = {name: attributes[name] for name in replacements if name in attributes}
         attributes.update(replacements)
         try:
