@@ -13,9 +13,9 @@ import keras
 import tensorflow as tf
 
 from accumops import ops
-from accumops.accumulator import Window
 from accumops.ops import library
 from accumops.overriding import overriding
+from accumops.window import Window
 
 
 @dataclasses.dataclass(frozen=True)

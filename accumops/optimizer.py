@@ -9,10 +9,11 @@ import keras
 import tensorflow as tf
 
 from accumops import fused_update, row_update
-from accumops.accumulator import GradientAccumulator, MicroBatch, Window
+from accumops.accumulator import GradientAccumulator
 from accumops.arguments import Schedule, check_accum_steps, check_bool, check_variables
 from accumops.fused_update import FusedUpdate
 from accumops.overriding import LOCK
+from accumops.window import MicroBatch, Window
 
 Gradients = Sequence[tf.Tensor | tf.IndexedSlices | None]
 Clipping = Callable[[Gradients, Sequence[keras.Variable]], Gradients]
