@@ -26,7 +26,6 @@ from accumops.arguments import check_accum_steps
 
 # A number of calls that is never reached: the window is somebody else's to end.
 _NEVER = 1 << 62
-_WINDOW = ("count", "mean", "centred", "calls")
 
 
 @keras.saving.register_keras_serializable(package="accumops")
@@ -85,15 +84,12 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
     def build(self, input_shape: Any) -> None:
         """Creates the variables: those of Keras's layer, and the window's."""
         super().build(input_shape)
-        channels = (input_shape[self.axis],)
+        channels = input_shape[self.axis]
         limit = self.accum_steps or 1 if self._state.accumulator is None else _NEVER
-        self._state.moments = ops.MomentsWindow(
-            _window_variable("count", (), "float64"),
-            _window_variable("mean", channels, "float64"),
-            _window_variable("centred", channels, "float64"),
+        self._state.window = ops.MomentsWindow(
+            _window_variable("counters", [0, 0, limit], "int64"),
+            _window_variable("moments", np.zeros([2, channels]), "float64"),
         )
-        self._state.calls = _window_variable("calls", (), "int64")
-        self._state.limit = _window_variable("limit", (), "int64", limit)
         for variable in (self.gamma, self.beta):
             if variable is not None:
                 register_member(variable, self)
@@ -174,8 +170,7 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
     def _set_limit(self, limit: int) -> None:
         if self.built:
             with tf.init_scope():
-                self._state.limit.assign(limit)
-                self.drop_window()
+                self._state.window.counters.assign([0, 0, limit])
 
     @contextlib.contextmanager
     def within_window(self, accumulator: GradientAccumulator) -> Iterator[None]:
@@ -191,39 +186,36 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
 
     def close_window(self) -> None:
         """Ends the window, full or not: the running statistics move by its moments, if there are any."""
-        if not self.built:
-            return
-        count, mean, centred = (tf.convert_to_tensor(each) for each in self._state.moments)
-        self._move(count, mean, tf.math.divide_no_nan(centred, count))
-        self.drop_window()
+        if self.built:
+            ops.merge_moments(None, window=self._state.window, moving=self._moving())
 
     def drop_window(self) -> None:
         """Ends the window without a trace."""
         if self.built:
-            self._state.moments.count.assign(0)
-            self._state.calls.assign(0)
+            counters = self._state.window.counters
+            counters.assign(tf.convert_to_tensor(counters) * [0, 0, 1])
 
-    def _move(self, count: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor) -> None:
-        for moving, value in ((self.moving_mean, mean), (self.moving_variance, variance)):
-            old = tf.convert_to_tensor(moving)
-            wide = tf.float64 if old.dtype == tf.float64 else tf.float32
-            new = tf.cast(old, wide) * self.momentum + tf.cast(value, wide) * (1.0 - self.momentum)
-            moving.assign(tf.where(count > 0, tf.cast(new, old.dtype), old))
+    def _moving(self) -> ops.MovingStatistics:
+        return ops.MovingStatistics(self.moving_mean, self.moving_variance, self.momentum)
 
     def _add(self, moments: ops.BatchMoments) -> None:
-        joined = self._joined()
-        alone = not joined and (self.accum_steps == 1 or (self.accum_steps is None and tf.executing_eagerly()))
-        if alone or in_stateless_scope():
+        if in_stateless_scope():
             self._called_alone()
-            self._move(moments.count, moments.mean, moments.variance)
-            return
-        window, calls = self._state.moments, self._state.calls
-        ops.merge_moments(window, moments, overwrite=tf.equal(window.count, 0))
-        if not joined:
-            # By variables: the layer may join an optimizer that is built later in the function that is being traced.
+            self._move_stateless(moments)
+        elif self._joined():
+            ops.merge_moments(moments, window=self._state.window)
+        else:
             self._called_alone()
-            calls.assign_add(1)
-            keras.ops.cond(tf.greater_equal(calls, self._state.limit), self.close_window, lambda: None)
+            alone = self.accum_steps == 1 or (self.accum_steps is None and tf.executing_eagerly())
+            # Else by variables: it may join an optimizer that is built later in the function that is being traced.
+            ops.merge_moments(moments, window=None if alone else self._state.window, moving=self._moving())
+
+    def _move_stateless(self, moments: ops.BatchMoments) -> None:
+        """Moves what the scope holds instead of the variables."""
+        for moving, value in ((self.moving_mean, moments.mean), (self.moving_variance, moments.variance)):
+            old = tf.convert_to_tensor(moving)
+            new = tf.cast(old, value.dtype) * self.momentum + value * (1.0 - self.momentum)
+            moving.assign(tf.where(moments.count > 0, tf.cast(new, old.dtype), old))
 
     def _called_alone(self) -> None:
         """Remembers where, for who joins too late to make that call part of a window."""
@@ -242,28 +234,27 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
     def save_own_variables(self, store: dict[str, Any]) -> None:
         """Saves the variables, and the window's if one is open."""
         super().save_own_variables(store)
-        if self.built and float(self._state.moments.count.numpy()) > 0:
-            for name, variable in zip(_WINDOW, self._window_variables(), strict=True):
-                store[f"window_{name}"] = variable.numpy()
+        if self.built and int(self._state.window.counters.numpy()[0]) > 0:
+            store["window_counters"] = self._state.window.counters.numpy()[:2]
+            store["window_moments"] = self._state.window.moments.numpy()
 
     def load_own_variables(self, store: Mapping[str, Any]) -> None:
         """Loads what `save_own_variables` stored, or what Keras's layer did, without a window."""
         keys = set(store.keys())
         super().load_own_variables({key: store[key] for key in keys if not key.startswith("window_")})
-        if not self.built:
-            return
-        for name, variable in zip(_WINDOW, self._window_variables(), strict=True):
-            key = f"window_{name}"
-            variable.assign(store[key] if key in keys else np.zeros(variable.shape, variable.dtype))
-
-    def _window_variables(self) -> list[keras.Variable]:
-        return [*self._state.moments, self._state.calls]
+        if self.built:
+            open_window = "window_counters" in keys
+            counters, moments = self._state.window
+            # How many calls are a window is what the layer was made with.
+            counters.assign([*(store["window_counters"] if open_window else (0, 0)), counters.numpy()[2]])
+            moments.assign(store["window_moments"] if open_window else np.zeros(moments.shape))
 
 
-def _window_variable(name: str, shape: tuple[int, ...], dtype: str, value: int = 0) -> keras.Variable:
+def _window_variable(name: str, value: Any, dtype: str) -> keras.Variable:
+    value = np.array(value, dtype)
     return keras.Variable(
-        initializer=keras.initializers.Constant(value),
-        shape=shape,
+        initializer=lambda shape, dtype: tf.constant(value, dtype),
+        shape=value.shape,
         dtype=dtype,
         trainable=False,
         autocast=False,

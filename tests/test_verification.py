@@ -88,7 +88,7 @@ def test_batch_norm_has_every_dtype_place_and_mode(quick):
     for value in ("mask of 70%", "mask of 0%", "mask of 100%", "no gamma, no beta", "mean 100"):
         assert value in names
     names = " ".join(case.name for case in subjects["merge_moments"])
-    for start in ("0 values to window", "to overwrite", "to empty window"):
+    for start in ("0 values to window", "to no window", "to empty window", "open", "full", "closed", "never"):
         assert start in names
     assert {mode for case in subjects["merge_moments"] for mode in case.modes} == {
         "eager",
@@ -231,19 +231,23 @@ def test_inference_with_the_batchs_own_mean_is_found(small_grid, monkeypatch):
     assert failures("batch_norm_inference")
 
 
-@pytest.mark.parametrize("wrong", ["mean of means", "ignored overwrite", "no variance between"])
+@pytest.mark.parametrize("wrong", ["mean of means", "ignored end", "no variance between", "no momentum"])
 def test_wrong_merges_are_found(small_grid, monkeypatch, wrong):
-    def broken(original, window, moments, *, overwrite):
-        if wrong == "ignored overwrite":
-            original(window, moments, overwrite=False)
+    def broken(original, batch, *, window, moving):
+        if wrong == "no momentum":
+            original(batch, window=window, moving=None if moving is None else moving._replace(momentum=0.0))
             return
-        mean, centred = window.mean.numpy(), window.centred.numpy()
-        original(window, moments, overwrite=overwrite)
+        if window is None or batch is None or wrong == "ignored end":
+            original(batch, window=window, moving=moving if window is None or batch is None else None)
+            return
+        before = tf.identity(window.moments)
+        original(batch, window=window, moving=moving)
+        mean, centred = tf.unstack(tf.identity(window.moments))
         if wrong == "mean of means":
-            window.mean.assign((mean + tf.cast(moments.mean, tf.float64)) / 2)
+            mean = (before[0] + tf.cast(batch.mean, tf.float64)) / 2
         else:
-            count = tf.cast(moments.count, tf.float64)
-            window.centred.assign(centred + tf.cast(moments.variance, tf.float64) * count)
+            centred = before[1] + tf.cast(batch.variance, tf.float64) * tf.cast(batch.count, tf.float64)
+        window.moments.assign(tf.stack([mean, centred]))
 
     replace_op(monkeypatch, "merge_moments", broken)
     assert {result.layout for result in failures("merge_moments")} == {"float32, moments", "float64, moments"}

@@ -2,14 +2,16 @@
 
 from accumops.ops import reference
 from accumops.ops.accumulate import accumulate
-from accumops.ops.batch_norm import BatchMoments, MomentsWindow, batch_norm, batch_norm_inference, merge_moments
+from accumops.ops.batch_norm import batch_norm, batch_norm_inference
 from accumops.ops.library import LibraryError, build_info, get_backend, set_backend
+from accumops.ops.moments import BatchMoments, MomentsWindow, MovingStatistics, merge_moments
 from accumops.ops.update import squared_norms, update
 
 __all__ = [
     "BatchMoments",
     "LibraryError",
     "MomentsWindow",
+    "MovingStatistics",
     "accumulate",
     "batch_norm",
     "batch_norm_inference",

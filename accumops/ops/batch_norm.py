@@ -1,40 +1,16 @@
-"""Batch normalization: the ops that normalize by a batch's own moments or by given ones, and that merge moments."""
+"""Batch normalization: the ops that normalize by a batch's own moments or by given ones."""
 
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
-import keras
 import tensorflow as tf
 
 from accumops.ops import library, reference
+from accumops.ops.moments import BatchMoments
 
 _DTYPES = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
-
-
-class BatchMoments(NamedTuple):
-    """A batch's moments, of each channel: float32, or float64 for float64 data."""
-
-    count: tf.Tensor
-    """How many values of a channel there are, without masked ones: an int64 scalar."""
-    mean: tf.Tensor
-    """The mean, rounded to its dtype."""
-    rest: tf.Tensor
-    """What rounding took from it: `mean + rest` is the mean."""
-    variance: tf.Tensor
-    """The biased variance."""
-
-
-class MomentsWindow(NamedTuple):
-    """The moments of a window's micro-batches together: float64 variables."""
-
-    count: tf.Variable
-    """How many values of a channel there are: a scalar."""
-    mean: tf.Variable
-    """Of each channel."""
-    centred: tf.Variable
-    """The sum of squared distances from the mean, of each channel."""
 
 
 def batch_norm(
@@ -136,42 +112,6 @@ def batch_norm_inference(
         return reference.batch_norm_inference(x, gamma, beta, mean, variance, axis=axis, epsilon=epsilon)
     return fused.accum_ops_batch_norm_inference(
         x=x, gamma=gamma, beta=beta, mean=mean, variance=variance, axis=axis, epsilon=epsilon
-    )
-
-
-def merge_moments(window: MomentsWindow, moments: BatchMoments, *, overwrite: bool | tf.Tensor = False) -> None:
-    """Merges a micro-batch's moments with those of a window, in place.
-
-    By the formula of Chan, Golub and LeVeque, 1983, [Algorithms for Computing the Sample
-    Variance](https://doi.org/10.1080/00031305.1983.10483115): the variance between micro-batches counts as well.
-
-    Args:
-        window: The window's variables.
-        moments: Of the micro-batch, as `batch_norm` returns them.
-        overwrite: Whether the window starts with this micro-batch: a bool or a scalar bool tensor.
-
-    Raises:
-        ValueError: If the moments are of other channels than the window's.
-    """
-    window = MomentsWindow(*(each.value if isinstance(each, keras.Variable) else each for each in window))
-    for name in ("mean", "rest", "variance"):
-        shape = getattr(moments, name).shape
-        if not shape.is_compatible_with(window.mean.shape):
-            raise ValueError(f"`moments.{name}` must be of the window's shape, {window.mean.shape}. Received: {shape}")
-    start = tf.convert_to_tensor(overwrite, tf.bool)
-    fused = library.fused_ops(window)
-    if fused is None:
-        reference.merge_moments(window, moments, overwrite=start)
-        return
-    fused.accum_ops_merge_moments(
-        window_count=window.count.handle,
-        window_mean=window.mean.handle,
-        window_centred=window.centred.handle,
-        count=moments.count,
-        mean=moments.mean,
-        rest=moments.rest,
-        variance=moments.variance,
-        overwrite=start,
     )
 
 

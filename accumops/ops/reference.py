@@ -189,20 +189,40 @@ def batch_norm_inference(
 
 
 def merge_moments(
-    window: tuple[tf.Variable, tf.Variable, tf.Variable],
-    moments: tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor],
+    batch: Sequence[tf.Tensor] | None,
     *,
-    overwrite: tf.Tensor,
+    window: Sequence[tf.Variable] | None,
+    moving: tuple[tf.Variable, tf.Variable, float] | None,
 ) -> None:
     """The definition of `accumops.ops.merge_moments`, with the same arguments; it trusts them."""
-    count, mean, centred = (tf.where(overwrite, tf.zeros_like(each), each) for each in window)
-    added, batch_mean, rest, variance = (tf.cast(each, tf.float64) for each in moments)
-    total = count + added
-    share = tf.math.divide_no_nan(added, total)
-    delta = batch_mean + rest - mean
-    window[0].assign(total)
-    window[1].assign(mean + delta * share)
-    window[2].assign(centred + variance * added + delta**2 * count * share)
+    zero = tf.constant(0, tf.int64)
+    values, calls, limit = (zero, zero, zero) if window is None else tf.unstack(window[0])
+    count = tf.cast(values, tf.float64)
+    mean = centred = tf.constant(0, tf.float64)
+    if window is not None:
+        mean, centred = tf.unstack(tf.where(values > 0, window[1], tf.zeros_like(window[1])))
+    if batch is not None:
+        added, batch_mean, rest, variance = (tf.cast(each, tf.float64) for each in batch)
+        share = tf.math.divide_no_nan(added, count + added)
+        delta = batch_mean + rest - mean
+        some = added > 0
+        centred = tf.where(some, centred + variance * added + delta**2 * count * share, centred)
+        mean = tf.where(some, mean + delta * share, mean)
+        count += added
+    if moving is None:
+        ends = tf.constant(False)
+    else:
+        ends = calls + 1 >= limit if window is not None and batch is not None else tf.constant(True)
+        momentum = moving[2]
+        for variable, value in zip(moving[:2], (mean, tf.math.divide_no_nan(centred, count)), strict=True):
+            old = tf.convert_to_tensor(variable)
+            wide = tf.float64 if old.dtype == tf.float64 else tf.float32
+            moved = tf.cast(old, wide) * momentum + tf.cast(value, wide) * (1.0 - momentum)
+            variable.assign(tf.where(ends & (count > 0), tf.cast(moved, old.dtype), old))
+    if window is not None:
+        counters = (tf.where(ends, zero, each) for each in (tf.cast(count, tf.int64), calls + 1))
+        window[0].assign(tf.stack([*counters, limit]))
+        window[1].assign(tf.stack([mean, centred]))
 
 
 def _spread(channels: tf.Tensor, x: tf.Tensor, axis: int) -> tf.Tensor:

@@ -1,4 +1,4 @@
-"""The cases of `accumops.ops.batch_norm`, of its gradients and those of given moments, and of `merge_moments`.
+"""The cases of `accumops.ops.batch_norm`, of its gradients and those of given moments.
 
 What is summed over a channel's n values has its errors counted in ulp times the root of n, and of the few roundings of
 the formula itself: they mostly cancel. What is in half precision is rounded to it at the end, an ulp of that more.
@@ -223,70 +223,6 @@ class _Inputs:
         return ulp(magnitude, self._statistics) * math.sqrt(self._setting.values + _ROUNDINGS)
 
 
-_SIZES = (1, 3, 17, 1001)
-
-
-def _merge_cases(quick: bool) -> Iterator[Case]:
-    grid = [(added, start) for start in ("window", "empty window", "overwrite") for added in (128, 0, 1)]
-    for i, dtype in enumerate(("float32", "float64")):
-        for j, (added, start) in enumerate(grid):
-            for k, channels in enumerate(_SIZES):
-                turn = i + j + k
-                modes = MODES if turn % 12 == 5 else MODES[:1] if quick else MODES[:2]
-                if quick and turn % 2 == 0 and modes != MODES:
-                    continue
-                name = f"{channels} channels, {added} values to {start}"
-                yield Case(f"{dtype}, moments", name, partial(_merge_trial, dtype, channels, added, start), modes)
-
-
-def _merge_trial(dtype: str, channels: int, added: int, start: str, rng: np.random.Generator) -> Trial:
-    exact, precise = np.dtype(np.float64), np.dtype(dtype)
-    count = np.array(0 if start == "empty window" else rng.integers(1, 5000), exact)
-    mean, centred = (np.abs(rng.standard_normal(channels)) * (count > 0) * 50 for _ in range(2))
-    if start == "overwrite":
-        count, mean, centred = (np.full(np.shape(each), np.nan) for each in (count, mean, centred))
-    batch_mean = (rng.standard_normal(channels) * (added > 0) * 3).astype(precise)
-    rest = (rng.standard_normal(channels) * np.spacing(np.abs(batch_mean)) / 2 * (added > 0)).astype(precise)
-    variance = (rng.uniform(0.1, 3, channels) * (added > 0)).astype(precise)
-
-    before = [np.zeros_like(each) if start == "overwrite" else each for each in (count, mean, centred)]
-    wide_count, wide_mean, wide_centred = (each.astype(np.longdouble) for each in before)
-    total = wide_count + added
-    share = added / total if total else np.longdouble(0)
-    delta = batch_mean.astype(np.longdouble) + rest - wide_mean
-    between, within = delta**2 * (wide_count * share), variance.astype(np.longdouble) * added
-    return Trial(
-        variables=[count, mean, centred],
-        arguments=[
-            [tf.constant(added, tf.int64), *(tf.constant(each) for each in (batch_mean, rest, variance))],
-            tf.constant(start == "overwrite"),
-        ],
-        step=_merge_step,
-        expected=[
-            Expected("count", np.asarray(total, exact)),
-            Expected(
-                "mean", wide_mean + delta * share, ulp(np.abs(wide_mean) + (np.abs(batch_mean) + np.abs(rest)), exact)
-            ),
-            # The distance's own rounding is of what it is the difference of.
-            Expected(
-                "centred",
-                wide_centred + within + between,
-                ulp(
-                    wide_centred + within + (np.abs(wide_mean) + np.abs(batch_mean)) ** 2 * (wide_count * share), exact
-                ),
-            ),
-        ],
-        terms=_ROUNDINGS,
-    )
-
-
-def _merge_step(
-    implementation: Implementation, variables: list[tf.Variable], moments: list[tf.Tensor], overwrite: tf.Tensor
-) -> list[tf.Tensor]:
-    implementation(ops.MomentsWindow(*variables), ops.BatchMoments(*moments), overwrite=overwrite)
-    return []
-
-
 def _reference_batch_norm(
     x: tf.Tensor,
     gamma: tf.Tensor | None,
@@ -327,11 +263,5 @@ SUBJECTS = (
         fused=lambda *args, **kwargs: ops.batch_norm_inference(*args, **kwargs),
         reference=_reference_inference,
         cases=partial(_cases, True),
-    ),
-    Subject(
-        "merge_moments",
-        fused=lambda *args, **kwargs: ops.merge_moments(*args, **kwargs),
-        reference=reference.merge_moments,
-        cases=_merge_cases,
     ),
 )

@@ -587,98 +587,17 @@ class TestSecondOrder:
                 assert np.isfinite(run(normalize).numpy()).all()
 
 
-class TestMergeMoments:
-    SIZES = (5, 1, 128, 0, 33, 4097, 2)
-
-    @staticmethod
-    def window(channels, value=np.nan):
-        shapes = [(), (channels,), (channels,)]
-        return ops.MomentsWindow(*(tf.Variable(tf.fill(shape, np.float64(value))) for shape in shapes))
-
-    @pytest.mark.parametrize(("dtype", "tolerance"), [(tf.float32, 1e-6), (tf.float64, 1e-13), (tf.bfloat16, 1e-6)])
-    def test_ragged_micro_batches_are_the_pooled_batch(self, backend, mode, rng, dtype, tolerance):
-        """Each with a mean of its own, so that most of the variance is between them."""
-        channels = 17
-        batches = [
-            (rng.normal(rng.normal(0, 3, channels), 1.0, (size, channels))).astype(NUMPY[dtype]) for size in self.SIZES
-        ]
-        window = self.window(channels)
-        sizes = self.SIZES if mode.name != "xla" else self.SIZES[:4]  # each is a shape to compile for
-
-        @mode
-        def run(x, overwrite):
-            _, moments = ops.batch_norm(x, None, None)
-            ops.merge_moments(window, moments, overwrite=overwrite)
-
-        for _ in range(2):  # the second window starts on the first one's values
-            for i in range(len(sizes)):
-                run(tf.constant(batches[i]), tf.constant(i == 0))
-            pooled = np.concatenate(batches[: len(sizes)]).astype(np.float64)
-            assert window.count.numpy() == len(pooled)
-            np.testing.assert_allclose(window.mean, pooled.mean(0), rtol=0, atol=tolerance * largest(pooled))
-            np.testing.assert_allclose(window.centred, pooled.var(0) * len(pooled), rtol=tolerance)
-
-    def test_large_mean(self, backend, rng):
-        batches = [rng.normal(1e4 + i, 1e-2, (500, 3)).astype(np.float32) for i in (0, 0, 1e-2)]
-        window = self.window(3)
-        for i, batch in enumerate(batches):
-            ops.merge_moments(window, ops.batch_norm(batch, None, None)[1], overwrite=i == 0)
-        pooled = np.concatenate(batches).astype(np.float64)
-        np.testing.assert_allclose(window.centred, pooled.var(0) * len(pooled), rtol=1e-5)
-
-    def test_masked_rows_do_not_count(self, backend, rng):
-        x = rng.standard_normal((2, 50, 3)).astype(np.float32)
-        mask = rng.random((2, 50)) < 0.5
-        window = self.window(3)
-        for i in range(2):
-            _, moments = ops.batch_norm(x[i], None, None, mask=tf.constant(mask[i]))
-            ops.merge_moments(window, moments, overwrite=i == 0)
-        valid = x[mask].astype(np.float64)
-        assert window.count.numpy() == len(valid)
-        np.testing.assert_allclose(window.mean, valid.mean(0), rtol=1e-6, atol=1e-6)
-        np.testing.assert_allclose(window.centred, valid.var(0) * len(valid), rtol=1e-5)
-
-    @pytest.mark.parametrize("overwrite", [False, True])
-    def test_nothing_to_merge(self, backend, mode, overwrite):
-        window = self.window(2, value=3.0)
-        moments = ops.BatchMoments(tf.constant(0, tf.int64), tf.zeros([2]), tf.zeros([2]), tf.zeros([2]))
-        mode(lambda: ops.merge_moments(window, moments, overwrite=overwrite))()
-        for each in window:
-            np.testing.assert_array_equal(each, np.full(each.shape, 0.0 if overwrite else 3.0))
-
-    def test_into_an_empty_window(self, backend, mode):
-        window = self.window(2, value=0.0)
-        moments = ops.BatchMoments(tf.constant(4, tf.int64), tf.ones([2]), tf.fill([2], 1e-9), tf.fill([2], 0.5))
-        mode(lambda: ops.merge_moments(window, moments))()
-        assert window.count.numpy() == 4
-        np.testing.assert_allclose(window.mean, np.full(2, 1 + 1e-9), rtol=1e-15)
-        np.testing.assert_array_equal(window.centred, np.full(2, 2.0))
-
-    def test_keras_variables(self, backend):
-        window = ops.MomentsWindow(*(keras.Variable(np.zeros(shape), dtype="float64") for shape in ((), (2,), (2,))))
-        moments = ops.BatchMoments(tf.constant(4, tf.int64), tf.ones([2]), tf.zeros([2]), tf.ones([2]))
-        ops.merge_moments(window, moments, overwrite=tf.constant(True))
-        np.testing.assert_array_equal(window.centred.numpy(), [4, 4])
-
-    def test_readers_keep_what_they_read(self, backend):
-        window = self.window(1000, value=1.0)
-        read = [each.read_value() for each in window]
-        moments = ops.BatchMoments(tf.constant(4, tf.int64), tf.zeros([1000]), tf.zeros([1000]), tf.ones([1000]))
-        ops.merge_moments(window, moments, overwrite=True)
-        assert [float(tf.reduce_sum(each)) for each in read] == [1, 1000, 1000]
-        assert [float(tf.reduce_sum(each)) for each in window] == [4, 0, 4000]
-
-
 def test_memory_stays_flat(backend, resident_bytes):
     x = tf.ones([64, 33])
-    window = TestMergeMoments.window(33)
+    counters, moments_of = tf.Variable([0, 0, 4], dtype=tf.int64), tf.Variable(tf.zeros([2, 33], tf.float64))
+    moving = ops.MovingStatistics(tf.Variable(tf.zeros([33])), tf.Variable(tf.ones([33])), 0.9)
 
     @tf.function
     def run():
         with tf.GradientTape() as tape:
             tape.watch(x)
             y, moments = ops.batch_norm(x, None, None)
-        ops.merge_moments(window, moments, overwrite=True)
+        ops.merge_moments(moments, window=ops.MomentsWindow(counters, moments_of), moving=moving)
         return tape.gradient(y, x)
 
     for _ in range(500):

@@ -96,20 +96,4 @@ const char* BatchNormInferenceCuda(const BatchNormInference& args, CUstream_st* 
 const char* BatchNormGradientCuda(const BatchNormGradient& args, void* workspace,
                                   CUstream_st* stream);
 
-// The window's moments of a channel, merged with those of one more micro-batch, and at the window's
-// end the moving statistics.
-//   count, mean, centred <- merge((overwrite ? nothing : count, mean, centred), micro-batch)
-struct MomentsWindow {
-  std::int64_t channels;
-  double* count;    // one value
-  double* mean;     // `channels` values, as the next
-  double* centred;  // the sum of squared distances from the mean
-};
-void MergeMomentsCpu(const MomentsWindow& window, const std::int64_t* count, const void* mean,
-                     const void* rest, const void* variance, DType dtype, bool overwrite);
-// All pointers are device memory, and `overwrite` is read by the kernel.
-const char* MergeMomentsCuda(const MomentsWindow& window, const std::int64_t* count,
-                             const void* mean, const void* rest, const void* variance, DType dtype,
-                             const bool* overwrite, CUstream_st* stream);
-
 }  // namespace accumops

@@ -401,20 +401,4 @@ void BatchNormGradientCpu(const BatchNormGradient& args, Executor& executor) {
   GradientTiles(layout, args, factors, executor);
 }
 
-void MergeMomentsCpu(const MomentsWindow& window, const std::int64_t* count, const void* mean,
-                     const void* rest, const void* variance, DType dtype, bool overwrite) {
-  const DType type = StatisticsType(dtype);
-  const auto added = static_cast<double>(*count);
-  const double before = overwrite ? 0 : *window.count;
-  *window.count = before + added;
-  for (std::int64_t c = 0; c < window.channels; ++c) {
-    if (overwrite) window.mean[c] = window.centred[c] = 0;
-    if (added == 0) continue;
-    const double share = added / *window.count;
-    const double delta = Read(mean, type, c) + Read(rest, type, c) - window.mean[c];
-    window.centred[c] += Read(variance, type, c) * added + delta * delta * (before * share);
-    window.mean[c] += delta * share;
-  }
-}
-
 }  // namespace accumops

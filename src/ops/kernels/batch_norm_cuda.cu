@@ -297,43 +297,6 @@ struct InferenceKernels {
   }
 };
 
-constexpr int kMergeThreads = 1024;
-
-struct MergeParams {
-  MomentsWindow window;
-  const std::int64_t* count;
-  const void* mean;
-  const void* rest;
-  const void* variance;
-  const bool* overwrite;
-};
-
-// One block, as the window's count is read for every channel before it is written.
-template <class Stat>
-__global__ void __launch_bounds__(kMergeThreads)
-    MergeMomentsKernel(const __grid_constant__ MergeParams p) {
-  const bool overwrite = *p.overwrite;
-  const double before = overwrite ? 0 : *p.window.count;
-  const auto added = static_cast<double>(*p.count);
-  const double count = before + added;
-  const double share = added == 0 ? 0 : added / count;
-  for (std::int64_t c = threadIdx.x; c < p.window.channels; c += kMergeThreads) {
-    double mean = overwrite ? 0 : p.window.mean[c];
-    double centred = overwrite ? 0 : p.window.centred[c];
-    if (added != 0) {
-      const double added_mean = static_cast<double>(static_cast<const Stat*>(p.mean)[c]) +
-                                static_cast<const Stat*>(p.rest)[c];
-      const double delta = added_mean - mean;
-      centred += static_cast<const Stat*>(p.variance)[c] * added + delta * delta * (before * share);
-      mean += delta * share;
-    }
-    p.window.mean[c] = mean;
-    p.window.centred[c] = centred;
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) *p.window.count = count;
-}
-
 }  // namespace
 
 std::int64_t BatchNormWorkspaceCuda(const BatchNormShape& shape, DType dtype) {
@@ -355,16 +318,6 @@ const char* BatchNormForwardCuda(const BatchNormForward& args, void* workspace,
 
 const char* BatchNormInferenceCuda(const BatchNormInference& args, CUstream_st* stream) {
   return batch_norm::Run<InferenceKernels>(args.shape, args.dtype, {args.x, args.y}, args, stream);
-}
-
-const char* MergeMomentsCuda(const MomentsWindow& window, const std::int64_t* count,
-                             const void* mean, const void* rest, const void* variance, DType dtype,
-                             const bool* overwrite, CUstream_st* stream) {
-  const MergeParams params = {window, count, mean, rest, variance, overwrite};
-  const bool is_double = StatisticsType(dtype) == DType::kFloat64;
-  return cuda::ErrorText(
-      cuda::Launch(is_double ? MergeMomentsKernel<double> : MergeMomentsKernel<float>, 1,
-                   kMergeThreads, params, stream));
 }
 
 }  // namespace accumops

@@ -4,7 +4,6 @@
 #include "batch_norm.h"
 #include "kernel_support.h"
 #include "tensorflow/core/framework/op_kernel.h"
-#include "variable_list.h"
 
 namespace accumops {
 namespace {
@@ -35,14 +34,6 @@ struct Cpu {
     BatchNormGradientCpu(args, executor);
     return absl::OkStatus();
   }
-  static absl::Status Merge(OpKernelContext*, const MomentsWindow& window, const Tensor& count,
-                            const Tensor& mean, const Tensor& rest, const Tensor& variance,
-                            const Tensor& overwrite) {
-    MergeMomentsCpu(window, count.scalar<std::int64_t>().data(), mean.data(), rest.data(),
-                    variance.data(), ToDType(mean.dtype()), overwrite.scalar<bool>()());
-    return absl::OkStatus();
-  }
-  static constexpr CopyBytes kCopy = CopyOnHost;
   // Whether a result may take the place of what it is made from.
   static constexpr bool kInPlace = true;
 };
@@ -62,14 +53,6 @@ struct Gpu {
     TF_RETURN_IF_ERROR(Allocate(ctx, args.shape, args.dtype, &workspace));
     return FromCuda(BatchNormGradientCuda(args, workspace.data(), CudaStream(ctx)));
   }
-  static absl::Status Merge(OpKernelContext* ctx, const MomentsWindow& window, const Tensor& count,
-                            const Tensor& mean, const Tensor& rest, const Tensor& variance,
-                            const Tensor& overwrite) {
-    return FromCuda(MergeMomentsCuda(window, count.scalar<std::int64_t>().data(), mean.data(),
-                                     rest.data(), variance.data(), ToDType(mean.dtype()),
-                                     overwrite.scalar<bool>().data(), CudaStream(ctx)));
-  }
-  static constexpr CopyBytes kCopy = CopyOnDevice;
   // The kernels read through a cache that does not see what they write.
   static constexpr bool kInPlace = false;
 
@@ -261,53 +244,12 @@ class BatchNormInferenceOp : public BatchNormOpBase {
   }
 };
 
-template <typename Launchers>
-class MergeMomentsOp : public OpKernel {
- public:
-  using OpKernel::OpKernel;
-
-  void Compute(OpKernelContext* ctx) final {
-    VariableList window;
-    for (const char* name : {"window_count", "window_mean", "window_centred"}) {
-      OP_REQUIRES_OK(ctx, window.Add(ctx, name));
-    }
-    OP_REQUIRES_OK(ctx, window.Lock());
-    const Tensor& mean = ctx->input(4);
-    for (int i = 3; i < 8; ++i) {
-      const bool scalar = i == 3 || i == 7;
-      const Tensor& input = ctx->input(i);
-      OP_REQUIRES(ctx,
-                  scalar ? input.dims() == 0 : input.dims() == 1 && input.shape() == mean.shape(),
-                  absl::InvalidArgumentError(
-                      absl::StrCat("Input ", i, " has shape ", input.shape().DebugString(), ".")));
-    }
-    for (std::size_t i = 0; i < 3; ++i) {
-      const Tensor& variable = window.tensor(i);
-      OP_REQUIRES(ctx,
-                  variable.dtype() == tensorflow::DT_DOUBLE &&
-                      variable.shape() == (i == 0 ? TensorShape({}) : mean.shape()),
-                  absl::InvalidArgumentError(absl::StrCat(
-                      window.Describe(i), " is ", DataTypeString(variable.dtype()), " of shape ",
-                      variable.shape().DebugString(), "; it must be double, of shape ",
-                      i == 0 ? "[]" : mean.shape().DebugString(), ".")));
-    }
-    OP_REQUIRES_OK(ctx, window.MakeWritable(ctx, Launchers::kCopy, window.size()));
-    const auto values = [&](std::size_t i) {
-      return static_cast<double*>(window.tensor(i).data());
-    };
-    OP_REQUIRES_OK(
-        ctx, Launchers::Merge(ctx, {mean.dim_size(0), values(0), values(1), values(2)},
-                              ctx->input(3), mean, ctx->input(5), ctx->input(6), ctx->input(7)));
-  }
-};
-
 #define ACCUMOPS_REGISTER(Launchers, DEVICE)                                                  \
   REGISTER_KERNEL_BUILDER(Name("AccumOps>BatchNorm").Device(DEVICE), BatchNormOp<Launchers>); \
   REGISTER_KERNEL_BUILDER(Name("AccumOps>BatchNormGrad").Device(DEVICE),                      \
                           BatchNormGradOp<Launchers>);                                        \
   REGISTER_KERNEL_BUILDER(Name("AccumOps>BatchNormInference").Device(DEVICE),                 \
-                          BatchNormInferenceOp<Launchers>);                                   \
-  REGISTER_KERNEL_BUILDER(Name("AccumOps>MergeMoments").Device(DEVICE), MergeMomentsOp<Launchers>)
+                          BatchNormInferenceOp<Launchers>)
 
 ACCUMOPS_REGISTER(Cpu, tensorflow::DEVICE_CPU);
 #if defined(ACCUMOPS_CUDA)

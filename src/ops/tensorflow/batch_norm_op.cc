@@ -129,33 +129,5 @@ REGISTER_OP("AccumOps>BatchNormInference")
 Normalizes x by given moments: y = (x - mean) / sqrt(variance + epsilon) * gamma + beta.
 )doc");
 
-absl::Status MergeMomentsShapes(InferenceContext* c) {
-  ShapeHandle channels = c->UnknownShapeOfRank(1), unused;
-  for (int i = 4; i < 7; ++i) TF_RETURN_IF_ERROR(c->Merge(c->input(i), channels, &channels));
-  TF_RETURN_IF_ERROR(c->WithRank(c->input(3), 0, &unused));
-  return c->WithRank(c->input(7), 0, &unused);
-}
-
-REGISTER_OP("AccumOps>MergeMoments")
-    .Input("window_count: resource")
-    .Input("window_mean: resource")
-    .Input("window_centred: resource")
-    .Input("count: int64")
-    .Input("mean: U")
-    .Input("rest: U")
-    .Input("variance: U")
-    .Input("overwrite: bool")
-    .Attr("U: {float, double}")
-    .SetIsStateful()
-    .SetShapeFn(MergeMomentsShapes)
-    .Doc(R"doc(
-Merges a micro-batch's moments with those of a window, in place, by Chan's formula.
-
-window_count: A double variable, a scalar: values of a channel in the window.
-window_mean: A double variable, each channel's mean.
-window_centred: A double variable, each channel's sum of squared distances from its mean.
-overwrite: Whether the window starts with this micro-batch.
-)doc");
-
 }  // namespace
 }  // namespace accumops

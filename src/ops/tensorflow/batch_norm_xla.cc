@@ -217,43 +217,11 @@ class InferenceXlaOp : public BatchNormXlaOp {
   }
 };
 
-class MergeXlaOp : public XlaOpKernel {
- public:
-  using XlaOpKernel::XlaOpKernel;
-
-  void Compile(XlaOpKernelContext* ctx) override {
-    const auto wide = [](xla::XlaOp x) { return xla::ConvertElementType(x, xla::F64); };
-    const TensorShape vector = InputTensorShape(ctx, 4);
-    xla::XlaOp window[3];
-    for (int i = 0; i < 3; ++i) {
-      TensorShape shape;
-      OP_REQUIRES_OK(ctx, ctx->ReadVariableInput(i, tensorflow::DT_DOUBLE, &shape, &window[i]));
-      OP_REQUIRES(ctx, shape == (i == 0 ? TensorShape({}) : vector),
-                  absl::InvalidArgumentError(absl::StrCat(
-                      "The window's variable ", i, " has shape ", shape.DebugString(), ".")));
-      const xla::XlaOp zero = xla::ZerosLike(window[i]);
-      const xla::XlaOp overwrite = xla::Broadcast(ctx->Input(7), shape.dim_sizes());
-      window[i] = xla::Select(overwrite, zero, window[i]);
-    }
-    const xla::XlaOp added = wide(ctx->Input(3));
-    const xla::XlaOp total = window[0] + added;
-    const xla::XlaOp zero = xla::ConstantR0<double>(ctx->builder(), 0);
-    const xla::XlaOp share = xla::Select(xla::Gt(total, zero), added / total, zero);
-    const xla::XlaOp delta = wide(ctx->Input(4)) + wide(ctx->Input(5)) - window[1];
-    const xla::XlaOp centred =
-        window[2] + wide(ctx->Input(6)) * added + delta * delta * (window[0] * share);
-    OP_REQUIRES_OK(ctx, ctx->AssignVariable(0, tensorflow::DT_DOUBLE, total));
-    OP_REQUIRES_OK(ctx, ctx->AssignVariable(1, tensorflow::DT_DOUBLE, window[1] + delta * share));
-    OP_REQUIRES_OK(ctx, ctx->AssignVariable(2, tensorflow::DT_DOUBLE, centred));
-  }
-};
-
 // Straight to the compilation devices, as accumulate_xla.cc explains.
-#define ACCUMOPS_REGISTER(DEVICE)                                                              \
-  REGISTER_KERNEL_BUILDER(Name("AccumOps>BatchNorm").Device(DEVICE), ForwardXlaOp);            \
-  REGISTER_KERNEL_BUILDER(Name("AccumOps>BatchNormGrad").Device(DEVICE), GradientXlaOp);       \
-  REGISTER_KERNEL_BUILDER(Name("AccumOps>BatchNormInference").Device(DEVICE), InferenceXlaOp); \
-  REGISTER_KERNEL_BUILDER(Name("AccumOps>MergeMoments").Device(DEVICE), MergeXlaOp)
+#define ACCUMOPS_REGISTER(DEVICE)                                                        \
+  REGISTER_KERNEL_BUILDER(Name("AccumOps>BatchNorm").Device(DEVICE), ForwardXlaOp);      \
+  REGISTER_KERNEL_BUILDER(Name("AccumOps>BatchNormGrad").Device(DEVICE), GradientXlaOp); \
+  REGISTER_KERNEL_BUILDER(Name("AccumOps>BatchNormInference").Device(DEVICE), InferenceXlaOp)
 
 ACCUMOPS_REGISTER(tensorflow::DEVICE_CPU_XLA_JIT);
 ACCUMOPS_REGISTER(tensorflow::DEVICE_GPU_XLA_JIT);

@@ -1,0 +1,119 @@
+"""The cases of `accumops.ops.merge_moments`."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import tensorflow as tf
+
+from accumops import ops
+from accumops.ops import reference
+from accumops.verification.case import MODES, Case, Expected, Implementation, Subject, Trial, ulp
+
+_SIZES = (1, 3, 17, 1001)
+_STARTS = ("window", "empty window", "no window")
+_ENDS = ("open", "full", "closed", "never")
+# Of the formulas of one element.
+_ROUNDINGS = 16
+_MOMENTUM = 0.99
+
+
+def _cases(quick: bool) -> Iterator[Case]:
+    grid = [
+        (added, start, end)
+        for start in _STARTS
+        for end in _ENDS
+        for added in ((0,) if end == "closed" else (128, 0, 1))
+        if start != "no window" or end == "full"
+    ]
+    for i, dtype in enumerate(("float32", "float64")):
+        for j, (added, start, end) in enumerate(grid):
+            for k, channels in enumerate(_SIZES):
+                turn = i + j + k
+                modes = MODES if turn % 12 == 5 else MODES[:1] if quick else MODES[:2]
+                if quick and turn % 2 == 0 and modes != MODES:
+                    continue
+                name = f"{channels} channels, {added} values to {start}, {end}"
+                yield Case(f"{dtype}, moments", name, partial(_trial, dtype, channels, added, start, end), modes)
+
+
+def _trial(dtype: str, channels: int, added: int, start: str, end: str, rng: np.random.Generator) -> Trial:
+    exact, precise = np.dtype(np.float64), np.dtype(dtype)
+    values = int(rng.integers(1, 5000)) if start == "window" else 0
+    counters = np.array([values, 2, 3 if end == "full" else 9], np.int64)
+    held = np.abs(rng.standard_normal((2, channels))) * 50 if values else np.full((2, channels), np.nan)
+    moving = [rng.standard_normal(channels).astype(precise), rng.uniform(0.1, 3, channels).astype(precise)]
+    mean = (rng.standard_normal(channels) * 3).astype(precise)
+    rest = (rng.standard_normal(channels) * np.spacing(np.abs(mean)) / 2).astype(precise)
+    variance = rng.uniform(0.1, 3, channels).astype(precise)
+
+    wide_mean, wide_centred = held.astype(np.longdouble) if values else np.zeros((2, channels), np.longdouble)
+    total = values + added
+    share = np.longdouble(added) / total if total else np.longdouble(0)
+    delta = mean.astype(np.longdouble) + rest - wide_mean
+    between, within = delta**2 * (values * share), variance.astype(np.longdouble) * added
+    merged_mean, merged_centred = wide_mean + delta * share, wide_centred + within + between
+    mean_size = np.abs(wide_mean) + np.abs(mean) + np.abs(rest)
+    # The distance's own rounding is of what it is the difference of.
+    centred_size = wide_centred + within + mean_size**2 * (values * share)
+
+    ends = end in ("full", "closed")
+    after = np.array([0, 0, counters[2]] if ends else [total, 3, counters[2]], np.int64)
+    # What a window without values holds has no influence: the step clears it.
+    clear = ends or total == 0
+    window = [
+        Expected("counters", after),
+        Expected("moments", np.zeros((2, channels)))
+        if clear
+        else Expected(
+            "moments", np.stack([merged_mean, merged_centred]), ulp(np.stack([mean_size, centred_size]), exact)
+        ),
+    ]
+    size = max(total, 1)
+    targets = ((merged_mean, mean_size), (merged_centred / size, centred_size / size))
+    moved = [
+        Expected(name, old)
+        if not ends or total == 0
+        else Expected(
+            name,
+            old.astype(np.longdouble) * np.longdouble(_MOMENTUM) + value * np.longdouble(1 - _MOMENTUM),
+            ulp(np.abs(old) + magnitude, precise),
+        )
+        for name, old, (value, magnitude) in zip(("running mean", "running variance"), moving, targets, strict=True)
+    ]
+    alone = start == "no window"
+    batch = [tf.constant(added, tf.int64), *(tf.constant(each) for each in (mean, rest, variance))]
+    return Trial(
+        variables=[*([] if alone else [counters, held]), *moving],
+        arguments=[[] if end == "closed" else batch],
+        step=partial(_step, alone, end == "never", clear),
+        expected=[*([] if alone else window), *moved],
+        terms=_ROUNDINGS,
+    )
+
+
+def _step(
+    alone: bool,
+    never: bool,
+    clear: bool,
+    implementation: Implementation,
+    variables: list[tf.Variable],
+    batch: list[tf.Tensor],
+) -> list[tf.Tensor]:
+    window = None if alone else ops.MomentsWindow(*variables[:2])
+    moving = None if never else ops.MovingStatistics(variables[-2], variables[-1], _MOMENTUM)
+    implementation(ops.BatchMoments(*batch) if batch else None, window=window, moving=moving)
+    if window is not None and clear:
+        window.moments.assign(tf.zeros_like(window.moments))
+    return []
+
+
+# Looked up when they are called, so that what stands in for an op is what gets verified.
+SUBJECTS = (
+    Subject(
+        "merge_moments",
+        fused=lambda *args, **kwargs: ops.merge_moments(*args, **kwargs),
+        reference=reference.merge_moments,
+        cases=_cases,
+    ),
+)

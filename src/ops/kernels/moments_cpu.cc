@@ -1,0 +1,15 @@
+#include "moments_channel.h"
+
+namespace accumops {
+
+void MergeMomentsCpu(const MomentsMerge& args) {
+  const MergePlan plan(args);
+  WithTypesOf(args, [&](auto* batch, auto* moving) {
+    using Batch = std::remove_pointer_t<decltype(batch)>;
+    using Moving = std::remove_pointer_t<decltype(moving)>;
+    for (std::int64_t c = 0; c < args.channels; ++c) MergeChannel<Batch, Moving>(args, plan, c);
+  });
+  plan.Count(args);
+}
+
+}  // namespace accumops

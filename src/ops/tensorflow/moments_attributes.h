@@ -1,0 +1,30 @@
+// What the kernels of AccumOps>MergeMoments read when they are made.
+#pragma once
+
+#include "absl/strings/str_cat.h"
+#include "tensorflow/core/framework/op_kernel.h"
+
+namespace accumops {
+
+struct MomentsAttributes {
+  int window = 0;   // variables: none or 2
+  int moving = 0;   // variables: none or 2
+  int batches = 0;  // none or 1, of 3 moments
+
+  absl::Status Read(const tensorflow::OpKernelConstruction& construction) {
+    int parts;
+    TF_RETURN_IF_ERROR(construction.GetAttr("window_parts", &window));
+    TF_RETURN_IF_ERROR(construction.GetAttr("moving_parts", &moving));
+    TF_RETURN_IF_ERROR(construction.GetAttr("batches", &batches));
+    TF_RETURN_IF_ERROR(construction.GetAttr("batch_parts", &parts));
+    const bool whole = (window == 0 || window == 2) && (moving == 0 || moving == 2) &&
+                       (batches == 0 || batches == 1) && parts == 3 * batches;
+    if (whole && (window != 0) + (moving != 0) + batches >= 2) return absl::OkStatus();
+    return absl::InvalidArgumentError(
+        absl::StrCat("A merge needs two or all of a window's 2 variables, 2 moving statistics, and "
+                     "a batch's count and 3 moments, not ",
+                     window, ", ", moving, ", ", batches, " and ", parts, "."));
+  }
+};
+
+}  // namespace accumops

@@ -1,0 +1,50 @@
+// AccumOps>MergeMoments: its signature, and the shapes that can be checked when a graph is built.
+#include "tensorflow/core/framework/common_shape_fns.h"
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/shape_inference.h"
+
+namespace accumops {
+namespace {
+
+using ::tensorflow::shape_inference::InferenceContext;
+using ::tensorflow::shape_inference::ShapeHandle;
+
+absl::Status MergeMomentsShapes(InferenceContext* c) {
+  std::vector<ShapeHandle> shapes;
+  ShapeHandle channels = c->UnknownShapeOfRank(1), unused;
+  TF_RETURN_IF_ERROR(c->input("moments", &shapes));
+  for (const ShapeHandle& shape : shapes) {
+    TF_RETURN_IF_ERROR(c->Merge(shape, channels, &channels));
+  }
+  TF_RETURN_IF_ERROR(c->input("count", &shapes));
+  for (const ShapeHandle& shape : shapes) TF_RETURN_IF_ERROR(c->WithRank(shape, 0, &unused));
+  TF_RETURN_IF_ERROR(c->input("momentum", &shapes));
+  return c->WithRank(shapes[0], 0, &unused);
+}
+
+REGISTER_OP("AccumOps>MergeMoments")
+    .Input("window: window_parts * resource")
+    .Input("moving: moving_parts * resource")
+    .Input("count: batches * int64")
+    .Input("moments: batch_parts * U")
+    .Input("momentum: double")
+    .Attr("window_parts: int >= 0")
+    .Attr("moving_parts: int >= 0")
+    .Attr("batches: int >= 0")
+    .Attr("batch_parts: int >= 0")
+    .Attr("U: {float, double} = DT_FLOAT")
+    .SetIsStateful()
+    .SetShapeFn(MergeMomentsShapes)
+    .Doc(R"doc(
+Merges a batch's moments with those of a window, in place, by Chan's formula; at its end running statistics move.
+
+window: None, or two variables. The first is int64: values of a channel in the window, calls, and how many calls are a
+  window. The second is double, of shape [2, channels]: means, and sums of squared distances from them.
+moving: None, where the window does not end here, or two float or double variables: running mean and variance.
+count: None, or a batch's number of values of a channel. Without a batch, and without a window, this is the end.
+moments: None, or of the batch the mean, the rest that rounding took from it, and the variance.
+momentum: What the running statistics keep of themselves.
+)doc");
+
+}  // namespace
+}  // namespace accumops

@@ -1,0 +1,149 @@
+// AccumOps>MergeMoments lowered to XLA, for functions with jit_compile=True.
+#include "absl/strings/str_cat.h"
+#include "moments.h"
+#include "moments_attributes.h"
+#include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
+#include "tensorflow/compiler/tf2xla/xla_op_registry.h"
+#include "xla/hlo/builder/lib/constants.h"
+#include "xla/hlo/builder/xla_builder.h"
+#include "xla_support.h"
+
+namespace accumops {
+namespace {
+
+using ::tensorflow::DataType;
+using ::tensorflow::TensorShape;
+using ::tensorflow::XlaOpKernel;
+using ::tensorflow::XlaOpKernelContext;
+
+xla::XlaOp Wide(xla::XlaOp x) { return xla::ConvertElementType(x, xla::F64); }
+
+class MergeMomentsXlaOp : public XlaOpKernel {
+ public:
+  explicit MergeMomentsXlaOp(tensorflow::OpKernelConstruction* construction)
+      : XlaOpKernel(construction) {
+    OP_REQUIRES_OK(construction, attributes_.Read(*construction));
+  }
+
+  void Compile(XlaOpKernelContext* ctx) override {
+    xla::XlaBuilder* builder = ctx->builder();
+    const int count = attributes_.window + attributes_.moving;
+    const int moments = count + attributes_.batches;
+    TensorShape shape;
+    DataType moving_type = tensorflow::DT_FLOAT;
+    if (attributes_.moving != 0) {
+      OP_REQUIRES_OK(ctx, ctx->GetVariableTypeAndShape(attributes_.window, &moving_type, &shape));
+      OP_REQUIRES(ctx, moving_type == tensorflow::DT_FLOAT || moving_type == tensorflow::DT_DOUBLE,
+                  absl::InvalidArgumentError(absl::StrCat("Moving statistics are ",
+                                                          tensorflow::DataTypeString(moving_type),
+                                                          "; they must be float or double.")));
+    }
+    if (attributes_.batches != 0) shape = InputTensorShape(ctx, moments);
+    OP_REQUIRES(ctx, shape.dims() == 1,
+                absl::InvalidArgumentError(absl::StrCat("Moments have shape ", shape.DebugString(),
+                                                        "; they must be vectors.")));
+    const std::int64_t channels = shape.dim_size(0);
+    const auto row = [&](xla::XlaOp values, std::int64_t i) {
+      return xla::Reshape(xla::Slice(values, {i, 0}, {i + 1, channels}, {1, 1}), {channels});
+    };
+    const auto value = [&](xla::XlaOp counters, std::int64_t i) {
+      return xla::Reshape(xla::Slice(counters, {i}, {i + 1}, {1}), {});
+    };
+
+    const xla::XlaOp none = xla::Zero(builder, xla::S64);
+    xla::XlaOp before = none, calls = none, limit = none;
+    xla::XlaOp mean = xla::Broadcast(xla::Zero(builder, xla::F64), {channels});
+    xla::XlaOp centred = mean;
+    if (attributes_.window != 0) {
+      xla::XlaOp counters, values;
+      OP_REQUIRES_OK(ctx, ReadVariable(ctx, 0, tensorflow::DT_INT64,
+                                       TensorShape({MomentsWindow::kCounters}), &counters));
+      OP_REQUIRES_OK(
+          ctx, ReadVariable(ctx, 1, tensorflow::DT_DOUBLE, TensorShape({2, channels}), &values));
+      before = value(counters, MomentsWindow::kValues);
+      calls = value(counters, MomentsWindow::kCalls) + xla::One(builder, xla::S64);
+      limit = value(counters, MomentsWindow::kLimit);
+      const xla::XlaOp empty = xla::Broadcast(xla::Eq(before, none), {channels});
+      const xla::XlaOp zeros = mean;
+      mean = xla::Select(empty, zeros, row(values, 0));
+      centred = xla::Select(empty, zeros, row(values, 1));
+    }
+    xla::XlaOp total = before;
+    if (attributes_.batches != 0) {
+      const xla::XlaOp added = ctx->Input(count);
+      total = before + added;
+      const xla::XlaOp zero = xla::Zero(builder, xla::F64);
+      const xla::XlaOp share = xla::Select(xla::Gt(total, none), Wide(added) / Wide(total), zero);
+      const xla::XlaOp delta = Wide(ctx->Input(moments)) + Wide(ctx->Input(moments + 1)) - mean;
+      // Of no values there are no moments: they may be NaN.
+      const xla::XlaOp some = xla::Broadcast(xla::Gt(added, none), {channels});
+      centred = xla::Select(some,
+                            centred + Wide(ctx->Input(moments + 2)) * Wide(added) +
+                                delta * delta * (Wide(before) * share),
+                            centred);
+      mean = xla::Select(some, mean + delta * share, mean);
+    }
+
+    xla::XlaOp ends = xla::ConstantR0<bool>(builder, attributes_.moving != 0);
+    if (attributes_.moving != 0 && attributes_.window != 0 && attributes_.batches != 0)
+      ends = xla::Ge(calls, limit);
+    if (attributes_.moving != 0) {
+      const xla::XlaOp moves = xla::Broadcast(xla::And(ends, xla::Gt(total, none)), {channels});
+      const xla::XlaOp size = xla::Max(Wide(total), xla::One(builder, xla::F64));
+      const xla::XlaOp targets[2] = {mean, centred / size};
+      xla::XlaOp moved[2];
+      for (int i = 0; i < 2; ++i) {
+        xla::XlaOp old;
+        OP_REQUIRES_OK(ctx, ReadVariable(ctx, attributes_.window + i, moving_type, shape, &old));
+        const auto like = [&](xla::XlaOp x) {
+          return xla::ConvertElementType(
+              x, moving_type == tensorflow::DT_DOUBLE ? xla::F64 : xla::F32);
+        };
+        const xla::XlaOp momentum = ctx->Input(moments + 3 * attributes_.batches);
+        const xla::XlaOp rest = xla::One(builder, xla::F64) - momentum;
+        moved[i] = xla::Select(moves, old * like(momentum) + like(targets[i]) * like(rest), old);
+      }
+      for (int i = 0; i < 2; ++i) {
+        OP_REQUIRES_OK(ctx, ctx->AssignVariable(attributes_.window + i, moving_type, moved[i]));
+      }
+    }
+    if (attributes_.window != 0) {
+      const auto vector = [](xla::XlaOp x) { return xla::Reshape(x, {1}); };
+      const xla::XlaOp counters =
+          xla::ConcatInDim(builder,
+                           {vector(xla::Select(ends, none, total)),
+                            vector(xla::Select(ends, none, calls)), vector(limit)},
+                           0);
+      const xla::XlaOp values = xla::ConcatInDim(
+          builder, {xla::Reshape(mean, {1, channels}), xla::Reshape(centred, {1, channels})}, 0);
+      OP_REQUIRES_OK(ctx, ctx->AssignVariable(0, tensorflow::DT_INT64, counters));
+      OP_REQUIRES_OK(ctx, ctx->AssignVariable(1, tensorflow::DT_DOUBLE, values));
+    }
+  }
+
+ private:
+  static absl::Status ReadVariable(XlaOpKernelContext* ctx, int input, DataType dtype,
+                                   const TensorShape& expected, xla::XlaOp* value) {
+    DataType found_type;
+    TensorShape found;
+    TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(input, &found_type, &found));
+    if (found_type != dtype || found != expected) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "Input ", input, " of MergeMoments is ", tensorflow::DataTypeString(found_type),
+          " of shape ", found.DebugString(), "; it must be ", tensorflow::DataTypeString(dtype),
+          " of shape ", expected.DebugString(), "."));
+    }
+    return ctx->ReadVariableInput(input, dtype, &found, value);
+  }
+
+  MomentsAttributes attributes_;
+};
+
+// Straight to the compilation devices, as accumulate_xla.cc explains.
+REGISTER_KERNEL_BUILDER(Name("AccumOps>MergeMoments").Device(tensorflow::DEVICE_CPU_XLA_JIT),
+                        MergeMomentsXlaOp);
+REGISTER_KERNEL_BUILDER(Name("AccumOps>MergeMoments").Device(tensorflow::DEVICE_GPU_XLA_JIT),
+                        MergeMomentsXlaOp);
+
+}  // namespace
+}  // namespace accumops

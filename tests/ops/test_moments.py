@@ -1,0 +1,347 @@
+"""Merging moments: `ops.merge_moments`, its reference, and the op itself."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from accumops import ops
+from accumops.ops import library
+
+NUMPY = {tf.bfloat16: tf.bfloat16.as_numpy_dtype, tf.float32: np.float32, tf.float64: np.float64}
+SIZES = (5, 1, 128, 0, 33, 4097, 2)
+INVALID = tf.errors.InvalidArgumentError
+PRECONDITION = tf.errors.FailedPreconditionError
+
+
+def make_window(channels, *, limit=1 << 40, values=0, calls=0, moments=np.nan):
+    return ops.MomentsWindow(
+        tf.Variable([values, calls, limit], dtype=tf.int64), tf.Variable(tf.fill([2, channels], np.float64(moments)))
+    )
+
+
+def make_moving(channels, momentum=0.25, dtype=tf.float32):
+    return ops.MovingStatistics(
+        tf.Variable(tf.fill([channels], tf.constant(8.0, dtype))),
+        tf.Variable(tf.fill([channels], tf.constant(2.0, dtype))),
+        momentum,
+    )
+
+
+def make_batch(channels, count=4, mean=1.0, rest=0.0, variance=0.5, dtype=tf.float32):
+    return ops.BatchMoments(
+        tf.constant(count, tf.int64),
+        *(tf.fill([channels], tf.constant(each, dtype)) for each in (mean, rest, variance)),
+    )
+
+
+def batches_of(rng, channels, dtype=tf.float32):
+    """Each with a mean of its own, so that most of the variance is between them."""
+    return [
+        (rng.normal(rng.normal(0, 3, channels), 1.0, (size, channels))).astype(NUMPY[dtype]).astype(NUMPY[dtype])
+        for size in SIZES
+    ]
+
+
+def check(window, pooled, tolerance):
+    largest = np.abs(pooled).max()
+    np.testing.assert_allclose(window.moments[0], pooled.mean(0), rtol=0, atol=tolerance * largest)
+    np.testing.assert_allclose(window.moments[1], pooled.var(0) * len(pooled), rtol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(tf.float32, 1e-6), (tf.float64, 1e-13), (tf.bfloat16, 1e-6)])
+def test_ragged_micro_batches_are_the_pooled_batch(backend, mode, rng, dtype, tolerance):
+    batches = batches_of(rng, 17, dtype)
+    window = make_window(17)
+    sizes = SIZES if mode.name != "xla" else SIZES[:4]  # each is a shape to compile for
+    run = mode(lambda x: ops.merge_moments(ops.batch_norm(x, None, None)[1], window=window))
+    for _ in range(2):  # the second window starts on the first one's values
+        for batch in batches[: len(sizes)]:
+            run(tf.constant(batch))
+        pooled = np.concatenate(batches[: len(sizes)]).astype(np.float64)
+        assert window.counters.numpy().tolist() == [len(pooled), len(sizes), 1 << 40]
+        check(window, pooled, tolerance)
+        window.counters.assign([0, 0, 1 << 40])
+
+
+@pytest.mark.parametrize("dtype", [tf.float32, tf.float64, tf.float16, tf.bfloat16])
+def test_moving_statistics_move_at_the_limit(backend, mode, rng, dtype):
+    batches = [rng.normal(i, 1.0, (size, 5)).astype(np.float32) for i, size in enumerate((4, 7, 3))]
+    window, moving = make_window(5, limit=3), make_moving(5, dtype=dtype)
+    run = mode(lambda x: ops.merge_moments(ops.batch_norm(x, None, None)[1], window=window, moving=moving))
+    expected = [np.full(5, 8.0), np.full(5, 2.0)]
+    for _ in range(2):
+        for i, batch in enumerate(batches):
+            for variable, value in zip(moving[:2], expected, strict=True):
+                np.testing.assert_allclose(tf.cast(variable, tf.float64), value, rtol=2e-2 if dtype.size == 2 else 1e-6)
+            run(tf.constant(batch))
+            assert window.counters.numpy()[1] == (i + 1) % 3
+        pooled = np.concatenate(batches).astype(np.float64)
+        for i, value in enumerate((pooled.mean(0), pooled.var(0))):
+            expected[i] = expected[i] * 0.25 + value * 0.75
+    assert window.counters.numpy().tolist() == [0, 0, 3]
+
+
+def test_limit_is_read_when_it_runs(backend, mode):
+    window, moving = make_window(2, limit=3), make_moving(2)
+    run = mode(lambda: ops.merge_moments(make_batch(2), window=window, moving=moving))
+    run()
+    window.counters.assign([4, 1, 2])
+    run()
+    np.testing.assert_allclose(moving.mean, 8 * 0.25 + 0.75)
+
+
+def test_without_a_window_the_batch_is_all_of_it(backend, mode):
+    moving = make_moving(3, momentum=0.99)
+    mode(lambda: ops.merge_moments(make_batch(3, mean=1.0, variance=0.3), moving=moving))()
+    # As Keras computes it, bit for bit.
+    one = np.float32(1)
+    np.testing.assert_array_equal(moving.mean, np.float32(8) * np.float32(0.99) + one * np.float32(1 - 0.99))
+    np.testing.assert_array_equal(
+        moving.variance, np.float32(2) * np.float32(0.99) + np.float32(0.3) * np.float32(1 - 0.99)
+    )
+
+
+def test_without_a_batch_the_window_ends(backend, mode):
+    window, moving = make_window(3, limit=100, values=10, calls=2, moments=5.0), make_moving(3)
+    close = mode(lambda: ops.merge_moments(None, window=window, moving=moving))
+    close()
+    np.testing.assert_allclose(moving.mean, 8 * 0.25 + 5 * 0.75)
+    np.testing.assert_allclose(moving.variance, 2 * 0.25 + 0.5 * 0.75)
+    assert window.counters.numpy().tolist() == [0, 0, 100]
+    close()  # of nothing
+    np.testing.assert_allclose(moving.mean, 8 * 0.25 + 5 * 0.75)
+
+
+def test_a_window_without_values_moves_nothing(backend, mode):
+    """Of none there are no moments; whatever is given for them."""
+    window, moving = make_window(2, limit=2), make_moving(2)
+    run = mode(lambda: ops.merge_moments(make_batch(2, 0, np.nan, np.nan, np.nan), window=window, moving=moving))
+    for calls in (1, 0):
+        run()
+        assert window.counters.numpy().tolist() == [0, calls, 2]
+    assert (moving.mean.numpy() == 8).all()
+    assert (moving.variance.numpy() == 2).all()
+    mode(lambda: ops.merge_moments(make_batch(2, 0, np.nan, np.nan, np.nan), moving=moving))()
+    assert (moving.mean.numpy() == 8).all()
+
+
+def test_large_mean(backend, rng):
+    batches = [rng.normal(1e4 + i, 1e-2, (500, 3)).astype(np.float32) for i in (0, 0, 1e-2)]
+    window = make_window(3)
+    for batch in batches:
+        ops.merge_moments(ops.batch_norm(batch, None, None)[1], window=window)
+    pooled = np.concatenate(batches).astype(np.float64)
+    np.testing.assert_allclose(window.moments[1], pooled.var(0) * len(pooled), rtol=1e-5)
+
+
+def test_masked_rows_do_not_count(backend, rng):
+    x = rng.standard_normal((2, 50, 3)).astype(np.float32)
+    mask = rng.random((2, 50)) < 0.5
+    window = make_window(3)
+    for i in range(2):
+        ops.merge_moments(ops.batch_norm(x[i], None, None, mask=tf.constant(mask[i]))[1], window=window)
+    valid = x[mask].astype(np.float64)
+    assert window.counters.numpy()[0] == len(valid)
+    np.testing.assert_allclose(window.moments[0], valid.mean(0), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(window.moments[1], valid.var(0) * len(valid), rtol=1e-5)
+
+
+def test_rest_of_the_mean_counts(backend, mode):
+    window = make_window(2)
+    mode(lambda: ops.merge_moments(make_batch(2, rest=1e-9), window=window))()
+    np.testing.assert_allclose(window.moments[0], np.full(2, 1 + np.float64(np.float32(1e-9))), rtol=1e-15)
+
+
+def test_keras_variables(backend):
+    window = ops.MomentsWindow(
+        keras.Variable(np.array([0, 0, 1]), dtype="int64"), keras.Variable(np.zeros([2, 2]), dtype="float64")
+    )
+    moving = ops.MovingStatistics(keras.Variable(np.zeros(2)), keras.Variable(np.ones(2)), 0.5)
+    ops.merge_moments(make_batch(2, mean=4.0), window=window, moving=moving)
+    np.testing.assert_array_equal(moving.mean.numpy(), [2, 2])
+
+
+def test_readers_keep_what_they_read(backend):
+    window, moving = make_window(1000, limit=1, values=3, moments=1.0), make_moving(1000)
+    variables = [*window, *moving[:2]]
+    read = [each.read_value() for each in variables]
+    before = [each.numpy() for each in variables]
+    ops.merge_moments(make_batch(1000), window=window, moving=moving)
+    for then, value in zip(read, before, strict=True):
+        np.testing.assert_array_equal(then, value)
+    assert (moving.mean.numpy() != 8).all()
+    assert window.counters.numpy()[0] == 0
+
+
+SHORT = tf.Variable([1.0])
+
+
+@pytest.mark.parametrize(
+    ("message", "batch", "variables"),
+    [
+        ("at least two", make_batch(2), {}),
+        ("at least two", None, {"window": make_window(2)}),
+        ("at least two", None, {"moving": make_moving(2)}),
+        ("batch.mean", make_batch(2), {"window": make_window(3)}),
+        ("batch.variance", make_batch(2)._replace(variance=tf.ones([3])), {"window": make_window(2)}),
+        ("moving.mean", make_batch(2), {"moving": make_moving(3)}),
+        ("moving.variance", None, {"window": make_window(2), "moving": make_moving(2)._replace(variance=SHORT)}),
+    ],
+)
+def test_arguments_are_checked(backend, message, batch, variables):
+    with pytest.raises(ValueError, match=message):
+        ops.merge_moments(batch, **variables)
+
+
+def raw(**changes):
+    module, _ = library.load()
+    if module is None:
+        pytest.skip("the compiled ops do not load")
+    return module.accum_ops_merge_moments(**changes)
+
+
+class Merge:
+    """A window of three channels to damage, with running statistics, and a micro-batch for it."""
+
+    def __init__(self):
+        self.counters, self.moments = make_window(3, limit=2, values=2, calls=1, moments=1.0)
+        self.mean, self.variance, _ = make_moving(3)
+
+    def run(self, **changes):
+        arguments = {
+            "window": [self.counters.handle, self.moments.handle],
+            "moving": [self.mean.handle, self.variance.handle],
+            "count": [tf.constant(2, tf.int64)],
+            "moments": [tf.fill([3], 3.0), tf.zeros([3]), tf.ones([3])],
+            "momentum": tf.constant(0.5, tf.float64),
+        }
+        return raw(**{**arguments, **changes})
+
+    def values(self):
+        return [each.numpy().tolist() for each in (self.counters, self.moments, self.mean, self.variance)]
+
+
+UNTOUCHED = Merge().values()
+
+
+def uninitialized(dtype, shape):
+    return tf.raw_ops.VarHandleOp(dtype=dtype, shape=shape, shared_name=f"never_initialized_{dtype.name}")
+
+
+def table():
+    return tf.raw_ops.HashTableV2(key_dtype=tf.int64, value_dtype=tf.int64, shared_name="not_moments")
+
+
+def variable(value, dtype=tf.float64):
+    return tf.Variable(tf.constant(value, dtype)).handle
+
+
+ONE = tf.constant(2, tf.int64)
+DAMAGE = {
+    "counters uninitialized": (
+        PRECONDITION, r"window\[0\].*uninit",
+        lambda m: m.run(window=[uninitialized(tf.int64, [3]), m.moments.handle])),
+    "mean uninitialized": (
+        PRECONDITION, r"moving\[0\].*uninit",
+        lambda m: m.run(moving=[uninitialized(tf.float32, [3]), m.variance.handle])),
+    "not a variable": (INVALID, r"window\[1\]", lambda m: m.run(window=[m.counters.handle, table()])),
+    "several handles in one": (
+        INVALID, r"moving\[0\]",
+        lambda m: m.run(moving=[tf.stack([m.mean.handle, m.variance.handle]), m.variance.handle])),
+    "counters are int32": (
+        INVALID, r"window\[0\].*int32",
+        lambda m: m.run(window=[variable([0, 0, 1], tf.int32), m.moments.handle])),
+    "counters are two": (
+        INVALID, r"window\[0\].*\[2\]", lambda m: m.run(window=[variable([0, 0], tf.int64), m.moments.handle])),
+    "moments are float": (
+        INVALID, r"window\[1\].*float",
+        lambda m: m.run(window=[m.counters.handle, variable([[1.0] * 3] * 2, tf.float32)])),
+    "moments are of two channels": (
+        INVALID, r"window\[1\].*\[2,2\]", lambda m: m.run(window=[m.counters.handle, variable([[1.0] * 2] * 2)])),
+    "moments are a vector": (INVALID, r"window\[1\]", lambda m: m.run(window=[m.counters.handle, variable([1.0] * 3)])),
+    "moments given as counters": (
+        INVALID, "same variable", lambda m: m.run(window=[m.moments.handle, m.moments.handle])),
+    "one running statistic for both": (
+        INVALID, "same variable", lambda m: m.run(moving=[m.mean.handle, m.mean.handle])),
+    "running mean is a half": (
+        INVALID, r"moving\[0\].*half", lambda m: m.run(moving=[variable([1.0] * 3, tf.float16), m.variance.handle])),
+    "running variance is a double": (
+        INVALID, r"moving\[1\].*double", lambda m: m.run(moving=[m.mean.handle, variable([1.0] * 3)])),
+    "running variance is short": (
+        INVALID, r"moving\[1\].*\[2\]",
+        lambda m: m.run(moving=[m.mean.handle, variable([1.0] * 2, tf.float32)])),
+    "other number of channels": (INVALID, r"window\[1\].*\[2,3\]", lambda m: m.run(moments=[tf.ones([2])] * 3)),
+    "rest is short": (INVALID, "shape|moments", lambda m: m.run(moments=[tf.ones([3]), tf.ones([2]), tf.ones([3])])),
+    "moments are matrices": (INVALID, "rank|shape|vectors", lambda m: m.run(moments=[tf.ones([1, 3])] * 3)),
+    "moments are scalars": (INVALID, "rank|shape|vectors", lambda m: m.run(moments=[tf.constant(1.0)] * 3)),
+    "two dtypes of moments": (
+        INVALID, "double", lambda m: m.run(moments=[tf.ones([3]), tf.zeros([3], tf.float64), tf.ones([3])])),
+    "count is a vector": (INVALID, "scalar|rank", lambda m: m.run(count=[tf.constant([2], tf.int64)])),
+    "count is float": (INVALID, "int64|dtype", lambda m: m.run(count=[tf.constant(2.0)])),
+    "momentum is a vector": (INVALID, "scalar|rank", lambda m: m.run(momentum=tf.constant([0.5], tf.float64))),
+    "half a window": (INVALID, "window's 2", lambda m: m.run(window=[m.counters.handle])),
+    "three running statistics": (
+        INVALID, "2 moving", lambda m: m.run(moving=[m.mean.handle, m.variance.handle, m.moments.handle])),
+    "two batches": (INVALID, "not 2, 2, 2 and 6", lambda m: m.run(count=[ONE, ONE], moments=[tf.ones([3])] * 6)),
+    "moments without count": (INVALID, "count", lambda m: m.run(count=[])),
+    "count without moments": (INVALID, "3 moments", lambda m: m.run(moments=[])),
+    "a batch alone": (INVALID, "two or all", lambda m: m.run(window=[], moving=[])),
+    "a window alone": (INVALID, "two or all", lambda m: m.run(moving=[], count=[], moments=[])),
+    "running statistics alone": (INVALID, "two or all", lambda m: m.run(window=[], count=[], moments=[])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(DAMAGE))
+def test_raw_op_raises_and_writes_nothing(name):
+    error, message, call = DAMAGE[name]
+    merge = Merge()
+    with pytest.raises((error, TypeError, ValueError), match=message):
+        call(merge)
+    assert merge.values() == UNTOUCHED
+    merge.run()  # no lock was left behind
+    assert merge.values()[0] == [0, 0, 2]
+    np.testing.assert_allclose(merge.mean, 8 / 2 + 2 / 2)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["moments are of two channels", "counters are two", "running mean is a half", "running variance is short",
+     "half a window", "a batch alone"],
+)  # fmt: skip
+def test_raw_op_raises_under_xla_and_writes_nothing(name):
+    _, _, call = DAMAGE[name]
+    merge = Merge()
+
+    @tf.function(autograph=False, jit_compile=True)
+    def run():
+        call(merge)
+
+    with pytest.raises((INVALID, ValueError)):
+        run()
+    assert merge.values() == UNTOUCHED
+
+
+def test_shapes_unknown_until_it_runs():
+    merge = Merge()
+
+    @tf.function(input_signature=[tf.TensorSpec(None)], autograph=False)
+    def run(values):
+        merge.run(moments=[values] * 3)
+
+    for shape in ([2], [3, 1], []):
+        with pytest.raises(INVALID):
+            run(tf.ones(shape))
+        assert merge.values() == UNTOUCHED
+    run(tf.ones([3]))
+    assert merge.counters.numpy()[0] == 0
+
+
+@pytest.mark.gpu
+def test_variables_on_different_devices():
+    merge = Merge()
+    with tf.device("GPU:0"):
+        there = tf.Variable(tf.ones([2, 3], tf.float64))
+    with pytest.raises(INVALID, match="device"):
+        merge.run(window=[merge.counters.handle, there.handle])
+    assert merge.values() == UNTOUCHED
