@@ -296,10 +296,11 @@ std::vector<GradientSums> FindGradientSums(const Layout& layout, const BatchNorm
     add(LeftOver(layout, args.dtype), layout.rows * layout.columns, 0, (parts - 1) * width);
   }
   std::vector<GradientSums> totals(static_cast<std::size_t>(layout.channels));
-  for (std::int64_t cell = 0; cell < parts * width; ++cell) {
-    GradientSums& total = totals[cell % width % layout.channels];
-    total.dy += sums[cell];
-    total.product += products[cell];
+  for (std::int64_t cell = 0; cell < parts * width; cell += layout.channels) {
+    for (std::int64_t c = 0; c < layout.channels; ++c) {
+      totals[c].dy += sums[cell + c];
+      totals[c].product += products[cell + c];
+    }
   }
   return totals;
 }

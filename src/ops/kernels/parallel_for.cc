@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -9,6 +10,14 @@
 
 namespace accumops {
 namespace {
+
+constexpr std::chrono::microseconds kPatience(50);
+
+void Pause() {
+#if defined(ACCUMOPS_X86)
+  __builtin_ia32_pause();
+#endif
+}
 
 // Shared with the helpers, which may start after the loop has ended and the caller has gone on.
 struct Loop {
@@ -50,7 +59,13 @@ void ParallelFor(Executor& executor, std::int64_t count,
     // Those that were scheduled refer to `body`: go on with them, not back to the caller.
   }
   loop->Work();
-  // Waits for the indices that helpers have claimed, not for helpers that never got to start.
+  // Waits for the indices that helpers have claimed, not for helpers that never got to start. They
+  // mostly are about to be done, and to sleep and be woken takes longer than that.
+  const auto give_up = std::chrono::steady_clock::now() + kPatience;
+  while (loop->done.load(std::memory_order_acquire) != count &&
+         std::chrono::steady_clock::now() < give_up) {
+    Pause();
+  }
   std::unique_lock<std::mutex> lock(loop->mutex);
   loop->finished.wait(lock, [&] { return loop->done.load(std::memory_order_acquire) == count; });
 }
