@@ -143,6 +143,14 @@ void PrefetchLine(const T* p) {
   __builtin_prefetch(reinterpret_cast<const char*>(p) + kAheadBytes);
 }
 
+// How far ahead is worth fetching down a chunk's columns, in elements: narrow rows are read as one
+// array, of wide ones the same columns some rows later.
+template <typename T>
+std::int64_t RowsAhead(std::int64_t stride) {
+  const auto size = static_cast<std::int64_t>(sizeof(T));
+  return stride * size < kAheadBytes ? 4 * stride + kAheadBytes / size : 8 * stride;
+}
+
 // Rows whose sums are kept in the data's precision before they are added up in double, and columns
 // that are in registers meanwhile. A chunk stays in the L1 cache, where it is read twice.
 constexpr std::int64_t kChunkRows = 128;
@@ -168,11 +176,12 @@ template <std::int64_t kCount, typename T>
 void ChunkColumns(const T* x, std::int64_t rows, std::int64_t stride, const bool* mask, double size,
                   double count, double* mean, double* centred) {
   Lanes<T> sum[kCount] = {}, first[kCount] = {}, second[kCount] = {}, middle[kCount];
+  const std::int64_t ahead = RowsAhead<T>(stride);
   for (std::int64_t r = 0; r < rows; ++r) {
     if (mask != nullptr && !mask[r]) continue;
     const T* row = x + r * stride;
     for (std::int64_t k = 0; k < kCount; ++k) {
-      PrefetchLine(row + 4 * stride + k * kLanes<T>);
+      __builtin_prefetch(row + ahead + k * kLanes<T>);
       sum[k] += Load(row + k * kLanes<T>);
     }
   }
@@ -356,11 +365,12 @@ void ChunkGradientColumns(const T* x, const T* dy, std::int64_t rows, std::int64
   for (std::int64_t k = 0; k < kCount; ++k) {
     middle[k] = LoadAs<Lanes<T>>(shift + k * kLanes<T>);
   }
+  const std::int64_t ahead = RowsAhead<T>(stride);
   for (std::int64_t r = 0; r < rows; ++r) {
     for (std::int64_t k = 0; k < kCount; ++k) {
       const std::int64_t i = r * stride + k * kLanes<T>;
-      PrefetchLine(x + i + 4 * stride);
-      PrefetchLine(dy + i + 4 * stride);
+      __builtin_prefetch(x + i + ahead);
+      __builtin_prefetch(dy + i + ahead);
       const Lanes<T> gradient = Load(dy + i);
       sums[k] += gradient;
       products[k] += gradient * (Load(x + i) - middle[k]);
