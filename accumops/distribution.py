@@ -35,27 +35,53 @@ def strategy_of(variables: Sequence[tf.Variable | keras.Variable], who: str) -> 
             f"{who} does not work under {type(current).__name__}: use MirroredStrategy, MultiWorkerMirroredStrategy, "
             "OneDeviceStrategy or none."
         )
-    mirroring = current if isinstance(current, _MIRRORING) else None
+    strategy = mirroring(current)
     for variable in variables:
         own = _strategy_of(variable)
-        if mirroring is None and own is not None:
+        if strategy is None and own is not None:
             if not isinstance(own, _MIRRORING):
                 raise ValueError(
                     f"{who} does not work under {type(own).__name__}, which '{name_of(variable)}' is of: use "
                     "MirroredStrategy, MultiWorkerMirroredStrategy, OneDeviceStrategy or none."
                 )
-            mirroring = own
-        if own is not mirroring:
+            strategy = own
+        if own is not strategy:
             raise ValueError(
-                f"'{name_of(variable)}' is not a variable of the {type(mirroring).__name__} that {who} is built "
+                f"'{name_of(variable)}' is not a variable of the {type(strategy).__name__} that {who} is built "
                 "under: create model, optimizer and accumulator within one `strategy.scope()`."
             )
-    if mirroring is not None and not tf.distribute.in_cross_replica_context() and tf.distribute.has_strategy():
+    if strategy is not None and not tf.distribute.in_cross_replica_context() and tf.distribute.has_strategy():
         raise ValueError(
             f"{who} is not built, and cannot be in a function that `strategy.run` calls: call "
             "`build(model.trainable_variables)` before, within `strategy.scope()`."
         )
-    return mirroring
+    return strategy
+
+
+def mirroring(strategy: tf.distribute.Strategy | None) -> tf.distribute.Strategy | None:
+    """The strategy, if it is a mirroring one."""
+    return strategy if isinstance(strategy, _MIRRORING) else None
+
+
+def spans_processes(strategy: tf.distribute.Strategy | None) -> bool:
+    """Whether other processes have replicas of the strategy too."""
+    if strategy is None or mirroring(strategy) is None:
+        return False
+    return bool(strategy.num_replicas_in_sync > len(strategy.extended.worker_devices))
+
+
+def run(strategy: tf.distribute.Strategy, step: Callable[[Any], dict[str, Any]], data: Any) -> dict[str, Any]:
+    """Runs a step on each replica; its logs are means over this process's replicas, without communication."""
+
+    def mean(value: Any) -> tf.Tensor:
+        return tf.reduce_mean(tf.stack(strategy.experimental_local_results(value)), axis=0)
+
+    return {name: mean(value) for name, value in strategy.run(step, args=(data,)).items()}
+
+
+def first_share(strategy: tf.distribute.Strategy, batch: Any) -> Any:
+    """What the first of this process's replicas gets of a batch."""
+    return keras.tree.map_structure(lambda leaf: strategy.experimental_local_results(leaf)[0], batch)
 
 
 def _strategy_of(variable: tf.Variable | keras.Variable) -> tf.distribute.Strategy | None:

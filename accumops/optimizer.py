@@ -358,8 +358,20 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         with LOCK, self._accumulator._ending_across(strategy) as windows:
             clip = self.gradient_clipping
             if not self.fused_update:
-                # Keras's optimizer would sum the gradients over the replicas once more.
-                with overriding(_innermost(self.inner_optimizer), _all_reduce_sum_gradients=lambda pairs: pairs):
+                innermost = _innermost(self.inner_optimizer)
+
+                def overwrite(variables: Sequence[keras.Variable]) -> None:
+                    averages = innermost._model_variables_moving_average
+                    for variable, average in zip(variables, averages, strict=True):
+                        distribution.own(variable).assign(distribution.own(average))
+
+                # Keras's would sum the gradients over the replicas once more, and overwrite variables with their moving
+                # averages on all replicas at once within a condition of one.
+                own = {
+                    "_all_reduce_sum_gradients": lambda pairs: pairs,
+                    "_overwrite_model_variables_with_average_value": overwrite,
+                }
+                with overriding(innermost, **own):
                     distribution.on_each_replica(
                         strategy, lambda: self._apply_unfused(windows[distribution.local_replica()], positions)
                     )
