@@ -147,12 +147,13 @@ def local_replica() -> int:
 
 def sum_over_replicas(tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
     """Sums tensors of a replica with those of all others: one collective operation for each dtype, in a graph."""
+    context = tf.distribute.get_replica_context()
+    with tf.device(context.strategy.extended.worker_devices[local_replica()]):
+        tensors = [tf.identity(tensor) for tensor in tensors]  # each says where it is
     sums: dict[int, tf.Tensor] = {}
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         chosen = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
-        reduced = tf.distribute.get_replica_context().all_reduce(
-            tf.distribute.ReduceOp.SUM, [tensors[i] for i in chosen]
-        )
+        reduced = context.all_reduce(tf.distribute.ReduceOp.SUM, [tensors[i] for i in chosen])
         sums.update(zip(chosen, reduced, strict=True))
     return [sums[i] for i in range(len(tensors))]
 

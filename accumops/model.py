@@ -236,6 +236,8 @@ class GradientAccumulateModel(keras.Model):
             return super().test_step(data)
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         samples = _count_samples(x)
+        if tf.executing_eagerly() and int(samples) == 0:
+            return self.get_metrics_result()
         y_pred = self(x, training=False)
         loss = self.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=False)
         self._loss_tracker.update_state(self._mean_loss(loss, samples), sample_weight=samples)
@@ -249,6 +251,11 @@ class GradientAccumulateModel(keras.Model):
         """
         made: Callable[[Any], dict[str, Any]] | None = getattr(self, "train_function", None)
         if made is None or force:
+            if self._mirroring is not None and self.steps_per_execution > 1:
+                raise ValueError(
+                    f"`steps_per_execution` must be 1 under {type(self._mirroring).__name__}: in a loop within a "
+                    f"function TensorFlow cannot place what replicas do together. Received: {self.steps_per_execution}"
+                )
             super().make_train_function(force=True)
             made = getattr(self, "train_function")  # noqa: B009 - Keras's, of a type that is not known
             plain = not self.run_eagerly and not self.jit_compile and self.steps_per_execution == 1
@@ -274,11 +281,6 @@ class GradientAccumulateModel(keras.Model):
         return getattr(self, "test_function")  # noqa: B009 - as above
 
     def _function_of_workers(self, step: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
-        if self.steps_per_execution > 1:
-            raise ValueError(
-                "`steps_per_execution` must be 1 where the replicas are of several processes. "
-                f"Received: {self.steps_per_execution}"
-            )
         return function_of_workers(step, self.distribute_strategy, self.run_eagerly)
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
@@ -333,6 +335,10 @@ class GradientAccumulateModel(keras.Model):
     def _train_on_micro_batch(self, data: Any, apply: Callable[..., None]) -> dict[str, Any]:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         samples = _count_samples(x)
+        if self._mirroring is not None and tf.executing_eagerly() and int(samples) == 0:
+            # Keras's losses are no scalars then. A replica without samples has a part in the window all the same.
+            apply([tf.zeros_like(each) for each in self.trainable_variables], self.trainable_variables, weight=0.0)
+            return self.get_metrics_result()
         with tf.GradientTape() as tape:
             y_pred = self(x, training=True)
             loss = self.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
@@ -344,7 +350,7 @@ class GradientAccumulateModel(keras.Model):
             return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
         weight = self._window_share(x, y, y_pred, sample_weight, samples)
         if self._mirroring is not None:
-            # A replica without samples has a part in the window all the same, one of nothing.
+            # That of a replica without samples is nothing, whatever it is by the callable.
             weight = tf.where(samples > 0, tf.cast(weight, tf.float32), 0.0)
         apply(tape.gradient(scaled, variables), variables, weight=weight)
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
