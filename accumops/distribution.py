@@ -79,6 +79,23 @@ def run(strategy: tf.distribute.Strategy, step: Callable[[Any], dict[str, Any]],
     return {name: mean(value) for name, value in strategy.run(step, args=(data,)).items()}
 
 
+def check_agreement(strategy: tf.distribute.Strategy, what: dict[str, int]) -> None:
+    """Raises, in all processes of a strategy, if they do not agree on numbers.
+
+    Args:
+        strategy: The strategy.
+        what: The numbers of this process, by what they are in the message.
+    """
+    mine = tf.constant([list(what.values())], tf.int64)
+    everyone = tf.function(lambda: strategy.gather(strategy.run(lambda: tf.identity(mine)), axis=0))().numpy()
+    if (everyone != everyone[0]).any():
+        each = "; ".join(", ".join(f"{name} {n}" for name, n in zip(what, row, strict=True)) for row in everyone)
+        raise RuntimeError(
+            f"The processes of the {type(strategy).__name__} do not go on from the same point: {each}. Restore the "
+            "same backup in all of them."
+        )
+
+
 def first_share(strategy: tf.distribute.Strategy, batch: Any) -> Any:
     """What the first of this process's replicas gets of a batch."""
     return keras.tree.map_structure(lambda leaf: strategy.experimental_local_results(leaf)[0], batch)

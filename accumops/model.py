@@ -43,6 +43,11 @@ class GradientAccumulateModel(keras.Model):
     A layer that looks at a whole batch, such as batch normalization, sees micro-batches. A loss of `add_loss` that is a
     sum over the batch, and not a mean, is averaged over the window's micro-batches.
 
+    Under `tf.distribute` (MirroredStrategy, MultiWorkerMirroredStrategy) create and compile it within
+    `strategy.scope()`. A batch of `fit` is that of all replicas together, and with `micro_batch_size` each splits its
+    own share. Replicas communicate where a window ends, once, and the update is that of one device with all samples,
+    however many each replica got.
+
     Args:
         model: The `keras.Model` to train, with no `train_step` of its own.
         accum_steps: Micro-batches a window: an int of at least 1; or a dict of epochs, counted from 0, to the number
@@ -259,10 +264,10 @@ class GradientAccumulateModel(keras.Model):
             super().make_train_function(force=True)
             made = getattr(self, "train_function")  # noqa: B009 - Keras's, of a type that is not known
             plain = not self.run_eagerly and not self.jit_compile and self.steps_per_execution == 1
+            if distribution.spans_processes(self.distribute_strategy):
+                made = self.train_function = self._function_of_workers(self.train_step)
             if plain:
                 made = self.train_function = train_function(self, made)
-            elif distribution.spans_processes(self.distribute_strategy):
-                made = self.train_function = self._function_of_workers(self.train_step)
         return made
 
     def make_test_function(self, force: bool = False) -> Callable[[Any], dict[str, Any]]:
@@ -468,6 +473,16 @@ class GradientAccumulateModel(keras.Model):
 
 
 class _PartialWindow(PartialWindow):
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        super().on_epoch_begin(epoch, logs)
+        strategy = self.model.distribute_strategy
+        if distribution.spans_processes(strategy) and self.model.optimizer.accumulator.built:
+            # Each has restored what it found.
+            updates = int(self.model.optimizer.iterations.numpy())
+            step = int(self.model.optimizer.accumulator.step)
+            numbers = {"epoch": epoch, "updates": updates, "micro-batches in the window": step}
+            distribution.check_agreement(strategy, numbers)
+
     def _flush(self) -> None:
         self.model.flush()
 

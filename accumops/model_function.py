@@ -76,8 +76,8 @@ def train_function(
 
 def function_of_workers(
     step: Callable[[Any], Logs], strategy: tf.distribute.Strategy, run_eagerly: bool
-) -> Callable[[tf.distribute.DistributedIterator], Logs]:
-    """Makes a function that runs a step with the next batch where the replicas are of several processes.
+) -> Callable[[Any], Logs]:
+    """Makes a function that runs a step with an iterator's next batch where the replicas are of several processes.
 
     Keras's would average what a step returns over all of them, which fails for scalars.
 
@@ -87,14 +87,21 @@ def function_of_workers(
         run_eagerly: Whether nothing is to be traced.
     """
 
-    def run(iterator: tf.distribute.DistributedIterator) -> Logs:
+    def run_next(iterator: tf.distribute.DistributedIterator) -> Logs:
         return _run(step, strategy, iterator.get_next())
 
-    traced = run if run_eagerly else tf.function(run, reduce_retracing=True, autograph=False)
+    def run(data: Any) -> Logs:
+        return _run(step, strategy, data)
 
-    def function(iterator: tf.distribute.DistributedIterator) -> Logs:
+    if not run_eagerly:
+        run_next = tf.function(run_next, reduce_retracing=True, autograph=False)
+        run = tf.function(run, reduce_retracing=True, autograph=False)
+
+    def function(iterator: Any) -> Logs:
+        if not isinstance(iterator, _ITERATORS):
+            return run(next(iter(iterator)))
         try:
-            return traced(iterator)
+            return run_next(iterator)
         except tf.errors.OutOfRangeError as error:
             raise StopIteration from error
 

@@ -28,6 +28,13 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
     clipping, weight decay, moving averages, iteration count and so its learning-rate schedule work as they would with
     the one large batch.
 
+    Under `tf.distribute` (MirroredStrategy, MultiWorkerMirroredStrategy) create and build it within `strategy.scope()`,
+    and call `apply` in a function that `strategy.run` calls, with no `tf.cond` or loop around it. Replicas communicate
+    where a window ends, and nowhere else. As with any optimizer there, gradients are summed over the replicas, and are
+    those of losses that are divided by their number R, as Keras's trainer does: the wrapped optimizer sees
+    `R * sum(weight * gradient) / sum(weight)` over the micro-batches of all replicas. A micro-batch of weight 0, such
+    as one without samples, counts as nothing, whatever its gradients are. `flush` can be called anywhere.
+
     Args:
         inner_optimizer: Any `keras.optimizers.Optimizer`, or a string or config that `keras.optimizers.get` knows.
         accum_steps: Micro-batches an update, an int of at least 1; or a callable that gives it for the count of updates
