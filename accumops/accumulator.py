@@ -12,6 +12,9 @@ The state is one accumulator a variable, `step`, `limit`, `weight`, `connected` 
 rows; `GradientAccumulator` is their one owner. Closing only sets `step` back: what the accumulators hold between
 windows has no influence, and nothing clears it. `limit` is what `accum_steps` was when the window started: a K that
 changes does so with the next one.
+
+Under a mirroring `tf.distribute` strategy each replica has a state of its own. Of accumulators and weight the sum over
+the replicas is what counts, and what is saved; the rest is the same on all.
 """
 
 import contextlib
@@ -26,7 +29,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 
-from accumops import ops
+from accumops import distribution, ops
 from accumops.arguments import Schedule, as_weight, check_accum_steps, check_bool, check_variables, is_variable, name_of
 from accumops.window import MicroBatch, Window
 
@@ -41,10 +44,14 @@ class WindowMember(Protocol):
         """Is called for a member of whose variables one is among those that the accumulator is built for."""
 
     def close_window(self) -> None:
-        """Is called where a window ends, after the update."""
+        """Is called where a window ends, after the update.
+
+        Under a mirroring strategy on each replica, in a replica context where all replicas are together and no
+        condition is open: it may communicate.
+        """
 
     def drop_window(self) -> None:
-        """Is called where a window is dropped."""
+        """Is called where a window is dropped; under a strategy where `reset` is, once or on each replica."""
 
 
 class GradientAccumulator(tf.Module):
@@ -54,6 +61,15 @@ class GradientAccumulator(tf.Module):
     equal micro-batches and the default weight, the gradient of the whole window's mean loss. Accumulators are float32
     whatever the variables are, and float64 for float64 variables. Sparse gradients (`tf.IndexedSlices`, from
     embeddings) touch only their rows.
+
+    Under `tf.distribute` (MirroredStrategy, MultiWorkerMirroredStrategy) build it within `strategy.scope()`, accumulate
+    in a function that `strategy.run` calls, which does not communicate, and close in one as well. As everywhere in
+    `tf.distribute`, gradients are summed over the replicas: with R replicas the window's gradient is
+    `R * sum(weight * gradient) / sum(weight)` over the micro-batches of all replicas. It is that of the whole window's
+    mean loss where a replica's loss is `mean / R`, as Keras's trainer and `tf.nn.scale_regularization_loss` do it, and
+    micro-batches are of one size or weighted by their size; or where it is that of `tf.nn.compute_average_loss`, with
+    the default weight. A micro-batch of weight 0, such as one without samples, counts as nothing, whatever its
+    gradients are. Sparse gradients become dense.
 
     Args:
         accum_steps: Micro-batches a window, an int of at least 1; or a callable that gives it for a count of updates,
@@ -94,7 +110,7 @@ class GradientAccumulator(tf.Module):
         self._schedule = tf.function(accum_steps) if callable(accum_steps) else None
         self.built = False
         # What is no state, in a namespace where checkpoints do not find it.
-        self._setting = types.SimpleNamespace(next_limit=None, members=[])
+        self._setting = types.SimpleNamespace(next_limit=None, members=[], strategy=None)
 
     def build(
         self,
@@ -117,7 +133,7 @@ class GradientAccumulator(tf.Module):
         Raises:
             TypeError: If `variables` are not variables, or another argument is of a wrong type.
             ValueError: If there are none, one is given twice or not of a floating-point dtype, or `build` was called
-                before.
+                before, or a `tf.distribute` strategy is in the way.
         """
         if self.built:
             raise ValueError(f"{self.name} is already built; make a new one for other variables.")
@@ -129,40 +145,55 @@ class GradientAccumulator(tf.Module):
             member.check_window(self._accum_steps)
         if iterations is not None and not (is_variable(iterations) and tf.as_dtype(iterations.dtype).is_integer):
             raise TypeError(f"`iterations` must be an integer variable. Received: {iterations!r}")
+        self._setting.strategy = strategy = distribution.strategy_of(variables, self.name)
+        with contextlib.nullcontext() if strategy is None else strategy.scope():
+            self._create_state(variables, iterations, jit_compile, track_all_rows)
+        self.built = True
+        for member in members.values():
+            if not any(each is member for each in self._setting.members):
+                member.join_window(self)
+
+    def _create_state(
+        self,
+        variables: list[tf.Variable | keras.Variable],
+        iterations: tf.Variable | None,
+        jit_compile: bool | None,
+        track_all_rows: bool,
+    ) -> None:
+        mirrored = self._setting.strategy is not None
         self._names = [name_of(variable) for variable in variables]
-        self._accumulators = [_new_accumulator(variable) for variable in variables]
+        self._accumulators = [_new_accumulator(variable, mirrored) for variable in variables]
+        same, summed = (_PER_REPLICA["same"], _PER_REPLICA["summed"]) if mirrored else ({}, {})
         with _counter_device(jit_compile):
-            self._step = _new_variable("step", (), "int64")
-            self._limit = _new_variable("limit", (), "int64", initializer="ones")
+            self._step = _new_variable("step", (), "int64", **same)
+            self._limit = _new_variable("limit", (), "int64", initializer="ones", **same)
             # What `accum_steps` is, for functions that are traced: a process that goes on with another one's window
             # takes it from its own arguments.
             steps = self._accum_steps if isinstance(self._accum_steps, int) else 1
-            self._setting.next_limit = _new_variable("next_limit", (), "int64", keras.initializers.Constant(steps))
+            self._setting.next_limit = _new_variable(
+                "next_limit", (), "int64", keras.initializers.Constant(steps), **same
+            )
             counts_itself = self._schedule is not None and iterations is None
-            self._closed = _new_variable("closed", (), "int64") if counts_itself else None
+            self._closed = _new_variable("closed", (), "int64", **same) if counts_itself else None
         self._iterations = self._closed if counts_itself else iterations
-        self._weight = _new_variable("weight", (), "float32")
+        self._weight = _new_variable("weight", (), "float32", **summed)
         # The variables that have had a gradient when a call was made or traced; the others close with None, as they
         # would without accumulation. Once a gradient was None, `connected` keeps this for a process that goes on with a
         # restored window. Where it holds nothing, the window has gradients of all variables.
-        self._connected = _new_variable("connected", (len(variables),), "bool")
+        self._connected = _new_variable("connected", (len(variables),), "bool", **same)
         self._seen: set[int] | None = None
         self._has_gaps = False
         self._closed_without: set[int] = set()
         # Row flags, see ops.accumulate, by the accumulator's position. They start set: any row may be other than zero.
         self._touched_rows = {
-            str(i): _new_touched_rows(variable, accumulator)
+            str(i): _new_touched_rows(variable, accumulator, mirrored)
             for i, (variable, accumulator) in enumerate(zip(variables, self._accumulators, strict=True))
             if _may_be_table(accumulator) or (track_all_rows and len(accumulator.shape) >= 1)
         }
         # For which of them sparse gradients rely on the flags. A call that was traced with a dense gradient before does
         # not set them: from then on the accumulator is cleared as a whole.
         self._tracked: set[int] = set()
-        self._untracked: set[int] = set()
-        self.built = True
-        for member in members.values():
-            if not any(each is member for each in self._setting.members):
-                member.join_window(self)
+        self._untracked: set[int] = set(range(len(variables))) if mirrored else set()
 
     @property
     def accum_steps(self) -> int | Schedule | None:
@@ -184,6 +215,11 @@ class GradientAccumulator(tf.Module):
         self._accum_steps = check_accum_steps(accum_steps)
         if self.built:
             self._setting.next_limit.assign(self._accum_steps)
+
+    @property
+    def strategy(self) -> tf.distribute.Strategy | None:
+        """The mirroring strategy that it was built under, or None."""
+        return self._setting.strategy
 
     @property
     def accumulators(self) -> list[keras.Variable]:
@@ -258,8 +294,8 @@ class GradientAccumulator(tf.Module):
                 of different sizes whose loss is a mean, the number of samples.
 
         Raises:
-            ValueError: If it is not built and `variables` is not given, if all gradients are None, or if their number,
-                a shape or a dtype does not fit.
+            ValueError: If it is not built and `variables` is not given, if all gradients are None, if their number, a
+                shape or a dtype does not fit, or under a strategy outside of its replicas.
         """
         self._add(self._prepare(gradients, variables, weight))
 
@@ -274,6 +310,8 @@ class GradientAccumulator(tf.Module):
             if variables is None:
                 raise ValueError(f"{self.name} is not built: call `build(variables)` first, or pass `variables`.")
             self.build(variables)
+        if self.strategy is not None:
+            distribution.check_in_replica(self.strategy, f"`accumulate` of {self.name}")
         gradients = list(gradients)
         self._check_gradients(gradients)
         weight = as_weight(weight)
@@ -290,12 +328,18 @@ class GradientAccumulator(tf.Module):
 
     def _add(self, batch: MicroBatch) -> None:
         with _Recording() as accumulation:
-            self._sum(batch, range(len(self._accumulators)))
+            if self.strategy is None:
+                self._sum(batch, range(len(self._accumulators)))
+            else:
+                self._sum_on_replica(batch)
         # Counted when it is done: a micro-batch that fails is none.
         with tf.control_dependencies(accumulation.operations):
             for i in self._tracked.intersection(batch.present):
                 if not isinstance(batch.gradients[i], tf.IndexedSlices):
                     flags = self._touched_rows[str(i)]
+                    flags.assign(tf.ones(flags.shape, tf.bool))
+            if self.strategy is not None:
+                for flags in self._touched_rows.values():  # as for dense gradients, for who restores the window
                     flags.assign(tf.ones(flags.shape, tf.bool))
             self._weight.assign(batch.total)
             self._limit.assign(batch.limit)
@@ -320,14 +364,39 @@ class GradientAccumulator(tf.Module):
             touched_rows=[batch.touched_rows[i] for i in positions],
         )
 
+    def _sum_on_replica(self, batch: MicroBatch) -> None:
+        accumulators = [distribution.own(accumulator) for accumulator in self._accumulators]
+        nothing = [_no_change(accumulator) for accumulator in accumulators]
+        given = [
+            none if gradient is None else gradient for none, gradient in zip(nothing, batch.gradients, strict=True)
+        ]
+
+        def add() -> None:
+            ops.accumulate(accumulators, given, scale=batch.weight, overwrite=batch.starts)
+
+        def start() -> None:
+            ops.accumulate(accumulators, nothing, overwrite=batch.starts)
+
+        weight = tf.get_static_value(batch.weight)
+        if weight is None:
+            # A replica that got no samples has gradients of 0 / 0.
+            tf.cond(batch.weight > 0, add, start)
+        elif weight > 0:
+            add()
+        else:
+            start()
+
     @tf.autograph.experimental.do_not_convert
-    def close(self, *, keep_sparse: bool = False) -> list[tf.Tensor | tf.IndexedSlices | None]:
+    def close(self, *, keep_sparse: bool = False, reduce: bool = False) -> list[tf.Tensor | tf.IndexedSlices | None]:
         """Ends the window, full or not, and returns its gradient.
 
         Args:
             keep_sparse: Whether a variable whose gradients were sparse gives `tf.IndexedSlices` of the rows that they
                 touched, each once and in order, where these are known: for variables of at least 1024 rows and 65,536
                 values, or all with `build(track_all_rows=True)`.
+            reduce: Under a mirroring strategy, whether to return the window's gradient, the same on all replicas. By
+                default each gets a share, and their sum is that gradient: what `apply` of an optimizer takes, which
+                sums over the replicas.
 
         Returns:
             For each variable the weighted mean of its gradients, of the accumulator's dtype, or None where it had none.
@@ -335,11 +404,33 @@ class GradientAccumulator(tf.Module):
 
         Raises:
             ValueError: If no window is open, when executing eagerly. In a graph, `tf.errors.InvalidArgumentError`,
-                which a function that XLA compiles does not check.
+                which a function that XLA compiles does not check. Under a strategy, outside of its replicas and with
+                `keep_sparse`.
         """
         check_bool("keep_sparse", keep_sparse)
+        check_bool("reduce", reduce)
+        if self.built and self.strategy is not None:
+            return self._close_on_replica(self.strategy, keep_sparse, reduce)
         with self._ending() as window:
             return window.means(sparse=keep_sparse)
+
+    def _close_on_replica(
+        self, strategy: tf.distribute.Strategy, keep_sparse: bool, reduce: bool
+    ) -> list[tf.Tensor | None]:
+        distribution.check_in_replica(strategy, f"`close` of {self.name}")
+        if keep_sparse:
+            raise ValueError(
+                f"Under {type(strategy).__name__} gradients of a window are dense: `keep_sparse=True` needs one device."
+            )
+        with self._ending() as window:
+            held = [None if each is None else tf.convert_to_tensor(each) for each in window.accumulators]
+            present = [each for each in held if each is not None] if reduce else []
+            weight, *sums = distribution.sum_over_replicas([window.weight, *present])
+            if reduce:
+                reduced = iter(sums)
+                held = [None if each is None else next(reduced) for each in held]
+            mean = weight / strategy.num_replicas_in_sync
+            return [None if each is None else tf.math.divide_no_nan(each, tf.cast(mean, each.dtype)) for each in held]
 
     @contextlib.contextmanager
     def _ending(self) -> Iterator[Window]:
@@ -348,7 +439,7 @@ class GradientAccumulator(tf.Module):
         empty = f"{self.name} has no open window to close: call `accumulate` first."
         checks = []
         if tf.executing_eagerly():
-            if int(self._step) == 0:
+            if int(self.step) == 0:
                 raise ValueError(empty)
         else:
             with tf.device(self._step.value.device):
@@ -356,6 +447,23 @@ class GradientAccumulator(tf.Module):
         with tf.control_dependencies([check for check in checks if check is not None]):
             yield Window(self._held(), tf.convert_to_tensor(self._weight), self._rows_of)
             self._finish()
+
+    @contextlib.contextmanager
+    def _ending_across(self, strategy: tf.distribute.Strategy) -> Iterator[list[Window]]:
+        """As `_ending`, outside of the replicas: for each of this process's the window, its sums those of all."""
+        with self._ending() as window:
+            held = [i for i, each in enumerate(window.accumulators) if each is not None]
+
+            def reduce() -> list[tf.Tensor]:
+                parts = [self._weight, *(self._accumulators[i] for i in held)]
+                return distribution.sum_over_replicas([tf.convert_to_tensor(each) for each in parts])
+
+            windows = []
+            for replica, (weight, *sums) in enumerate(distribution.on_each_replica(strategy, reduce)):
+                mean = weight / strategy.num_replicas_in_sync
+                latest = dict(zip(held, sums, strict=True))
+                windows.append(Window(window.accumulators, mean, _no_rows, latest, 1.0, True, replica))
+            yield windows
 
     @contextlib.contextmanager
     def _ending_with(self, batch: MicroBatch) -> Iterator[Window]:
@@ -387,8 +495,15 @@ class GradientAccumulator(tf.Module):
         self._step.assign(0)
         if self._closed is not None:
             self._closed.assign_add(1)
-        for member in self._setting.members:
-            member.close_window()
+
+        def close_members() -> None:
+            for member in self._setting.members:
+                member.close_window()
+
+        if self.strategy is not None and tf.distribute.in_cross_replica_context() and self._setting.members:
+            distribution.on_each_replica(self.strategy, close_members)
+        else:
+            close_members()
 
     def reset(self) -> None:
         """Drops the open window, if there is one: the next micro-batch starts a new one."""
@@ -518,6 +633,12 @@ class _Recording:
             self.operations = self._graph.get_operations()[self._before :]
 
 
+# How each replica of a mirroring strategy has its own.
+_PER_REPLICA = {
+    "same": {"synchronization": "on_read", "aggregation": "only_first_replica"},
+    "summed": {"synchronization": "on_read", "aggregation": "sum"},
+}
+
 # Where a window starts, a sparse gradient clears all of a smaller variable, for no more than it costs to ask its flags.
 _TABLE_VALUES = 1 << 16
 
@@ -528,14 +649,23 @@ def _may_be_table(accumulator: keras.Variable) -> bool:
     return len(shape) >= 2 and shape[0] >= 1024 and math.prod(shape) >= _TABLE_VALUES
 
 
-def _new_accumulator(variable: tf.Variable | keras.Variable) -> keras.Variable:
+def _new_accumulator(variable: tf.Variable | keras.Variable, mirrored: bool) -> keras.Variable:
     dtype = "float64" if tf.as_dtype(variable.dtype) == tf.float64 else "float32"
-    return _new_variable(f"{_flat_name(variable)}_accumulator", tuple(variable.shape), dtype, beside=variable)
+    name = f"{_flat_name(variable)}_accumulator"
+    kind = _PER_REPLICA["summed"] if mirrored else {}
+    return _new_variable(name, tuple(variable.shape), dtype, beside=variable, **kind)
 
 
-def _new_touched_rows(variable: tf.Variable | keras.Variable, accumulator: keras.Variable) -> keras.Variable:
+def _new_touched_rows(
+    variable: tf.Variable | keras.Variable, accumulator: keras.Variable, mirrored: bool
+) -> keras.Variable:
     name = f"{_flat_name(variable)}_touched_rows"
-    return _new_variable(name, (accumulator.shape[0],), "bool", initializer="ones", beside=variable)
+    kind = _PER_REPLICA["same"] if mirrored else {}
+    return _new_variable(name, (accumulator.shape[0],), "bool", initializer="ones", beside=variable, **kind)
+
+
+def _no_rows(i: int) -> None:
+    return None
 
 
 def _counter_device(jit_compile: bool | None) -> contextlib.AbstractContextManager[None]:
@@ -553,11 +683,12 @@ def _new_variable(
     dtype: str,
     initializer: str | keras.Initializer = "zeros",
     beside: tf.Variable | keras.Variable | None = None,
+    **kind: str,
 ) -> keras.Variable:
     reference = beside.value if isinstance(beside, keras.Variable) else beside
     with contextlib.nullcontext() if reference is None else tf.device(reference.device):
         return keras.Variable(
-            initializer=initializer, shape=shape, dtype=dtype, trainable=False, autocast=False, name=name
+            initializer=initializer, shape=shape, dtype=dtype, trainable=False, autocast=False, name=name, **kind
         )
 
 
@@ -565,7 +696,7 @@ def _flat_name(variable: tf.Variable | keras.Variable) -> str:
     return name_of(variable).replace("/", "_").replace(":", "_")
 
 
-def _no_change(accumulator: keras.Variable) -> tf.Tensor | tf.IndexedSlices:
+def _no_change(accumulator: tf.Variable | keras.Variable) -> tf.Tensor | tf.IndexedSlices:
     """A gradient of zero that costs nothing to add and still clears where a window starts: no rows at all."""
     if len(accumulator.shape) == 0:
         return tf.zeros([], accumulator.dtype)

@@ -189,7 +189,7 @@ class EffectiveBatchSize(_WindowCallback):
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Starts to count."""
         self._samples = None
-        self._updates = int(self._optimizer.iterations)
+        self._updates = int(self._optimizer.iterations.numpy())
 
     def on_test_begin(self, logs: Any = None) -> None:
         """Keeps the count, which validation sets back."""
@@ -198,13 +198,13 @@ class EffectiveBatchSize(_WindowCallback):
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Adds the effective batch size to the logs."""
         if logs is not None:
-            updates = int(self._optimizer.iterations) - self._updates
+            updates = int(self._optimizer.iterations.numpy()) - self._updates
             samples = self._seen() if self._samples is None else self._samples
             logs["effective_batch_size"] = samples / updates if updates else float("nan")
 
     def _seen(self) -> float:
         # Keras weighs the mean of the losses by the batches' sizes.
-        return float(self.model._loss_tracker.count)
+        return float(self.model._loss_tracker.count.numpy())
 
 
 def _check_epochs(schedule: dict[int, int]) -> None:

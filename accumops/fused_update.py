@@ -133,7 +133,7 @@ def needs_norms(optimizer: keras.optimizers.Optimizer) -> bool:
 
 def apply(
     optimizer: keras.optimizers.Optimizer,
-    window: Window,
+    windows: Sequence[Window],
     variables: Sequence[keras.Variable],
     given: Sequence[int],
     *,
@@ -143,48 +143,63 @@ def apply(
 
     Args:
         optimizer: One that `describe` says is fused.
-        window: The window.
+        windows: The window; under a strategy that of each replica of this process, with the same sums.
         variables: All variables of the optimizer, in the order of the window's.
         given: The positions of those that were given without gradient, for Keras to warn of.
         lazy: Whether rows without gradient stay as they are, whatever the rule would do.
     """
-    positions = [i for i, held in enumerate(window.accumulators) if held is not None or i in given]
-    norms = _squared_norms(window) if needs_norms(optimizer) else None
+    positions = [i for i, held in enumerate(windows[0].accumulators) if held is not None or i in given]
+    norms: list[tf.Tensor | None] = [None] * len(windows)
+    if needs_norms(optimizer):
+        for each, window in enumerate(windows):
+            with window.place(variables[0]):
+                norms[each] = _squared_norms(window)
     if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         scale = optimizer.loss_scale_factor
-        _apply_to(optimizer, window, variables, positions, 1.0 if scale is None else 1 / scale, norms, lazy)
+        _apply_to(optimizer, windows, variables, positions, 1.0 if scale is None else 1 / scale, norms, lazy)
         return
     inner = optimizer.inner_optimizer
-    finite = tf.reduce_all(tf.math.is_finite(norms))
+    finite = tf.reduce_all(tf.math.is_finite(norms[0]))
 
     def apply_unscaled(*unused: Any, **unused_too: Any) -> None:
-        _apply_to(inner, window, variables, positions, 1 / tf.convert_to_tensor(optimizer.dynamic_scale), norms, lazy)
+        _apply_to(inner, windows, variables, positions, 1 / tf.convert_to_tensor(optimizer.dynamic_scale), norms, lazy)
 
     # It passes gradients on that are None as they are, and looks at no others.
-    with overriding(optimizer, check_finite=lambda gradients: finite), overriding(inner, apply=apply_unscaled):
+    own: dict[str, Any] = {"check_finite": lambda gradients: finite}
+    if windows[0].replica is not None:
+        own["_tf_apply"] = optimizer._common_apply  # this is outside of the replicas already
+    with overriding(optimizer, **own), overriding(inner, apply=apply_unscaled):
         optimizer.apply([None] * len(positions), [variables[i] for i in positions])
 
 
 def _apply_to(
     optimizer: keras.optimizers.Optimizer,
-    window: Window,
+    windows: Sequence[Window],
     variables: Sequence[keras.Variable],
     positions: Sequence[int],
     factor: float | tf.Tensor,
-    norms: tf.Tensor | None,
+    norms: Sequence[tf.Tensor | None],
     lazy: bool,
 ) -> None:
-    # A factor for the sum of each variable's gradients.
-    scale = tf.cast(factor, tf.float32) * tf.math.divide_no_nan(1.0, window.weight)
-    clips = None if norms is None else _clipping(optimizer, tf.cast(scale, tf.float64) ** 2 * norms)
-    scales = scale if clips is None else scale * clips
+    def scales_of(window: Window, squares: tf.Tensor | None) -> tf.Tensor:
+        """A factor for the sum of each variable's gradients."""
+        scale = tf.cast(factor, tf.float32) * tf.math.divide_no_nan(1.0, window.weight)
+        clips = None if squares is None else _clipping(optimizer, tf.cast(scale, tf.float64) ** 2 * squares)
+        return scale if clips is None else scale * clips
 
     def update(unused: Any, updated: Sequence[keras.Variable], learning_rate: tf.Tensor) -> None:
         indices = [optimizer._get_variable_index(variable) for variable in updated]
-        for folded in (True, False):
-            chosen = [i for i in indices if (i in window.latest) == folded]
-            if chosen:
-                _update(optimizer, window, variables, chosen, scales, learning_rate, lazy and not folded)
+        for window, scales in zip(windows, all_scales, strict=True):
+            for folded in (True, False):
+                chosen = [i for i in indices if (i in window.latest) == folded]
+                if chosen:
+                    with window.place(variables[0]):
+                        _update(optimizer, window, variables, chosen, scales, learning_rate, lazy and not folded)
+
+    all_scales = []
+    for window, squares in zip(windows, norms, strict=True):
+        with window.place(variables[0]):
+            all_scales.append(scales_of(window, squares))
 
     # Stands for a gradient; nobody looks at it.
     some = tf.constant(0.0)
@@ -197,7 +212,7 @@ def _apply_to(
     ):
         type(optimizer).apply(
             optimizer,
-            [None if window.accumulators[i] is None else some for i in positions],
+            [None if windows[0].accumulators[i] is None else some for i in positions],
             [variables[i] for i in positions],
         )
 
@@ -225,8 +240,8 @@ def _update(
         ]
     ops.update(
         rule.name,
-        [variables[i] for i in chosen],
-        [[slot[i] for i in chosen] for slot in rule.slots],
+        [window.own(variables[i]) for i in chosen],
+        [[window.own(slot[i]) for i in chosen] for slot in rule.slots],
         accumulators=None if latest and window.starts is True else [window.accumulators[i] for i in chosen],
         latest=latest or None,
         scales=tf.gather(scales, chosen) if scales.shape.rank else scales,

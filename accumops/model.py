@@ -15,10 +15,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from accumops import distribution
 from accumops.arguments import Schedule, check_accum_steps, check_bool
 from accumops.batch_norm import AccumBatchNormalization
 from accumops.callbacks import PARTIAL_WINDOWS, AccumStepsScheduler, PartialWindow
-from accumops.model_function import train_function
+from accumops.model_function import function_of_workers, train_function
 from accumops.optimizer import Clipping, GradientAccumulateOptimizer, check_gradient_clipping
 
 _NORMALIZATIONS = ("samples", "steps", "weights")
@@ -41,6 +42,11 @@ class GradientAccumulateModel(keras.Model):
 
     A layer that looks at a whole batch, such as batch normalization, sees micro-batches. A loss of `add_loss` that is a
     sum over the batch, and not a mean, is averaged over the window's micro-batches.
+
+    Under `tf.distribute` (MirroredStrategy, MultiWorkerMirroredStrategy) create and compile it within
+    `strategy.scope()`. A batch of `fit` is that of all replicas together, and with `micro_batch_size` each splits its
+    own share. Replicas communicate where a window ends, once, and the update is that of one device with all samples,
+    however many each replica got.
 
     Args:
         model: The `keras.Model` to train, with no `train_step` of its own.
@@ -186,6 +192,11 @@ class GradientAccumulateModel(keras.Model):
             optimizer, self._accum_steps, gradient_clipping=self.gradient_clipping, lazy_sparse=self.lazy_sparse
         )
         super().compile(wrapped, loss, *args, auto_scale_loss=False, **kwargs)
+        if self._mirroring is not None and self.jit_compile:
+            raise ValueError(
+                f"`jit_compile=True` does not work under {type(self._mirroring).__name__}: what replicas do together "
+                "at a window's end is not compiled by XLA. Leave it out."
+            )
         wrapped.jit_compile = bool(self.jit_compile)
         for layer in self._normalizations():
             layer.check_window(self.accum_steps, self.micro_batch_size)
@@ -217,6 +228,26 @@ class GradientAccumulateModel(keras.Model):
                 windows.enter_context(layer.within_window(self.optimizer.accumulator))
             return self._run_step(data)
 
+    def test_step(self, data: Any) -> dict[str, Any]:
+        """Evaluates a batch.
+
+        Args:
+            data: A batch, as `evaluate` gives it.
+
+        Returns:
+            The metrics, by name.
+        """
+        if self._mirroring is None:
+            return super().test_step(data)
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        samples = _count_samples(x)
+        if tf.executing_eagerly() and int(samples) == 0:
+            return self.get_metrics_result()
+        y_pred = self(x, training=False)
+        loss = self.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=False)
+        self._loss_tracker.update_state(self._mean_loss(loss, samples), sample_weight=samples)
+        return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
     def make_train_function(self, force: bool = False) -> Callable[[Any], dict[str, Any]]:
         """Returns the function that `fit` calls with an iterator, once a step.
 
@@ -225,12 +256,51 @@ class GradientAccumulateModel(keras.Model):
         """
         made: Callable[[Any], dict[str, Any]] | None = getattr(self, "train_function", None)
         if made is None or force:
+            if self._mirroring is not None and self.steps_per_execution > 1:
+                raise ValueError(
+                    f"`steps_per_execution` must be 1 under {type(self._mirroring).__name__}: in a loop within a "
+                    f"function TensorFlow cannot place what replicas do together. Received: {self.steps_per_execution}"
+                )
             super().make_train_function(force=True)
             made = getattr(self, "train_function")  # noqa: B009 - Keras's, of a type that is not known
             plain = not self.run_eagerly and not self.jit_compile and self.steps_per_execution == 1
-            if plain and not tf.distribute.has_strategy():
+            if distribution.spans_processes(self.distribute_strategy):
+                made = self.train_function = self._function_of_workers(self.train_step)
+            if plain:
                 made = self.train_function = train_function(self, made)
         return made
+
+    def make_test_function(self, force: bool = False) -> Callable[[Any], dict[str, Any]]:
+        """Returns the function that `evaluate` calls with an iterator, once a step.
+
+        Args:
+            force: Whether to make it anew where there is one.
+        """
+        made: Callable[[Any], dict[str, Any]] | None = getattr(self, "test_function", None)
+        if made is not None and not force:
+            return made
+        if distribution.spans_processes(self.distribute_strategy):
+            made = self.test_function = self._function_of_workers(self.test_step)
+            return made
+        super().make_test_function(force=True)
+        return getattr(self, "test_function")  # noqa: B009 - as above
+
+    def _function_of_workers(self, step: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+        return function_of_workers(step, self.distribute_strategy, self.run_eagerly)
+
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        # Keras's averages the first batch over the replicas, which fails for those of several processes.
+        strategy = self._mirroring
+        if strategy is not None and iterator is not None:
+            for _, _, batches in iterator:
+                data_batch = distribution.first_share(strategy, next(batches))
+                break
+            iterator = None
+        super()._maybe_symbolic_build(iterator, data_batch)
+
+    @property
+    def _mirroring(self) -> tf.distribute.Strategy | None:
+        return distribution.mirroring(self._distribute_strategy)
 
     @contextlib.contextmanager
     def window_that(self, ends: bool | None) -> Iterator[None]:
@@ -261,6 +331,7 @@ class GradientAccumulateModel(keras.Model):
             lambda part: self._train_on_micro_batch(part, self.optimizer.accumulate),
             static_sizes=bool(self.jit_compile),
             at_once=self.parallel_micro_batches,
+            empty=self._mirroring is not None,
         )
         if self.optimizer.accumulator.built:
             self.optimizer.close()
@@ -268,19 +339,32 @@ class GradientAccumulateModel(keras.Model):
 
     def _train_on_micro_batch(self, data: Any, apply: Callable[..., None]) -> dict[str, Any]:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        samples = tf.shape(next(leaf for leaf in keras.tree.flatten(x) if leaf is not None))[0]
+        samples = _count_samples(x)
+        if self._mirroring is not None and tf.executing_eagerly() and int(samples) == 0:
+            # Keras's losses are no scalars then. A replica without samples has a part in the window all the same.
+            apply([tf.zeros_like(each) for each in self.trainable_variables], self.trainable_variables, weight=0.0)
+            return self.get_metrics_result()
         with tf.GradientTape() as tape:
             y_pred = self(x, training=True)
             loss = self.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
             scaled = self.optimizer.scale_loss(loss)
-        self._loss_tracker.update_state(loss, sample_weight=samples)
+        self._loss_tracker.update_state(self._mean_loss(loss, samples), sample_weight=samples)
         variables = self.trainable_variables
         if not variables:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
             return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
         weight = self._window_share(x, y, y_pred, sample_weight, samples)
+        if self._mirroring is not None:
+            # That of a replica without samples is nothing, whatever it is by the callable.
+            weight = tf.where(samples > 0, tf.cast(weight, tf.float32), 0.0)
         apply(tape.gradient(scaled, variables), variables, weight=weight)
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def _mean_loss(self, loss: tf.Tensor, samples: tf.Tensor) -> tf.Tensor:
+        """The mean over a replica's samples: Keras divides losses by the number of replicas."""
+        if self._mirroring is None:
+            return loss
+        return tf.where(samples > 0, loss * self._mirroring.num_replicas_in_sync, tf.zeros_like(loss))
 
     def _window_share(self, x: Any, y: Any, y_pred: Any, sample_weight: Any, samples: tf.Tensor) -> float | tf.Tensor:
         if callable(self.normalization):
@@ -345,10 +429,15 @@ class GradientAccumulateModel(keras.Model):
             and isinstance(x, np.ndarray | tf.Tensor | dict | list | tuple)
         ):
             batch_size = 32  # what Keras makes of arrays
-        if self.micro_batch_size is not None and batch_size is not None and self.micro_batch_size > batch_size:
+        if self.micro_batch_size is None or batch_size is None:
+            return
+        replicas = 1 if self._mirroring is None else self._mirroring.num_replicas_in_sync
+        share = -(-batch_size // replicas)
+        if self.micro_batch_size > share:
+            of = "the batch size" if replicas == 1 else f"what each of {replicas} replicas gets of {batch_size} samples"
             raise ValueError(
-                f"A batch is split into micro-batches: micro_batch_size={self.micro_batch_size} is larger than the "
-                f"batch size, {batch_size}."
+                f"A batch is split into micro-batches: micro_batch_size={self.micro_batch_size} is larger than {of}, "
+                f"{share}."
             )
 
     def get_config(self) -> dict[str, Any]:
@@ -384,18 +473,34 @@ class GradientAccumulateModel(keras.Model):
 
 
 class _PartialWindow(PartialWindow):
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        super().on_epoch_begin(epoch, logs)
+        strategy = self.model.distribute_strategy
+        if distribution.spans_processes(strategy) and self.model.optimizer.accumulator.built:
+            # Each has restored what it found.
+            updates = int(self.model.optimizer.iterations.numpy())
+            step = int(self.model.optimizer.accumulator.step)
+            numbers = {"epoch": epoch, "updates": updates, "micro-batches in the window": step}
+            distribution.check_agreement(strategy, numbers)
+
     def _flush(self) -> None:
         self.model.flush()
 
 
 def _for_each_slice(
-    data: Any, size: int, run: Callable[[Any], object], *, static_sizes: bool, at_once: int = 1
+    data: Any,
+    size: int,
+    run: Callable[[Any], object],
+    *,
+    static_sizes: bool,
+    at_once: int = 1,
+    empty: bool = False,
 ) -> None:
     """Calls `run` with slices of `size` samples, one after another, the last one smaller where it has to be.
 
     In a graph one body serves all slices, or one `at_once` of them, which then may run side by side, as far as what
     `run` does depends on no state, and another one the rest. XLA needs to know their sizes: with `static_sizes` the
-    remainder has a body of its own.
+    remainder has a body of its own. With `empty` a batch without samples, which else is an error, is one slice.
     """
     leaves = [leaf for leaf in keras.tree.flatten(data) if leaf is not None]
     if any(isinstance(leaf, tf.SparseTensor) for leaf in leaves):
@@ -403,12 +508,15 @@ def _for_each_slice(
             "A batch with a tf.SparseTensor cannot be split: use `accum_steps` instead of `micro_batch_size`."
         )
     count = tf.shape(leaves[0])[0]
-    empty = "A batch without samples makes no update."
-    if leaves[0].shape[0] == 0:
-        raise ValueError(empty)
-    check = tf.debugging.assert_positive(count, message=empty)
-    with tf.control_dependencies([] if check is None else [check]):
-        count = tf.identity(count)
+    if empty:
+        count = tf.maximum(count, 1)
+    else:
+        message = "A batch without samples makes no update."
+        if leaves[0].shape[0] == 0:
+            raise ValueError(message)
+        check = tf.debugging.assert_positive(count, message=message)
+        with tf.control_dependencies([] if check is None else [check]):
+            count = tf.identity(count)
 
     def part(begin: tf.Tensor | int, end: tf.Tensor | int) -> Any:
         return keras.tree.map_structure(lambda leaf: None if leaf is None else leaf[begin:end], data)
@@ -451,6 +559,10 @@ def _for_each_slice(
         return tf.constant(0)
 
     tf.cond(full < count, remainder, lambda: tf.constant(0))
+
+
+def _count_samples(x: Any) -> tf.Tensor:
+    return tf.shape(next(leaf for leaf in keras.tree.flatten(x) if leaf is not None))[0]
 
 
 def _loss_denominator(loss: Any, y_pred: Any, sample_weight: Any, samples: tf.Tensor) -> tf.Tensor:

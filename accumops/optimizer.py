@@ -2,17 +2,18 @@
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from accumops import fused_update, row_update
+from accumops import distribution, fused_update, row_update
 from accumops.accumulator import GradientAccumulator
 from accumops.arguments import Schedule, check_accum_steps, check_bool, check_variables
 from accumops.fused_update import FusedUpdate
-from accumops.overriding import LOCK
+from accumops.overriding import LOCK, overriding
 from accumops.window import MicroBatch, Window
 
 Gradients = Sequence[tf.Tensor | tf.IndexedSlices | None]
@@ -26,6 +27,13 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
     The wrapped optimizer sees one gradient a window, the mean over its micro-batches, and nothing in between: its
     clipping, weight decay, moving averages, iteration count and so its learning-rate schedule work as they would with
     the one large batch.
+
+    Under `tf.distribute` (MirroredStrategy, MultiWorkerMirroredStrategy) create and build it within `strategy.scope()`,
+    and call `apply` in a function that `strategy.run` calls, with no `tf.cond` or loop around it. Replicas communicate
+    where a window ends, and nowhere else. As with any optimizer there, gradients are summed over the replicas, and are
+    those of losses that are divided by their number R, as Keras's trainer does: the wrapped optimizer sees
+    `R * sum(weight * gradient) / sum(weight)` over the micro-batches of all replicas. A micro-batch of weight 0, such
+    as one without samples, counts as nothing, whatever its gradients are. `flush` can be called anywhere.
 
     Args:
         inner_optimizer: Any `keras.optimizers.Optimizer`, or a string or config that `keras.optimizers.get` knows.
@@ -77,6 +85,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         self.gradient_clipping = gradient_clipping
         self.lazy_sparse = lazy_sparse
         self._averages_elsewhere = False
+        self._scaled_around = False  # by a LossScaleOptimizer
         # Whether XLA compiles the step, where that is known before a step is traced; see GradientAccumulator.build.
         self.jit_compile: bool | None = None
         self._accumulator = GradientAccumulator(accum_steps, name=f"{self.name}_accumulator")
@@ -107,7 +116,9 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         variables = list(variables)
         if self.built and (self._trainable_variables or not variables):
             return
-        _check_strategy()
+        strategy = distribution.strategy_of(variables, type(self).__name__)
+        if strategy is not None:
+            self._check_goes_with(strategy)
         for variable in variables:
             if self._overwrite_variable_with_gradient(variable):
                 raise ValueError(
@@ -116,20 +127,43 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
                 )
         if variables:
             check_variables(variables)
-        self.inner_optimizer.build(variables)
-        if variables:
-            self._accumulator.build(
-                variables,
-                iterations=self.inner_optimizer.iterations,
-                jit_compile=self.jit_compile,
-                track_all_rows=self.lazy_sparse,
+        with contextlib.nullcontext() if strategy is None else strategy.scope():
+            self.inner_optimizer.build(variables)
+            if variables:
+                self._accumulator.build(
+                    variables,
+                    iterations=self.inner_optimizer.iterations,
+                    jit_compile=self.jit_compile,
+                    track_all_rows=self.lazy_sparse,
+                )
+            # Moving averages are the wrapped optimizer's; the base class would make others, and give it those.
+            self._averages_elsewhere = True
+            try:
+                super().build(variables)
+            finally:
+                self._averages_elsewhere = False
+
+    def _check_goes_with(self, strategy: tf.distribute.Strategy) -> None:
+        name = type(strategy).__name__
+        for optimizer in (self, self.inner_optimizer, _innermost(self.inner_optimizer)):
+            if optimizer._distribution_strategy is not strategy:
+                raise ValueError(
+                    f"The {type(optimizer).__name__} was created outside of the {name} of its variables: create model "
+                    "and optimizer within one `strategy.scope()`."
+                )
+        if self.lazy_sparse:
+            raise ValueError(f"`lazy_sparse=True` does not work under {name}, where a window's gradients are dense.")
+        if self._scaled_around and strategy.num_replicas_in_sync > 1:
+            raise ValueError(
+                f"Under {name} a LossScaleOptimizer around a GradientAccumulateOptimizer would look at the gradients "
+                "of one replica only. Put it inside: GradientAccumulateOptimizer(LossScaleOptimizer(optimizer), "
+                "accum_steps), and `compile(auto_scale_loss=False)`."
             )
-        # Moving averages are the wrapped optimizer's; the base class would make others, and give it those.
-        self._averages_elsewhere = True
-        try:
-            super().build(variables)
-        finally:
-            self._averages_elsewhere = False
+        if not hasattr(_innermost(self.inner_optimizer), "_all_reduce_sum_gradients"):
+            raise ValueError(
+                f"Under {name} the gradients are summed over replicas once a window, and not again by Keras's "
+                f"optimizer; that of Keras {keras.__version__} has no `_all_reduce_sum_gradients` to replace."
+            )
 
     @tf.autograph.experimental.do_not_convert
     def apply(
@@ -158,6 +192,12 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         accumulator, positions = self._accumulator, self._positions(trainable_variables)
         if self.accum_steps is None:
             accumulator._add(batch)
+        elif accumulator.strategy is not None:
+            accumulator._add(batch)
+            distribution.across_replicas(
+                accumulator.strategy,
+                lambda: keras.ops.cond(accumulator.ready, lambda: self._update(positions), lambda: None),
+            )
         elif self._folds():
             keras.ops.cond(batch.fills, lambda: self._update_with(batch, positions), lambda: accumulator._add(batch))
         else:
@@ -197,8 +237,15 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
             raise ValueError(
                 "`flush` needs an optimizer that is built: call `optimizer.build(trainable_variables)` first."
             )
-        if self._accumulator.built:
+        if not self._accumulator.built:
+            return
+        strategy = self._accumulator.strategy
+        if strategy is None:
             keras.ops.cond(self._accumulator.open, self.close, lambda: None)
+            return
+        distribution.across_replicas(
+            strategy, lambda: keras.ops.cond(self._accumulator.open, lambda: self._update([]), lambda: None)
+        )
 
     @tf.autograph.experimental.do_not_convert
     def close(
@@ -286,6 +333,8 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
 
     def _folds(self) -> bool:
         """Whether a window's last gradients can go straight into the update."""
+        if self._accumulator.strategy is not None:
+            return False  # they are summed over replicas first
         needs_all = self.gradient_clipping is not None or fused_update.needs_norms(self.inner_optimizer)
         return not needs_all and bool(self.fused_update)
 
@@ -299,16 +348,52 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
 
         Those of `positions` that have none go along, for the wrapped optimizer to warn of.
         """
+        strategy = self._accumulator.strategy
+        if strategy is not None:
+            distribution.across_replicas(strategy, lambda: self._update_across(strategy, positions))
+            return
         with LOCK, self._accumulator._ending() as window:
             if not self.fused_update:
                 self._apply_unfused(window, positions)
             elif self.gradient_clipping is None:
                 self._apply_fused(window, positions)
             else:
-                clipped = self._clip(window.means(sparse=False), self.gradient_clipping)
-                latest = {i: tf.cast(each, tf.float32) for i, each in enumerate(clipped) if each is not None}
-                mean = Window(window.accumulators, tf.constant(1.0), window.touched_rows, latest, 1.0, True)
-                self._apply_fused(mean, positions)
+                self._apply_fused(self._clipped(window, self.gradient_clipping), positions)
+
+    def _update_across(self, strategy: tf.distribute.Strategy, positions: list[int]) -> None:
+        """As `_update`, for all replicas of this process, which make the same update."""
+        with LOCK, self._accumulator._ending_across(strategy) as windows:
+            clip = self.gradient_clipping
+            if not self.fused_update:
+                innermost = _innermost(self.inner_optimizer)
+
+                def overwrite(variables: Sequence[keras.Variable]) -> None:
+                    averages = innermost._model_variables_moving_average
+                    for variable, average in zip(variables, averages, strict=True):
+                        distribution.own(variable).assign(distribution.own(average))
+
+                # Keras's would sum the gradients over the replicas once more, and overwrite variables with their moving
+                # averages on all replicas at once within a condition of one.
+                own = {
+                    "_all_reduce_sum_gradients": lambda pairs: pairs,
+                    "_overwrite_model_variables_with_average_value": overwrite,
+                }
+                with overriding(innermost, **own):
+                    distribution.on_each_replica(
+                        strategy, lambda: self._apply_unfused(windows[distribution.local_replica()], positions)
+                    )
+                return
+            if clip is not None:
+                windows = distribution.on_each_replica(
+                    strategy, lambda: self._clipped(windows[distribution.local_replica()], clip)
+                )
+            fused_update.apply(self.inner_optimizer, windows, self._trainable_variables, positions, lazy=False)
+
+    def _clipped(self, window: Window, clip: Clipping) -> Window:
+        """The window with its gradients clipped, for a fused update."""
+        clipped = self._clip(window.means(sparse=False), clip)
+        latest = {i: tf.cast(each, tf.float32) for i, each in enumerate(clipped) if each is not None}
+        return dataclasses.replace(window, weight=tf.constant(1.0), latest=latest, latest_weight=1.0, starts=True)
 
     def _apply_fused(self, window: Window, positions: list[int]) -> None:
         if self.lazy_sparse:
@@ -321,7 +406,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
                     and window.touched_rows(i) is not None
                 ]
             )
-        fused_update.apply(self.inner_optimizer, window, self._trainable_variables, positions, lazy=self.lazy_sparse)
+        fused_update.apply(self.inner_optimizer, [window], self._trainable_variables, positions, lazy=self.lazy_sparse)
 
     def _apply_unfused(self, window: Window, positions: list[int]) -> None:
         innermost = _innermost(self.inner_optimizer)
@@ -410,6 +495,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
                 "GradientAccumulateOptimizer (a micro-batch that is not finite is skipped) or within it (its window "
                 "is)."
             )
+        self._scaled_around = factor is None
         self.inner_optimizer.loss_scale_factor = factor
 
     def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
@@ -489,15 +575,6 @@ for _setting in (
     "_model_variables_moving_average",
 ):
     setattr(GradientAccumulateOptimizer, _setting, _delegated(_setting))
-
-
-def _check_strategy() -> None:
-    strategy = tf.distribute.get_strategy()
-    if strategy.num_replicas_in_sync > 1 or not tf.__internal__.distribute.strategy_supports_no_merge_call():
-        raise ValueError(
-            f"GradientAccumulateOptimizer does not work under {type(strategy).__name__}: it accumulates on one device, "
-            "without a strategy or under OneDeviceStrategy."
-        )
 
 
 def _innermost(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:

@@ -1,10 +1,13 @@
 """What passes between the window's state machine and who makes the update."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
 import keras
 import tensorflow as tf
+
+from accumops import distribution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +38,27 @@ class Window:
     latest: dict[int, tf.Tensor] = dataclasses.field(default_factory=dict)
     latest_weight: tf.Tensor | float = 1.0
     starts: tf.Tensor | bool = False
+    replica: int | None = None  # under a strategy: whose window it is, of this process's replicas
+
+    def own(self, variable: keras.Variable) -> tf.Variable | keras.Variable:
+        """What of a variable this window updates."""
+        return variable if self.replica is None else distribution.own(variable, self.replica)
+
+    def place(self, beside: keras.Variable) -> contextlib.AbstractContextManager[None]:
+        """Where the update of a variable runs."""
+        return contextlib.nullcontext() if self.replica is None else tf.device(self.own(beside).device)
 
     def means(self, *, sparse: bool) -> list[tf.Tensor | tf.IndexedSlices | None]:
         """The weighted mean of each variable's gradients; with `sparse` of its touched rows, where these are known."""
         return [
-            None if accumulator is None else self._mean(accumulator, self.touched_rows(i) if sparse else None)
+            None if accumulator is None else self._mean(i, accumulator, self.touched_rows(i) if sparse else None)
             for i, accumulator in enumerate(self.accumulators)
         ]
 
-    def _mean(self, accumulator: keras.Variable, flags: keras.Variable | None) -> tf.Tensor | tf.IndexedSlices:
+    def _mean(self, i: int, accumulator: keras.Variable, flags: keras.Variable | None) -> tf.Tensor | tf.IndexedSlices:
         weight = tf.cast(self.weight, accumulator.dtype)
+        if self.starts is True:
+            return tf.math.divide_no_nan(self.latest[i], weight)
         if flags is None:
             return tf.math.divide_no_nan(tf.convert_to_tensor(accumulator), weight)
         rows = tf.where(flags)[:, 0]

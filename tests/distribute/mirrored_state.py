@@ -1,0 +1,80 @@
+"""What is saved on replicas and restored on one device, and the reverse, in the middle of a window."""
+
+import contextlib
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from replicas import MICRO, data, largest_difference, logical_cpus, mirrored, network
+
+import accumops
+
+
+@pytest.fixture(scope="module", autouse=True)
+def devices():
+    logical_cpus(4)
+
+
+def model_under(strategy):
+    with strategy.scope():
+        model = accumops.GradientAccumulateModel(network(), accum_steps=4, partial_window="carry")
+        model.compile(keras.optimizers.Adam(0.01), loss="mse")
+        model.optimizer.build(model.trainable_variables)
+    return model
+
+
+def train(model, begin, end):
+    x, y, _ = data()
+    x, y = x[begin * MICRO : end * MICRO], y[begin * MICRO : end * MICRO]
+    model.fit(x, y, batch_size=MICRO, shuffle=False, verbose=0)
+
+
+def by_file(saved, path, restored):
+    saved.save(path / "model.keras")
+    with restored.scope() if restored else contextlib.nullcontext():
+        return keras.models.load_model(path / "model.keras")
+
+
+def by_weights(saved, path, restored):
+    saved.save_weights(path / "model.weights.h5")
+    model = model_under(restored)
+    model.load_weights(path / "model.weights.h5")
+    return model
+
+
+def by_checkpoint(saved, path, restored):
+    written = tf.train.Checkpoint(model=saved.model, optimizer=saved.optimizer).write(path / "checkpoint")
+    model = model_under(restored)
+    tf.train.Checkpoint(model=model.model, optimizer=model.optimizer).read(written).assert_existing_objects_matched()
+    return model
+
+
+@pytest.mark.parametrize("way", [by_file, by_weights, by_checkpoint])
+@pytest.mark.parametrize(("before", "after"), [(2, 0), (0, 2), (2, 4)])
+def test_a_window_goes_on_elsewhere(before, after, way, tmp_path):
+    """Six micro-batches, one window and a half, then six more; 0 replicas is no strategy."""
+    straight = model_under(tf.distribute.get_strategy())
+    train(straight, 0, 12)
+    here, there = (mirrored(n) if n else tf.distribute.get_strategy() for n in (before, after))
+    first = model_under(here)
+    train(first, 0, 6)
+    second = way(first, tmp_path, there)
+    assert int(second.optimizer.accumulator.step) == 2
+    for mine, wanted in zip(second.optimizer.variables, first.optimizer.variables, strict=True):
+        np.testing.assert_allclose(mine.numpy(), wanted.numpy(), atol=1e-6, err_msg=wanted.path)
+    train(second, 6, 12)
+    assert second.optimizer.iterations.numpy() == 3
+    assert largest_difference(straight.model, second.model) <= 1e-6
+
+
+def test_a_new_fit_drops_the_window_on_all_replicas():
+    model = model_under(mirrored(2))
+    model.partial_window = "flush"
+    x, y, _ = data()
+    model.train_on_batch(x[:MICRO], y[:MICRO])
+    for each in model.optimizer.accumulator.variables[0].value.values:
+        assert int(each) == 1
+    model.optimizer.accumulator.reset()
+    for each in model.optimizer.accumulator.variables[0].value.values:
+        assert int(each) == 0

@@ -1,0 +1,133 @@
+"""One of two workers: `worker.py SCENARIO DIRECTORY`, with TF_CONFIG in the environment; leaves what it found there."""
+
+import json
+import os
+import pathlib
+import signal
+import sys
+
+import keras
+import numpy as np
+import tensorflow as tf
+from replicas import BATCHES, MICRO, MODES, WINDOW, data, fit, full_batches, largest_difference, network, optimizer
+
+import accumops
+
+
+def compiled(strategy, mode):
+    with strategy.scope():
+        inner = network()
+        model = accumops.GradientAccumulateModel(inner, **MODES[mode])
+        model.compile(optimizer("AdamW"), loss="mse", metrics=["mae"])
+    return inner, model
+
+
+def train(strategy, mode):
+    inner, model = compiled(strategy, mode)
+    wanted, wanted_logs = full_batches("AdamW")
+    logs = fit(model, BATCHES[mode])
+    assert model.optimizer.iterations.numpy() == 20
+    assert model.optimizer.fused_update
+    for name, values in wanted_logs.items():
+        np.testing.assert_allclose(logs[name], values, rtol=1e-5, err_msg=name)
+    return {"difference": float(largest_difference(inner, wanted)), "weights": weights_of(inner)}
+
+
+def loop(strategy):
+    """A loop of one's own, whose micro-steps do not communicate."""
+    wanted, _ = full_batches("AdamW")
+    with strategy.scope():
+        model = network()
+        accumulating = accumops.GradientAccumulateOptimizer(optimizer("AdamW"), WINDOW)
+        accumulating.build(model.trainable_variables)
+
+    def micro_step(x, y, weights):
+        with tf.GradientTape() as tape:
+            errors = tf.reduce_mean((model(x, training=True) - y) ** 2, axis=-1)
+            loss = tf.reduce_sum(errors * weights) / tf.cast(tf.shape(x)[0], tf.float32) + tf.add_n(model.losses)
+        gradients = tape.gradient(loss / strategy.num_replicas_in_sync, model.trainable_variables)
+        accumulating.apply(gradients, weight=tf.cast(tf.shape(x)[0], tf.float32))
+
+    @tf.function
+    def step(batch):
+        strategy.run(micro_step, args=batch)
+
+    for _ in range(2):
+        batches = tf.data.Dataset.from_tensor_slices(data()).batch(MICRO)
+        for batch in strategy.experimental_distribute_dataset(batches):
+            step(batch)
+        tf.function(accumulating.flush)()
+    assert accumulating.iterations.numpy() == 20
+    return {"difference": float(largest_difference(model, wanted)), "weights": weights_of(model)}
+
+
+class Kill(keras.callbacks.Callback):
+    """Kills the second worker in the second epoch, after two micro-batches of a window were backed up."""
+
+    def __init__(self, index):
+        super().__init__()
+        self.index = index
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.epoch == 1 and batch == 1 and self.index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Start(keras.callbacks.Callback):
+    """Remembers how many micro-batches the window held when training started."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if not hasattr(self, "step"):
+            self.step = int(self.model.optimizer.accumulator.step)
+
+
+def backed_up(strategy, directory, index, killed):
+    """Six micro-batches an epoch, so that each second epoch starts in mid-window; a backup after each epoch."""
+    with strategy.scope():
+        inner = network()
+        model = accumops.GradientAccumulateModel(inner, accum_steps=WINDOW, partial_window="carry")
+        model.compile(optimizer("AdamW"), loss="mse")
+    start = Start()
+    callbacks = [keras.callbacks.BackupAndRestore(directory / f"backup_{index}", delete_checkpoint=False), start]
+    if killed:
+        callbacks.append(Kill(index))
+    x, y, _ = data()
+    batches = tf.data.Dataset.from_tensor_slices((x[: 6 * MICRO], y[: 6 * MICRO])).batch(MICRO)
+    model.fit(batches, epochs=3, callbacks=callbacks, verbose=0)
+    return {"weights": weights_of(inner), "step_at_start": start.step}
+
+
+def disagreeing(strategy, index):
+    _, model = compiled(strategy, "accum_steps")
+    model.optimizer.build(model.trainable_variables)
+    model.optimizer.iterations.assign(index)
+    try:
+        fit(model, MICRO)
+    except RuntimeError as error:
+        return {"error": str(error)}
+    return {"error": ""}
+
+
+def weights_of(model):
+    return [variable.numpy().ravel().tolist() for variable in model.trainable_variables]
+
+
+def main(scenario, directory):
+    index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    if scenario in MODES:
+        result = train(strategy, scenario)
+    elif scenario == "loop":
+        result = loop(strategy)
+    elif scenario == "disagreeing":
+        result = disagreeing(strategy, index)
+    else:
+        result = backed_up(strategy, directory, index, killed=scenario == "killed")
+    (directory / f"{scenario}_{index}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], pathlib.Path(sys.argv[2]))
