@@ -43,8 +43,9 @@ class WindowMember(Protocol):
     def join_window(self, accumulator: "GradientAccumulator") -> None:
         """Is called for a member of whose variables one is among those that the accumulator is built for."""
 
-    def close_window(self) -> None:
-        """Is called where a window ends, after the update.
+    @classmethod
+    def close_windows(cls, members: Sequence[Any]) -> None:
+        """Is called where a window ends, after the update, for all members of the class together.
 
         Under a mirroring strategy on each replica, in a replica context where all replicas are together and no
         condition is open: it may communicate.
@@ -497,8 +498,9 @@ class GradientAccumulator(tf.Module):
             self._closed.assign_add(1)
 
         def close_members() -> None:
-            for member in self._setting.members:
-                member.close_window()
+            members: list[WindowMember] = self._setting.members
+            for kind in dict.fromkeys(type(member) for member in members):
+                kind.close_windows([member for member in members if type(member) is kind])
 
         if self.strategy is not None and tf.distribute.in_cross_replica_context() and self._setting.members:
             distribution.on_each_replica(self.strategy, close_members)
@@ -513,7 +515,7 @@ class GradientAccumulator(tf.Module):
             member.drop_window()
 
     def add_member(self, member: WindowMember) -> None:
-        """Has `close` call the member's `close_window`, and `reset` its `drop_window`."""
+        """Has `close` call the member's `close_windows`, and `reset` its `drop_window`."""
         self._setting.members.append(member)
 
     def remove_member(self, member: WindowMember) -> None:

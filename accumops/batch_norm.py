@@ -12,7 +12,7 @@ those of its batch; a window without values is a new one. It belongs to who ends
 import contextlib
 import types
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow as tf
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
-from accumops import ops
+from accumops import distribution, ops, pooling
 from accumops.accumulator import GradientAccumulator, register_member
 from accumops.arguments import check_accum_steps
 
@@ -101,10 +101,13 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
                 "The mask provided should be one dimension less than the inputs. "
                 f"Received: mask.shape={mask.shape}, inputs.shape={inputs.shape}"
             )
-        if _replicas() > 1:
-            return self._call_as_keras(inputs, training, mask, f"on the {_replicas()} replicas of a strategy")
         if mask is not None and self.axis not in (-1, len(inputs.shape) - 1):
-            return self._call_as_keras(inputs, training, mask, "under a mask, with channels that are not the last axis")
+            if self._joined() or self.accum_steps not in (None, 1):
+                raise ValueError(
+                    f"The layer '{self.name}' cannot pool a window's statistics under a mask, with channels that are "
+                    "not the last axis."
+                )
+            return super().call(inputs, training=training, mask=mask)
         inputs = tf.convert_to_tensor(inputs)
         if not inputs.dtype.is_floating:
             inputs = tf.cast(inputs, tf.float32)
@@ -112,8 +115,10 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
             mask = tf.broadcast_to(tf.cast(mask, tf.bool), tf.shape(inputs)[:-1])
         settings = {"axis": self.axis, "epsilon": self.epsilon}
         if training and self.trainable:
-            outputs, moments = ops.batch_norm(inputs, self.gamma, self.beta, mask=mask, **settings)
-            self._add(moments)
+            together = self.synchronized and distribution.running() is not None
+            normalize = pooling.batch_norm if together else ops.batch_norm
+            outputs, moments = normalize(inputs, self.gamma, self.beta, mask=mask, **settings)
+            self._add(moments, pooled=together)
         else:
             outputs = ops.batch_norm_inference(
                 inputs, self.gamma, self.beta, self.moving_mean, self.moving_variance, **settings
@@ -184,31 +189,73 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
     def _joined(self) -> bool:
         return self._state.accumulator is not None or self._state.within is not None
 
-    def close_window(self) -> None:
-        """Ends the window, full or not: the running statistics move by its moments, if there are any."""
-        if self.built:
-            ops.merge_moments(None, window=self._state.window, moving=self._moving())
+    @classmethod
+    def close_windows(cls, members: Sequence["AccumBatchNormalization"]) -> None:
+        """Ends the windows of layers, full or not: running statistics move by their moments, if there are any.
+
+        On the replicas of a strategy they move by those of all replicas, which all have to call this.
+
+        Args:
+            members: The layers.
+        """
+        layers = [layer for layer in members if layer.built]
+        if distribution.running() is None:
+            for layer in layers:
+                for window, moving in layer._parts():
+                    ops.merge_moments(None, window=window, moving=moving)
+        elif layers:
+            for layer, pooled in zip(layers, cls._pool(layers), strict=True):
+                ((_, moving),) = layer._parts()
+                ops.merge_moments(pooled, moving=moving)
+                layer.drop_window()
+
+    @staticmethod
+    def _pool(layers: Sequence["AccumBatchNormalization"]) -> list[ops.BatchMoments]:
+        windows = [layer._parts()[0][0] for layer in layers]
+        return pooling.pool([(window.counters[0], window.moments[0], window.moments[1]) for window in windows])
 
     def drop_window(self) -> None:
         """Ends the window without a trace."""
         if self.built:
-            counters = self._state.window.counters
-            counters.assign(tf.convert_to_tensor(counters) * [0, 0, 1])
+            for window, _ in self._parts():
+                window.counters.assign(window.counters * [0, 0, 1])
 
-    def _moving(self) -> ops.MovingStatistics:
-        return ops.MovingStatistics(self.moving_mean, self.moving_variance, self.momentum)
+    def _parts(self) -> list[tuple[ops.MomentsWindow, ops.MovingStatistics]]:
+        """The variables of the replica that runs, or else of each of this process's replicas."""
+        variables = (*self._state.window, self.moving_mean, self.moving_variance)
+        return [
+            (ops.MomentsWindow(counters, moments), ops.MovingStatistics(mean, variance, self.momentum))
+            for counters, moments, mean, variance in distribution.components(*variables)
+        ]
 
-    def _add(self, moments: ops.BatchMoments) -> None:
+    def _add(self, moments: ops.BatchMoments, pooled: bool) -> None:
         if in_stateless_scope():
             self._called_alone()
             self._move_stateless(moments)
-        elif self._joined():
-            ops.merge_moments(moments, window=self._state.window)
-        else:
-            self._called_alone()
-            alone = self.accum_steps == 1 or (self.accum_steps is None and tf.executing_eagerly())
+            return
+        if self._joined():
+            for window, _ in self._parts():
+                ops.merge_moments(moments, window=window)
+            return
+        self._called_alone()
+        alone = self.accum_steps == 1 or (self.accum_steps is None and tf.executing_eagerly())
+        strategy = distribution.running()
+        if strategy is not None:
+            if self.accum_steps not in (None, 1):
+                raise ValueError(
+                    f"The layer '{self.name}' has accum_steps={self.accum_steps}, and under "
+                    f"{type(strategy).__name__} cannot end windows by itself: train it with a GradientAccumulateModel, "
+                    "a GradientAccumulateOptimizer or a GradientAccumulator."
+                )
+            alone = True
+            if not pooled:
+                count, mean, rest, variance = moments
+                centred = tf.cast(variance, tf.float64) * tf.cast(count, tf.float64)
+                exact = tf.cast(mean, tf.float64) + tf.cast(rest, tf.float64)
+                (moments,) = pooling.pool([(count, exact, centred)])
+        for window, moving in self._parts():
             # Else by variables: it may join an optimizer that is built later in the function that is being traced.
-            ops.merge_moments(moments, window=None if alone else self._state.window, moving=self._moving())
+            ops.merge_moments(moments, window=None if alone else window, moving=moving)
 
     def _move_stateless(self, moments: ops.BatchMoments) -> None:
         """Moves what the scope holds instead of the variables."""
@@ -222,11 +269,6 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
         if self.accum_steps is None:
             self._state.alone_in = _graphs()[0]
 
-    def _call_as_keras(self, inputs: tf.Tensor, training: bool | None, mask: tf.Tensor | None, where: str) -> tf.Tensor:
-        if self._joined() or self.accum_steps not in (None, 1):
-            raise ValueError(f"The layer '{self.name}' cannot pool a window's statistics {where}.")
-        return super().call(inputs, training=training, mask=mask)
-
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments to make this layer again, without its state."""
         return {**super().get_config(), "accum_steps": self.accum_steps}
@@ -234,9 +276,26 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
     def save_own_variables(self, store: dict[str, Any]) -> None:
         """Saves the variables, and the window's if one is open."""
         super().save_own_variables(store)
-        if self.built and int(self._state.window.counters.numpy()[0]) > 0:
-            store["window_counters"] = self._state.window.counters.numpy()[:2]
-            store["window_moments"] = self._state.window.moments.numpy()
+        if self.built:
+            counters, moments = self._saved_window()
+            if counters[0] > 0:
+                store["window_counters"], store["window_moments"] = counters[:2], moments
+
+    def _saved_window(self) -> tuple[np.ndarray, np.ndarray]:
+        """The window, and of one that a strategy's replicas have the moments of all together."""
+        strategy = distribution.strategy_of_variable(self._state.window.counters)
+        if strategy is None:
+            counters, moments = self._state.window
+            return counters.numpy(), moments.numpy()
+
+        def pooled() -> tuple[tf.Tensor, tf.Tensor]:
+            (moments,) = self._pool([self])
+            count = tf.cast(moments.count, tf.float64)
+            calls = self._parts()[0][0].counters[1]
+            return tf.stack([moments.count, calls]), tf.stack([moments.mean, moments.variance * count])
+
+        results = tf.function(lambda: strategy.run(pooled), autograph=False)()
+        return tuple(strategy.experimental_local_results(each)[0].numpy() for each in results)
 
     def load_own_variables(self, store: Mapping[str, Any]) -> None:
         """Loads what `save_own_variables` stored, or what Keras's layer did, without a window."""
@@ -244,10 +303,14 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
         super().load_own_variables({key: store[key] for key in keys if not key.startswith("window_")})
         if self.built:
             open_window = "window_counters" in keys
-            counters, moments = self._state.window
-            # How many calls are a window is what the layer was made with.
-            counters.assign([*(store["window_counters"] if open_window else (0, 0)), counters.numpy()[2]])
-            moments.assign(store["window_moments"] if open_window else np.zeros(moments.shape))
+            values, calls = store["window_counters"] if open_window else (0, 0)
+            held = store["window_moments"] if open_window else np.zeros(self._state.window.moments.shape)
+            strategy = distribution.strategy_of_variable(self._state.window.counters)
+            ids = [0] if strategy is None else distribution.replica_ids(strategy)
+            for replica, (counters, moments) in zip(ids, distribution.components(*self._state.window), strict=True):
+                # What was saved is of all replicas: one has it. How many calls are a window is the layer's own.
+                counters.assign([values if replica == 0 else 0, calls, counters.numpy()[2]])
+                moments.assign(held if replica == 0 else np.zeros_like(held))
 
 
 def _window_variable(name: str, value: Any, dtype: str) -> keras.Variable:
@@ -270,7 +333,3 @@ def _graphs() -> list[int]:
         graphs.append(id(graph))
         graph = getattr(graph, "outer_graph", None)
     return [*graphs, 0] if graphs else [0]
-
-
-def _replicas() -> int:
-    return int(tf.distribute.get_strategy().num_replicas_in_sync)

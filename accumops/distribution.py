@@ -37,7 +37,7 @@ def strategy_of(variables: Sequence[tf.Variable | keras.Variable], who: str) -> 
         )
     strategy = mirroring(current)
     for variable in variables:
-        own = _strategy_of(variable)
+        own = strategy_of_variable(variable)
         if strategy is None and own is not None:
             if not isinstance(own, _MIRRORING):
                 raise ValueError(
@@ -61,6 +61,24 @@ def strategy_of(variables: Sequence[tf.Variable | keras.Variable], who: str) -> 
 def mirroring(strategy: tf.distribute.Strategy | None) -> tf.distribute.Strategy | None:
     """The strategy, if it is a mirroring one."""
     return strategy if isinstance(strategy, _MIRRORING) else None
+
+
+def running() -> tf.distribute.Strategy | None:
+    """The mirroring strategy of whose replicas, two at least, one runs; None elsewhere."""
+    if not tf.distribute.has_strategy() or tf.distribute.in_cross_replica_context():
+        return None
+    strategy = mirroring(tf.distribute.get_strategy())
+    return strategy if strategy is not None and strategy.num_replicas_in_sync > 1 else None
+
+
+def components(*variables: tf.Variable | keras.Variable) -> list[list[tf.Variable]]:
+    """Of variables those of the replica that runs; outside of replicas those of each of this process's replicas."""
+    values = [_value(variable) for variable in variables]
+    count = max(
+        (len(value.values) for value in values if isinstance(value, tf.distribute.DistributedValues)), default=1
+    )
+    replicas = range(count) if running() is None else [local_replica()]
+    return [[own(value, replica) for value in values] for replica in replicas]
 
 
 def spans_processes(strategy: tf.distribute.Strategy | None) -> bool:
@@ -101,7 +119,8 @@ def first_share(strategy: tf.distribute.Strategy, batch: Any) -> Any:
     return keras.tree.map_structure(lambda leaf: strategy.experimental_local_results(leaf)[0], batch)
 
 
-def _strategy_of(variable: tf.Variable | keras.Variable) -> tf.distribute.Strategy | None:
+def strategy_of_variable(variable: tf.Variable | keras.Variable) -> tf.distribute.Strategy | None:
+    """The strategy that a variable is spread by, or None."""
     value = _value(variable)
     return value.distribute_strategy if isinstance(value, tf.distribute.DistributedValues) else None
 
@@ -160,6 +179,15 @@ def local_replica() -> int:
     context = tf.distribute.get_replica_context()
     replica = int(tf.get_static_value(context.replica_id_in_sync_group))
     return replica % len(context.strategy.extended.worker_devices)
+
+
+def replica_ids(strategy: tf.distribute.Strategy) -> list[int]:
+    """The numbers of this process's replicas among those of all."""
+    with strategy.scope():
+        return on_each_replica(
+            strategy,
+            lambda: int(tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group)),
+        )
 
 
 def sum_over_replicas(tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
