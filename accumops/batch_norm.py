@@ -10,6 +10,7 @@ those of its batch; a window without values is a new one. It belongs to who ends
 """
 
 import contextlib
+import contextvars
 import types
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,9 @@ from accumops.arguments import check_accum_steps
 
 # A number of calls that is never reached: the window is somebody else's to end.
 _NEVER = 1 << 62
+# The layers whose windows are those of the step that runs or is traced, by identity: of each replica's thread its own,
+# as replicas take turns where they communicate.
+_WITHIN: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("within_window", default=frozenset())
 
 
 @keras.saving.register_keras_serializable(package="accumops")
@@ -40,6 +44,11 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
     Where a `GradientAccumulateModel`, a `GradientAccumulateOptimizer` or a `GradientAccumulator` trains the layer, the
     windows are that one's, partial windows and a number of micro-batches that changes included, and `accum_steps` need
     not be given. `replace_batchnorm_layers` puts such layers into a model that has Keras's.
+
+    Under MirroredStrategy and MultiWorkerMirroredStrategy the running statistics move by the moments of all replicas,
+    which they exchange where a window ends, for all layers of a model together; without accumulation at each call. With
+    `synchronized=True` micro-batches are normalized by the moments of all replicas as well, in plain TensorFlow; that
+    takes an exchange a layer, which cannot be made within `micro_batch_size`'s loop.
 
     An optimizer or accumulator finds the layer by gamma or beta, when it is built: executing eagerly, build it before
     the first step, and for a layer with `center=False` and `scale=False` call `join_window`. What trains the layer
@@ -79,7 +88,7 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
         check_accum_steps(accum_steps)
         self.accum_steps = None if accum_steps is None else int(accum_steps)
         # In a namespace, where Keras does not find it: the window is saved apart from the weights.
-        self._state = types.SimpleNamespace(accumulator=None, within=None, alone_in=None)
+        self._state = types.SimpleNamespace(accumulator=None, alone_in=None)
 
     def build(self, input_shape: Any) -> None:
         """Creates the variables: those of Keras's layer, and the window's."""
@@ -128,13 +137,22 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
     def check_window(self, accum_steps: Any, micro_batch_size: int | None = None) -> None:
         """Raises if windows of `accum_steps` micro-batches are not those of this layer.
 
+        And if micro-batches that a step loops over would have to be normalized together with those of other replicas,
+        which cannot communicate within a loop.
+
         Args:
             accum_steps: What trains the layer has as its `accum_steps`.
             micro_batch_size: Or else as its `micro_batch_size`, for the message.
 
         Raises:
-            ValueError: If the layer was made with another number.
+            ValueError: If the layer was made with another number, or is `synchronized` under a mirroring strategy with
+                `micro_batch_size`.
         """
+        if micro_batch_size is not None and self.synchronized and distribution.spreads(self):
+            raise ValueError(
+                f"The layer '{self.name}' has synchronized=True, and with `micro_batch_size` replicas cannot "
+                "communicate between micro-batches: use `accum_steps`."
+            )
         if self.accum_steps is None or self.accum_steps == accum_steps:
             return
         trained = f"accum_steps={accum_steps}" if micro_batch_size is None else f"micro_batch_size={micro_batch_size}"
@@ -178,16 +196,16 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
                 self._state.window.counters.assign([0, 0, limit])
 
     @contextlib.contextmanager
-    def within_window(self, accumulator: GradientAccumulator) -> Iterator[None]:
-        """For as long as a step of its runs or is traced, leaves it to `accumulator` to say when a window ends."""
-        before, self._state.within = self._state.within, accumulator
+    def within_window(self) -> Iterator[None]:
+        """For as long as a step runs or is traced, leaves it to who has called this to say when a window ends."""
+        token = _WITHIN.set(_WITHIN.get() | {id(self)})
         try:
             yield
         finally:
-            self._state.within = before
+            _WITHIN.reset(token)
 
     def _joined(self) -> bool:
-        return self._state.accumulator is not None or self._state.within is not None
+        return self._state.accumulator is not None or id(self) in _WITHIN.get()
 
     @classmethod
     def close_windows(cls, members: Sequence["AccumBatchNormalization"]) -> None:

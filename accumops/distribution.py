@@ -71,6 +71,14 @@ def running() -> tf.distribute.Strategy | None:
     return strategy if strategy is not None and strategy.num_replicas_in_sync > 1 else None
 
 
+def spreads(layer: keras.layers.Layer) -> bool:
+    """Whether a layer is, or if it is not built now would be, on several replicas of a mirroring strategy."""
+    strategy = tf.distribute.get_strategy()
+    if layer.variables:
+        strategy = strategy_of_variable(layer.variables[0])
+    return mirroring(strategy) is not None and strategy.num_replicas_in_sync > 1
+
+
 def components(*variables: tf.Variable | keras.Variable) -> list[list[tf.Variable]]:
     """Of variables those of the replica that runs; outside of replicas those of each of this process's replicas."""
     values = [_value(variable) for variable in variables]

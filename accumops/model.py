@@ -225,7 +225,7 @@ class GradientAccumulateModel(keras.Model):
             self.optimizer.build(self.trainable_variables)
         with contextlib.ExitStack() as windows:
             for layer in self._normalizations():
-                windows.enter_context(layer.within_window(self.optimizer.accumulator))
+                windows.enter_context(layer.within_window())
             return self._run_step(data)
 
     def test_step(self, data: Any) -> dict[str, Any]:
