@@ -332,7 +332,7 @@ class GradientAccumulator(tf.Module):
             if self.strategy is None:
                 self._sum(batch, range(len(self._accumulators)))
             else:
-                self._sum_on_replica(batch)
+                self._sum_on_replica(self.strategy, batch)
         # Counted when it is done: a micro-batch that fails is none.
         with tf.control_dependencies(accumulation.operations):
             for i in self._tracked.intersection(batch.present):
@@ -365,15 +365,19 @@ class GradientAccumulator(tf.Module):
             touched_rows=[batch.touched_rows[i] for i in positions],
         )
 
-    def _sum_on_replica(self, batch: MicroBatch) -> None:
+    def _sum_on_replica(self, strategy: tf.distribute.Strategy, batch: MicroBatch) -> None:
         accumulators = [distribution.own(accumulator) for accumulator in self._accumulators]
         nothing = [_no_change(accumulator) for accumulator in accumulators]
         given = [
             none if gradient is None else gradient for none, gradient in zip(nothing, batch.gradients, strict=True)
         ]
 
+        # The number of replicas is taken out of the gradients here: a window's sums are then those of one device, and
+        # go on under another strategy.
+        scale = batch.weight * strategy.num_replicas_in_sync
+
         def add() -> None:
-            ops.accumulate(accumulators, given, scale=batch.weight, overwrite=batch.starts)
+            ops.accumulate(accumulators, given, scale=scale, overwrite=batch.starts)
 
         def start() -> None:
             ops.accumulate(accumulators, nothing, overwrite=batch.starts)
@@ -430,8 +434,7 @@ class GradientAccumulator(tf.Module):
             if reduce:
                 reduced = iter(sums)
                 held = [None if each is None else next(reduced) for each in held]
-            mean = weight / strategy.num_replicas_in_sync
-            return [None if each is None else tf.math.divide_no_nan(each, tf.cast(mean, each.dtype)) for each in held]
+            return [None if each is None else tf.math.divide_no_nan(each, tf.cast(weight, each.dtype)) for each in held]
 
     @contextlib.contextmanager
     def _ending(self) -> Iterator[Window]:
@@ -461,9 +464,8 @@ class GradientAccumulator(tf.Module):
 
             windows = []
             for replica, (weight, *sums) in enumerate(distribution.on_each_replica(strategy, reduce)):
-                mean = weight / strategy.num_replicas_in_sync
                 latest = dict(zip(held, sums, strict=True))
-                windows.append(Window(window.accumulators, mean, _no_rows, latest, 1.0, True, replica))
+                windows.append(Window(window.accumulators, weight, _no_rows, latest, 1.0, True, replica))
             yield windows
 
     @contextlib.contextmanager

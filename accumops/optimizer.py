@@ -90,6 +90,12 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         self.jit_compile: bool | None = None
         self._accumulator = GradientAccumulator(accum_steps, name=f"{self.name}_accumulator")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # All that a LossScaleOptimizer tells of itself to what it wraps; Keras does not set what is the same.
+        if name == "loss_scale_factor" and value is None:
+            self._scaled_around = True
+        super().__setattr__(name, value)
+
     @property
     def accum_steps(self) -> int | Schedule | None:
         """Micro-batches an update, a callable that gives them, or None. An int can be set, for the next window on."""
@@ -495,7 +501,6 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
                 "GradientAccumulateOptimizer (a micro-batch that is not finite is skipped) or within it (its window "
                 "is)."
             )
-        self._scaled_around = factor is None
         self.inner_optimizer.loss_scale_factor = factor
 
     def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:

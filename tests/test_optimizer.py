@@ -471,11 +471,11 @@ class TestErrors:
         with pytest.raises(ValueError, match="2 gradients for 1 variables"):
             optimizer.apply([tf.ones([2])] * 2, [a])
 
-    def test_mirrored_strategy(self):
-        with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+    def test_a_strategy_that_is_not_supported(self):
+        with tf.distribute.experimental.CentralStorageStrategy(["CPU:0"]).scope():
             model = mlp()
             model.compile(GradientAccumulateOptimizer(keras.optimizers.SGD(1.0), accum_steps=2), loss="mse")
-            with pytest.raises(ValueError, match="does not work under MirroredStrategy"):
+            with pytest.raises(ValueError, match="does not work under CentralStorageStrategy"):
                 model.optimizer.build(model.trainable_variables)
 
     def test_loss_scaled_twice(self, rng):

@@ -45,7 +45,8 @@ def loop(strategy):
         with tf.GradientTape() as tape:
             errors = tf.reduce_mean((model(x, training=True) - y) ** 2, axis=-1)
             loss = tf.reduce_sum(errors * weights) / tf.cast(tf.shape(x)[0], tf.float32) + tf.add_n(model.losses)
-        gradients = tape.gradient(loss / strategy.num_replicas_in_sync, model.trainable_variables)
+            loss /= strategy.num_replicas_in_sync
+        gradients = tape.gradient(loss, model.trainable_variables)
         accumulating.apply(gradients, weight=tf.cast(tf.shape(x)[0], tf.float32))
 
     @tf.function
