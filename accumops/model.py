@@ -22,6 +22,18 @@ from accumops.callbacks import PARTIAL_WINDOWS, AccumStepsScheduler, PartialWind
 from accumops.model_function import function_of_workers, train_function
 from accumops.optimizer import Clipping, GradientAccumulateOptimizer, check_gradient_clipping
 
+_CONVOLUTIONS = (
+    keras.layers.Conv1D,
+    keras.layers.Conv2D,
+    keras.layers.Conv3D,
+    keras.layers.Conv1DTranspose,
+    keras.layers.Conv2DTranspose,
+    keras.layers.Conv3DTranspose,
+    keras.layers.DepthwiseConv1D,
+    keras.layers.DepthwiseConv2D,
+    keras.layers.SeparableConv1D,
+    keras.layers.SeparableConv2D,
+)
 _NORMALIZATIONS = ("samples", "steps", "weights")
 
 Weighting = Callable[[Any, Any, Any], tf.Tensor]
@@ -127,6 +139,7 @@ class GradientAccumulateModel(keras.Model):
         self.lazy_sparse = lazy_sparse
         self._flush_function: Callable[[], None] | None = None
         self._ends_window: bool | None = None
+        self._pass = self._forward_and_backward
         if model.built:
             self.built = True
             self._build_shapes_dict = getattr(model, "_build_shapes_dict", None)
@@ -197,7 +210,7 @@ class GradientAccumulateModel(keras.Model):
                 f"`jit_compile=True` does not work under {type(self._mirroring).__name__}: what replicas do together "
                 "at a window's end is not compiled by XLA. Leave it out."
             )
-        wrapped.jit_compile = bool(self.jit_compile)
+        wrapped.jit_compile = bool(self.jit_compile) and not self._compiles_passes
         for layer in self._normalizations():
             layer.check_window(self.accum_steps, self.micro_batch_size)
             wrapped.accumulator.add_member(layer)
@@ -205,6 +218,7 @@ class GradientAccumulateModel(keras.Model):
         # What was given is what is saved: `compile` wraps it anew.
         self._compile_config.config["optimizer"] = optimizer
         self._flush_function = None
+        self._pass = self._forward_and_backward
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles with what `get_compile_config` returned."""
@@ -261,9 +275,17 @@ class GradientAccumulateModel(keras.Model):
                     f"`steps_per_execution` must be 1 under {type(self._mirroring).__name__}: in a loop within a "
                     f"function TensorFlow cannot place what replicas do together. Received: {self.steps_per_execution}"
                 )
-            super().make_train_function(force=True)
+            jit_compile, passes = bool(self.jit_compile), self._compiles_passes
+            self._pass = self._forward_and_backward
+            if passes:
+                self._pass = tf.function(self._pass, jit_compile=True, reduce_retracing=True, autograph=False)
+                self.jit_compile = False  # not what Keras makes of it
+            try:
+                super().make_train_function(force=True)
+            finally:
+                self.jit_compile = jit_compile
             made = getattr(self, "train_function")  # noqa: B009 - Keras's, of a type that is not known
-            plain = not self.run_eagerly and not self.jit_compile and self.steps_per_execution == 1
+            plain = not self.run_eagerly and (passes or not jit_compile) and self.steps_per_execution == 1
             if distribution.spans_processes(self.distribute_strategy):
                 made = self.train_function = self._function_of_workers(self.train_step)
             if plain:
@@ -329,7 +351,7 @@ class GradientAccumulateModel(keras.Model):
             data,
             self.micro_batch_size,
             lambda part: self._train_on_micro_batch(part, self.optimizer.accumulate),
-            static_sizes=bool(self.jit_compile),
+            static_sizes=bool(self.jit_compile) and not self._compiles_passes,
             at_once=self.parallel_micro_batches,
             empty=self._mirroring is not None,
         )
@@ -338,27 +360,47 @@ class GradientAccumulateModel(keras.Model):
         return self.get_metrics_result()
 
     def _train_on_micro_batch(self, data: Any, apply: Callable[..., None]) -> dict[str, Any]:
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        samples = _count_samples(x)
-        if self._mirroring is not None and tf.executing_eagerly() and int(samples) == 0:
+        if self._mirroring is not None and tf.executing_eagerly() and int(_count_samples(data)) == 0:
             # Keras's losses are no scalars then. A replica without samples has a part in the window all the same.
             apply([tf.zeros_like(each) for each in self.trainable_variables], self.trainable_variables, weight=0.0)
             return self.get_metrics_result()
+        gradients, weight, logs = self._pass(data)
+        if gradients is not None:
+            apply(gradients, self.trainable_variables, weight=weight)
+        return logs
+
+    def _forward_and_backward(self, data: Any) -> tuple[list[Any] | None, Any, dict[str, Any]]:
+        """Returns a micro-batch's gradients, its share in the window, and the metrics."""
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        samples = _count_samples(x)
         with tf.GradientTape() as tape:
             y_pred = self(x, training=True)
             loss = self.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
             scaled = self.optimizer.scale_loss(loss)
         self._loss_tracker.update_state(self._mean_loss(loss, samples), sample_weight=samples)
+        logs = self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
         variables = self.trainable_variables
         if not variables:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
-            return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+            return None, 1.0, logs
         weight = self._window_share(x, y, y_pred, sample_weight, samples)
         if self._mirroring is not None:
             # That of a replica without samples is nothing, whatever it is by the callable.
             weight = tf.where(samples > 0, tf.cast(weight, tf.float32), 0.0)
-        apply(tape.gradient(scaled, variables), variables, weight=weight)
-        return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        return tape.gradient(scaled, variables), weight, logs
+
+    @property
+    def _compiles_passes(self) -> bool:
+        """Whether XLA compiles forward and backward alone, and the fused ops do the rest outside.
+
+        Else it compiles the whole step. Where a step is a micro-batch, the condition that ends a window would be in it,
+        of whose branches XLA copies all variables; a loop over micro-batches it is better at, but for convolutions on a
+        CPU, which XLA runs on one thread there, and gradients of embeddings, which it makes dense.
+        """
+        if not self.jit_compile:
+            return False
+        slow = (keras.layers.Embedding, *(() if tf.config.list_physical_devices("GPU") else _CONVOLUTIONS))
+        return self.micro_batch_size is None or any(isinstance(each, slow) for each in self._flatten_layers())
 
     def _mean_loss(self, loss: tf.Tensor, samples: tf.Tensor) -> tf.Tensor:
         """The mean over a replica's samples: Keras divides losses by the number of replicas."""
