@@ -1,18 +1,11 @@
 """Training with `fit` on two and four replicas, against plain Keras with whole batches on one device."""
 
-import keras
-import numpy as np
 import pytest
-import tensorflow as tf
 from replicas import (
-    BATCH,
     BATCHES,
-    MICRO,
     MODES,
-    WINDOW,
     check_logs,
     check_replicas_are_equal,
-    data,
     fit,
     full_batches,
     largest_difference,
@@ -38,11 +31,13 @@ def train(strategy, mode, name, **compile_arguments):
     return inner, model, fit(model, BATCHES[mode])
 
 
+TRAINED = [(2, "SGD"), (2, "Adam"), (2, "AdamW"), (4, "AdamW")]
+BOTH = [(replicas, name, mode) for replicas, name in TRAINED for mode in MODES]
+
+
 @pytest.mark.parametrize(
-    ("replicas", "name"),
-    [(2, "SGD"), (2, "Adam"), (2, "AdamW"), (4, "AdamW"), (2, "RMSprop"), (1, "Adam")],
+    ("replicas", "name", "mode"), [*BOTH, (2, "RMSprop", "accum_steps"), (1, "Adam", "micro_batch_size")]
 )
-@pytest.mark.parametrize("mode", list(MODES))
 def test_the_model_equals_whole_batches(replicas, name, mode):
     """Ragged batches, empty ones on some replicas, sample weights, a regularizer, clipping."""
     wanted, wanted_logs = full_batches(name)
@@ -52,78 +47,3 @@ def test_the_model_equals_whole_batches(replicas, name, mode):
     assert largest_difference(inner, wanted) <= 1e-5
     check_logs(logs, wanted_logs)
     check_replicas_are_equal(inner.trainable_variables)
-
-
-@pytest.mark.parametrize("mode", list(MODES))
-def test_run_eagerly(mode):
-    wanted, wanted_logs = full_batches("AdamW")
-    inner, _, logs = train(mirrored(2), mode, "AdamW", run_eagerly=True)
-    assert largest_difference(inner, wanted) <= 1e-5
-    check_logs(logs, wanted_logs)
-
-
-@pytest.mark.parametrize("normalization", ["steps", "weights"])
-def test_normalizations(normalization):
-    """Of equal micro-batches "steps" is the mean; "weights" divides by the sum of weights of all replicas."""
-    x, y, weights = (each[: BATCH * 3] for each in data())
-    loss = "mse"
-    if normalization == "weights":
-        loss = keras.losses.MeanSquaredError(reduction="mean_with_sample_weight")
-    plain = network()
-    plain.compile(optimizer("SGD"), loss=loss)
-    plain.fit(x, y, sample_weight=weights, batch_size=BATCH, shuffle=False, verbose=0)
-    with mirrored(2).scope():
-        inner = network()
-        model = accumops.GradientAccumulateModel(inner, accum_steps=WINDOW, normalization=normalization)
-        model.compile(optimizer("SGD"), loss=loss)
-    model.fit(x, y, sample_weight=weights, batch_size=MICRO, shuffle=False, verbose=0)
-    # The regularizer is averaged by the same weights as the rest: one term, whatever they are.
-    assert largest_difference(inner, plain) <= 1e-5
-
-
-def test_a_plain_model_with_the_optimizer():
-    """Keras's trainer divides the loss by the number of replicas, and the optimizer sums over them."""
-    x, y, _ = (each[: BATCH * 5] for each in data())
-    plain = network()
-    plain.compile(optimizer("AdamW"), loss="mse")
-    plain.fit(x, y, batch_size=BATCH, shuffle=False, verbose=0)
-    with mirrored(2).scope():
-        model = network()
-        model.compile(accumops.GradientAccumulateOptimizer(optimizer("AdamW"), WINDOW), loss="mse")
-    model.fit(x, y, batch_size=MICRO, shuffle=False, verbose=0)
-    assert model.optimizer.iterations.numpy() == 5
-    assert largest_difference(model, plain) <= 1e-5
-
-
-def test_adaptive_clipping_and_a_partial_window():
-    x, y, _ = (each[: BATCH * 2 + 24] for each in data())
-
-    def train_with(strategy):
-        with strategy.scope():
-            inner = network()
-            clip = accumops.AdaptiveGradientClipping(0.02)
-            model = accumops.GradientAccumulateModel(inner, accum_steps=WINDOW, gradient_clipping=clip)
-            model.compile("adam", loss="mse")
-        callbacks = [accumops.EffectiveBatchSize(), accumops.AccumStepsScheduler({0: WINDOW, 1: 2})]
-        logs = model.fit(x, y, batch_size=MICRO, epochs=2, shuffle=False, verbose=0, callbacks=callbacks).history
-        return inner, logs
-
-    one, one_logs = train_with(tf.distribute.get_strategy())
-    two, two_logs = train_with(mirrored(2))
-    assert largest_difference(one, two) <= 1e-5
-    check_logs(two_logs, one_logs)
-
-
-def test_a_first_batch_that_one_replica_has_nothing_of():
-    x, y, _ = (each[:1] for each in data())
-    plain = network()
-    plain.compile("sgd", loss="mse")
-    plain.fit(x, y, verbose=0)
-    for mode in MODES:
-        with mirrored(2).scope():
-            inner = network()
-            model = accumops.GradientAccumulateModel(inner, **MODES[mode])
-            model.compile("sgd", loss="mse")
-        logs = model.fit(x, y, batch_size=BATCH, verbose=0).history
-        assert np.isfinite(logs["loss"]).all()
-        assert largest_difference(inner, plain) <= 1e-6

@@ -82,7 +82,7 @@ def check_logs(history, wanted):
 
 
 def count_collectives(concrete):
-    """All-reduces in a function that is traced, and in what it calls, of more than one value."""
+    """All-reduces in a function that is traced, and in what it calls."""
     graph = concrete.graph.as_graph_def()
     nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
     return sum(node.op.startswith("CollectiveReduce") for node in nodes)
