@@ -96,6 +96,8 @@ class GradientAccumulateModel(keras.Model):
     2
     """
 
+    jit_compile: bool  # Keras's property
+
     def __init__(
         self,
         model: keras.Model | None = None,

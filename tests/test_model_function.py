@@ -151,12 +151,19 @@ def test_an_error_in_a_step_leaves_the_window(rng):
 
 
 def test_where_keras_function_stays(monkeypatch):
-    """XLA compiles a step as a whole, and several steps are one call."""
+    """XLA compiles a whole step that loops over micro-batches, and several steps are one call."""
     made = []
     monkeypatch.setattr("accumops.model.train_function", lambda *args: made.append(1) or train_function(*args))
-    for arguments, own in (({"jit_compile": True}, 0), ({"steps_per_execution": 2}, 0), ({"jit_compile": False}, 1)):
-        trained = GradientAccumulateModel(network(), accum_steps=2)
+    by_steps, by_size = {"accum_steps": 2}, {"micro_batch_size": 2}
+    for mode, arguments, own in (
+        (by_size, {"jit_compile": True}, 0),
+        (by_steps, {"steps_per_execution": 2}, 0),
+        (by_steps, {"jit_compile": True}, 1),
+        (by_steps, {"jit_compile": False}, 2),
+    ):
+        trained = GradientAccumulateModel(network(), **mode)
         trained.compile("sgd", "mse", **{"jit_compile": False, **arguments})
         trained.make_train_function()
         assert trained.make_train_function() is trained.train_function
-        assert made == [1] * own
+        assert trained.jit_compile == arguments.get("jit_compile", False)
+        assert len(made) == own

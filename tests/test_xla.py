@@ -1,0 +1,140 @@
+"""Training that XLA compiles: what it compiles, that nothing in it calls back to the host, what it leaves to others."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow.python.ops import control_flow_util
+
+import accumops
+from accumops import GradientAccumulateModel
+
+MODES = {"accum_steps": {"accum_steps": 4}, "micro_batch_size": {"micro_batch_size": 8}}
+
+
+def dense(inputs):
+    return keras.layers.Dense(3)(keras.layers.Dense(16, "tanh")(inputs))
+
+
+def convolutional(inputs):
+    x = keras.layers.Reshape((3, 4, 1))(inputs)
+    x = accumops.AccumBatchNormalization(momentum=0.5)(keras.layers.Conv2D(4, 3, padding="same", use_bias=False)(x))
+    return keras.layers.Dense(3)(keras.layers.Flatten()(keras.layers.ReLU()(x)))
+
+
+class Untouchable(keras.layers.Layer):
+    """What XLA has no kernel for."""
+
+    def __init__(self):
+        super().__init__()
+        self.supports_jit = False
+
+    def call(self, inputs):
+        size = tf.strings.length(tf.strings.as_string(inputs))
+        return inputs + tf.cast(size, inputs.dtype) * 0
+
+    def compute_output_shape(self, shape):
+        return shape
+
+
+def make(network, mode, jit_compile=True, **arguments):
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((12,))
+    model = GradientAccumulateModel(keras.Model(inputs, network(inputs)), **MODES[mode])
+    model.compile(keras.optimizers.Adam(0.01), "mse", jit_compile=jit_compile, **arguments)
+    return model
+
+
+def data(samples=32 * 5 + 9):
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((samples, 12)).astype("float32"), rng.standard_normal((samples, 3)).astype("float32")
+
+
+def fit(model, mode, samples=32 * 5 + 9, **arguments):
+    size = 8 if mode == "accum_steps" else 32
+    model.fit(*data(samples), batch_size=size, shuffle=False, verbose=0, **arguments)
+    return [each.numpy() for each in model.weights]
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("network", [dense, convolutional])
+def test_equals_training_without(network, mode):
+    plain, compiled = (fit(make(network, mode, jit_compile), mode) for jit_compile in (False, True))
+    for mine, theirs in zip(compiled, plain, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("network", "mode", "passes"),
+    [
+        (dense, "accum_steps", True),
+        (convolutional, "accum_steps", True),
+        (dense, "micro_batch_size", False),
+        (convolutional, "micro_batch_size", not tf.config.list_physical_devices("GPU")),
+        (lambda x: keras.layers.Dense(3)(keras.layers.Embedding(9, 2)(x)[:, 0]), "micro_batch_size", True),
+    ],
+)
+def test_what_is_compiled(network, mode, passes):
+    """Forward and backward alone where a condition, convolutions in a loop or dense gradients of tables would cost."""
+    model = make(network, mode)
+    compiled = []
+    original = model.optimizer.accumulator._prepare
+
+    def spy(*arguments):
+        compiled.append(control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
+        return original(*arguments)
+
+    model.optimizer.accumulator._prepare = spy
+    if network not in (dense, convolutional):
+        model.fit(np.zeros((32, 12)), np.zeros((32, 3)), batch_size=32, verbose=0)
+    else:
+        fit(model, mode)
+    assert set(compiled) == {not passes}
+
+
+def test_nothing_calls_back_to_the_host():
+    """Neither in the passes nor in a whole step: no host callback, no transfer, in what XLA has made."""
+    for mode in MODES:
+        model = make(dense, mode)
+        fit(model, mode)
+        batch = tuple(tf.constant(each[: 8 if mode == "accum_steps" else 32]) for each in data())
+        step = model._pass if mode == "accum_steps" else tf.function(model.train_step, jit_compile=True)
+        text = step.experimental_get_compiler_ir(batch)(stage="optimized_hlo")
+        assert "ENTRY" in text
+        for word in ("callback", "infeed", "outfeed", "send(", "recv(", "HostCompute", "TfCallback"):
+            assert word not in text
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_a_layer_that_xla_cannot_compile(mode):
+    with pytest.warns(UserWarning, match="doesn't support `jit_compile=True`"):
+        model = make(lambda x: keras.layers.Dense(3)(Untouchable()(x)), mode)
+    assert not model.jit_compile
+    fit(model, mode)
+    assert model.optimizer.fused_update
+    assert int(model.optimizer.iterations) == 6
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_other_ways_to_run_steps(mode):
+    """`train_on_batch`, and several steps in one call, which Keras's functions run."""
+    wanted = fit(make(dense, mode, False), mode, 32 * 4)
+    several = fit(make(dense, mode, steps_per_execution=2), mode, 32 * 4)
+    one = make(dense, mode)
+    x, y = data(32 * 4)
+    size = 8 if mode == "accum_steps" else 32
+    for i in range(0, 32 * 4, size):
+        one.train_on_batch(x[i : i + size], y[i : i + size])
+    for others in (several, [each.numpy() for each in one.weights]):
+        for mine, theirs in zip(others, wanted, strict=True):
+            np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+
+def test_compiling_again():
+    """The passes are those of the new loss."""
+    model = make(dense, "accum_steps")
+    fit(model, "accum_steps")
+    model.compile(keras.optimizers.SGD(0.0), "mae", jit_compile=True)
+    logs = model.fit(*data(32), batch_size=8, verbose=0).history
+    x, y = data(32)
+    np.testing.assert_allclose(logs["loss"][0], np.abs(model.predict(x, verbose=0) - y).mean(), rtol=1e-5)
