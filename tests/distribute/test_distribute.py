@@ -14,7 +14,9 @@ HERE = pathlib.Path(__file__).parent
 TIME_LIMIT = 240
 
 
-@pytest.mark.parametrize("checks", ["mirrored_training", "mirrored_loops", "mirrored_features", "mirrored_state"])
+@pytest.mark.parametrize(
+    "checks", ["mirrored_training", "mirrored_batch_norm", "mirrored_loops", "mirrored_features", "mirrored_state"]
+)
 def test_replicas_on_logical_devices(checks):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "TF_CONFIG"))}
