@@ -7,6 +7,7 @@ import signal
 import sys
 
 import keras
+import mirrored_batch_norm
 import numpy as np
 import tensorflow as tf
 from replicas import BATCHES, MICRO, MODES, WINDOW, data, fit, full_batches, largest_difference, network, optimizer
@@ -60,6 +61,23 @@ def loop(strategy):
         tf.function(accumulating.flush)()
     assert accumulating.iterations.numpy() == 20
     return {"difference": float(largest_difference(model, wanted)), "weights": weights_of(model)}
+
+
+def batch_norm(strategy):
+    """Running statistics of the windows of both workers together, with ragged batches."""
+    x, y, _ = data()
+    wanted = mirrored_batch_norm.moved_by(mirrored_batch_norm.whole(x))
+    differences = []
+    for mode in MODES:
+        with strategy.scope():
+            inner = mirrored_batch_norm.network()
+            model = accumops.GradientAccumulateModel(inner, **MODES[mode])
+            model.compile("sgd", loss="mse")
+        model.fit(x, y, batch_size=BATCHES[mode], shuffle=False, verbose=0)
+        layer = inner.layers[0]
+        for variable, value in zip((layer.moving_mean, layer.moving_variance), wanted, strict=True):
+            differences.append(float(np.abs(variable.numpy() - value).max()))
+    return {"difference": max(differences), "weights": weights_of(inner)}
 
 
 class Kill(keras.callbacks.Callback):
@@ -121,8 +139,8 @@ def main(scenario, directory):
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     if scenario in MODES:
         result = train(strategy, scenario)
-    elif scenario == "loop":
-        result = loop(strategy)
+    elif scenario in ("loop", "batch_norm"):
+        result = {"loop": loop, "batch_norm": batch_norm}[scenario](strategy)
     elif scenario == "disagreeing":
         result = disagreeing(strategy, index)
     else:
