@@ -151,7 +151,7 @@ class GradientAccumulator(tf.Module):
             self._create_state(variables, iterations, jit_compile, track_all_rows)
         self.built = True
         for member in members.values():
-            if not any(each is member for each in self._setting.members):
+            if not self.has_member(member):
                 member.join_window(self)
 
     def _create_state(
@@ -385,8 +385,8 @@ class GradientAccumulator(tf.Module):
         weight = tf.get_static_value(batch.weight)
         if weight is None:
             # A replica that got no samples has gradients of 0 / 0.
-            tf.cond(batch.weight > 0, add, start)
-        elif weight > 0:
+            tf.cond(tf.not_equal(batch.weight, 0), add, start)
+        elif weight != 0:
             add()
         else:
             start()
@@ -519,6 +519,10 @@ class GradientAccumulator(tf.Module):
     def add_member(self, member: WindowMember) -> None:
         """Has `close` call the member's `close_windows`, and `reset` its `drop_window`."""
         self._setting.members.append(member)
+
+    def has_member(self, member: WindowMember) -> bool:
+        """Whether `add_member` has been called for the member."""
+        return any(each is member for each in self._setting.members)
 
     def remove_member(self, member: WindowMember) -> None:
         """Undoes `add_member`."""

@@ -13,7 +13,7 @@ import contextlib
 import contextvars
 import types
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -27,9 +27,24 @@ from accumops.arguments import check_accum_steps
 
 # A number of calls that is never reached: the window is somebody else's to end.
 _NEVER = 1 << 62
-# The layers whose windows are those of the step that runs or is traced, by identity: of each replica's thread its own,
-# as replicas take turns where they communicate.
-_WITHIN: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("within_window", default=frozenset())
+# Whose step runs or is traced: of each replica's thread its own, as replicas take turns where they communicate.
+_OWNER: contextvars.ContextVar["Callable[[AccumBatchNormalization], None] | None"] = contextvars.ContextVar(
+    "owner", default=None
+)
+
+
+@contextlib.contextmanager
+def owning_windows(adopt: "Callable[[AccumBatchNormalization], None]") -> Iterator[None]:
+    """For as long as a step runs or is traced, windows of all layers that it calls are its owner's to end.
+
+    Args:
+        adopt: Called with each layer, before it gathers anything, each time.
+    """
+    token = _OWNER.set(adopt)
+    try:
+        yield
+    finally:
+        _OWNER.reset(token)
 
 
 @keras.saving.register_keras_serializable(package="accumops")
@@ -195,17 +210,8 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
             with tf.init_scope():
                 self._state.window.counters.assign([0, 0, limit])
 
-    @contextlib.contextmanager
-    def within_window(self) -> Iterator[None]:
-        """For as long as a step runs or is traced, leaves it to who has called this to say when a window ends."""
-        token = _WITHIN.set(_WITHIN.get() | {id(self)})
-        try:
-            yield
-        finally:
-            _WITHIN.reset(token)
-
     def _joined(self) -> bool:
-        return self._state.accumulator is not None or id(self) in _WITHIN.get()
+        return self._state.accumulator is not None or _OWNER.get() is not None
 
     @classmethod
     def close_windows(cls, members: Sequence["AccumBatchNormalization"]) -> None:
@@ -238,6 +244,14 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
             for window, _ in self._parts():
                 window.counters.assign(window.counters * [0, 0, 1])
 
+    def forget_window(self) -> None:
+        """Drops what the layer has gathered by itself, now; for who is to say when its windows end."""
+        if self.built:
+            with tf.init_scope():
+                # Not yet initialized in a function that is being traced for the first time.
+                if self._state.window.counters.value.is_initialized():
+                    self.drop_window()
+
     def _parts(self) -> list[tuple[ops.MomentsWindow, ops.MovingStatistics]]:
         """The variables of the replica that runs, or else of each of this process's replicas."""
         variables = (*self._state.window, self.moving_mean, self.moving_variance)
@@ -251,7 +265,13 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
             self._called_alone()
             self._move_stateless(moments)
             return
+        owner = _OWNER.get()
+        if owner is not None:
+            owner(self)
         if self._joined():
+            if pooled:  # of all replicas: one holds them
+                first = tf.distribute.get_replica_context().replica_id_in_sync_group == 0
+                moments = moments._replace(count=tf.where(first, moments.count, 0))
             for window, _ in self._parts():
                 ops.merge_moments(moments, window=window)
             return
@@ -302,18 +322,21 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
     def _saved_window(self) -> tuple[np.ndarray, np.ndarray]:
         """The window, and of one that a strategy's replicas have the moments of all together."""
         strategy = distribution.strategy_of_variable(self._state.window.counters)
-        if strategy is None:
-            counters, moments = self._state.window
-            return counters.numpy(), moments.numpy()
+        parts = [[each.numpy() for each in window] for window, _ in self._parts()]
+        counters, moments = parts[0]
+        if strategy is None or counters[1] == 0:  # as many calls on all replicas
+            return counters, moments
+        if not distribution.spans_processes(strategy):
+            return pooling.pool_arrays(parts)
 
         def pooled() -> tuple[tf.Tensor, tf.Tensor]:
             (moments,) = self._pool([self])
             count = tf.cast(moments.count, tf.float64)
-            calls = self._parts()[0][0].counters[1]
-            return tf.stack([moments.count, calls]), tf.stack([moments.mean, moments.variance * count])
+            return moments.count, tf.stack([moments.mean, moments.variance * count])
 
         results = tf.function(lambda: strategy.run(pooled), autograph=False)()
-        return tuple(strategy.experimental_local_results(each)[0].numpy() for each in results)
+        count, moments = (strategy.experimental_local_results(each)[0].numpy() for each in results)
+        return np.array([count, *counters[1:]]), moments
 
     def load_own_variables(self, store: Mapping[str, Any]) -> None:
         """Loads what `save_own_variables` stored, or what Keras's layer did, without a window."""

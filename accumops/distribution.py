@@ -102,7 +102,10 @@ def run(strategy: tf.distribute.Strategy, step: Callable[[Any], dict[str, Any]],
     def mean(value: Any) -> tf.Tensor:
         return tf.reduce_mean(tf.stack(strategy.experimental_local_results(value)), axis=0)
 
-    return {name: mean(value) for name, value in strategy.run(step, args=(data,)).items()}
+    def run_one(share: Any) -> dict[str, tf.Tensor]:
+        return {name: tf.convert_to_tensor(value) for name, value in step(share).items()}  # a result may be a variable
+
+    return {name: mean(value) for name, value in strategy.run(run_one, args=(data,)).items()}
 
 
 def check_agreement(strategy: tf.distribute.Strategy, what: dict[str, int]) -> None:

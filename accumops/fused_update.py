@@ -187,8 +187,10 @@ def _apply_to(
         clips = None if squares is None else _clipping(optimizer, tf.cast(scale, tf.float64) ** 2 * squares)
         return scale if clips is None else scale * clips
 
+    places = {optimizer._var_key(variable): i for i, variable in enumerate(variables)}
+
     def update(unused: Any, updated: Sequence[keras.Variable], learning_rate: tf.Tensor) -> None:
-        indices = [optimizer._get_variable_index(variable) for variable in updated]
+        indices = [places[optimizer._var_key(variable)] for variable in updated]
         for window, scales in zip(windows, all_scales, strict=True):
             for folded in (True, False):
                 chosen = [i for i in indices if (i in window.latest) == folded]
@@ -227,6 +229,8 @@ def _update(
     lazy: bool,
 ) -> None:
     rule = _rule_of(optimizer)
+    # It may have been built for more variables, or in another order.
+    in_slots = [optimizer._get_variable_index(variables[i]) for i in chosen]
     rate = tf.cast(learning_rate, tf.float32)
     decay = optimizer.weight_decay
     decays = [decay is not None and optimizer._use_weight_decay(variables[i]) for i in chosen]
@@ -241,7 +245,7 @@ def _update(
     ops.update(
         rule.name,
         [window.own(variables[i]) for i in chosen],
-        [[window.own(slot[i]) for i in chosen] for slot in rule.slots],
+        [[window.own(slot[i]) for i in in_slots] for slot in rule.slots],
         accumulators=None if latest and window.starts is True else [window.accumulators[i] for i in chosen],
         latest=latest or None,
         scales=tf.gather(scales, chosen) if scales.shape.rank else scales,

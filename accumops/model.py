@@ -7,6 +7,7 @@ micro_batch_size=b      a `fit` step is a window: its batch is split into micro-
 
 import contextlib
 import numbers
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +18,7 @@ import tensorflow as tf
 
 from accumops import distribution
 from accumops.arguments import Schedule, check_accum_steps, check_bool
-from accumops.batch_norm import AccumBatchNormalization
+from accumops.batch_norm import AccumBatchNormalization, owning_windows
 from accumops.callbacks import PARTIAL_WINDOWS, AccumStepsScheduler, PartialWindow
 from accumops.model_function import function_of_workers, train_function
 from accumops.optimizer import Clipping, GradientAccumulateOptimizer, check_gradient_clipping
@@ -139,9 +140,9 @@ class GradientAccumulateModel(keras.Model):
         self.partial_window = partial_window
         self.gradient_clipping = gradient_clipping
         self.lazy_sparse = lazy_sparse
-        self._flush_function: Callable[[], None] | None = None
+        # In a namespace, where TensorFlow does not find functions to export.
+        self._functions = types.SimpleNamespace(flush=None, forward_and_backward=self._forward_and_backward)
         self._ends_window: bool | None = None
-        self._pass = self._forward_and_backward
         if model.built:
             self.built = True
             self._build_shapes_dict = getattr(model, "_build_shapes_dict", None)
@@ -214,13 +215,10 @@ class GradientAccumulateModel(keras.Model):
             )
         wrapped.jit_compile = bool(self.jit_compile) and not self._compiles_passes
         for layer in self._normalizations():
-            layer.check_window(self.accum_steps, self.micro_batch_size)
-            wrapped.accumulator.add_member(layer)
-            layer.drop_window()
+            self._adopt(layer)
         # What was given is what is saved: `compile` wraps it anew.
         self._compile_config.config["optimizer"] = optimizer
-        self._flush_function = None
-        self._pass = self._forward_and_backward
+        self._functions = types.SimpleNamespace(flush=None, forward_and_backward=self._forward_and_backward)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles with what `get_compile_config` returned."""
@@ -239,9 +237,7 @@ class GradientAccumulateModel(keras.Model):
         """
         if self.model.built and not self.optimizer.built:
             self.optimizer.build(self.trainable_variables)
-        with contextlib.ExitStack() as windows:
-            for layer in self._normalizations():
-                windows.enter_context(layer.within_window())
+        with owning_windows(self._adopt):
             return self._run_step(data)
 
     def test_step(self, data: Any) -> dict[str, Any]:
@@ -277,11 +273,14 @@ class GradientAccumulateModel(keras.Model):
                     f"`steps_per_execution` must be 1 under {type(self._mirroring).__name__}: in a loop within a "
                     f"function TensorFlow cannot place what replicas do together. Received: {self.steps_per_execution}"
                 )
-            jit_compile, passes = bool(self.jit_compile), self._compiles_passes
-            self._pass = self._forward_and_backward
+            jit_compile, passes = bool(self.jit_compile), self._compiles_passes and not self.run_eagerly
+            forward_and_backward = self._forward_and_backward
             if passes:
-                self._pass = tf.function(self._pass, jit_compile=True, reduce_retracing=True, autograph=False)
+                forward_and_backward = tf.function(
+                    forward_and_backward, jit_compile=True, reduce_retracing=True, autograph=False
+                )
                 self.jit_compile = False  # not what Keras makes of it
+            self._functions.forward_and_backward = forward_and_backward
             try:
                 super().make_train_function(force=True)
             finally:
@@ -342,6 +341,14 @@ class GradientAccumulateModel(keras.Model):
         layers = self._flatten_layers(include_self=False)
         return [layer for layer in layers if isinstance(layer, AccumBatchNormalization)]
 
+    def _adopt(self, layer: AccumBatchNormalization) -> None:
+        """Has a layer's windows be those of this model, if they are not yet."""
+        if self.optimizer.accumulator.has_member(layer):
+            return
+        layer.check_window(self.accum_steps, self.micro_batch_size)
+        self.optimizer.accumulator.add_member(layer)
+        layer.forget_window()
+
     def _run_step(self, data: Any) -> dict[str, Any]:
         if self.micro_batch_size is None:
             optimizer = self.optimizer
@@ -366,7 +373,7 @@ class GradientAccumulateModel(keras.Model):
             # Keras's losses are no scalars then. A replica without samples has a part in the window all the same.
             apply([tf.zeros_like(each) for each in self.trainable_variables], self.trainable_variables, weight=0.0)
             return self.get_metrics_result()
-        gradients, weight, logs = self._pass(data)
+        gradients, weight, logs = self._functions.forward_and_backward(data)
         if gradients is not None:
             apply(gradients, self.trainable_variables, weight=weight)
         return logs
@@ -424,9 +431,9 @@ class GradientAccumulateModel(keras.Model):
         optimizer = getattr(self, "optimizer", None)
         if optimizer is None or not optimizer.accumulator.built or int(optimizer.accumulator.step) == 0:
             return
-        if self._flush_function is None:
-            self._flush_function = self.optimizer.flush if self.run_eagerly else tf.function(self.optimizer.flush)
-        self._flush_function()
+        if self._functions.flush is None:
+            self._functions.flush = self.optimizer.flush if self.run_eagerly else tf.function(self.optimizer.flush)
+        self._functions.flush()
 
     def fit(
         self,

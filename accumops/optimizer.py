@@ -422,9 +422,11 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         sparse = self.lazy_sparse or rows_suffice
         variables = self._trainable_variables
         closed = window.means(sparse=sparse)
-        rows = {i: g.indices for i, g in enumerate(closed) if isinstance(g, tf.IndexedSlices)}
+        sparse_ones = {i: g.indices for i, g in enumerate(closed) if isinstance(g, tf.IndexedSlices)}
+        # The wrapped optimizer may have been built for more variables, or in another order.
+        rows = {innermost._get_variable_index(variables[i]): indices for i, indices in sparse_ones.items()}
         if self.lazy_sparse:
-            _check_no_constraints([variables[i] for i in rows])
+            _check_no_constraints([variables[i] for i in sparse_ones])
         gradients = closed if self.gradient_clipping is None else self._clip(closed, self.gradient_clipping)
         pairs = [
             (gradient, variable)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import tensorflow as tf
 
 from accumops import distribution
@@ -35,6 +36,17 @@ def pool(moments: Sequence[tuple[tf.Tensor, tf.Tensor, tf.Tensor]]) -> list[Batc
         )
         for (count, mean), centred in zip(totals, _sums(seconds), strict=True)
     ]  # fmt: skip
+
+
+def pool_arrays(windows: Sequence[Sequence[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """As `pool`, of the counters and moments of one layer's windows on all replicas, and to another such window."""
+    held = [(counters[0], *moments) for counters, moments in windows if counters[0] > 0]
+    counters, moments = (np.array(each) for each in windows[0])
+    counters[0] = sum(count for count, _, _ in held)
+    if held:
+        mean = sum(count * mean for count, mean, _ in held) / counters[0]
+        moments = np.stack([mean, sum(centred + count * (each - mean) ** 2 for count, each, centred in held)])
+    return counters, moments
 
 
 def _sums(vectors: list[tf.Tensor]) -> list[tf.Tensor]:
