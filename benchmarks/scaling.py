@@ -175,10 +175,10 @@ def window_times() -> list[str]:
         of_one = time_of(training, cluster, 1).total
         for steps in (1, 4, 16):
             time = time_of(training, cluster, steps)
-            milliseconds = (f"{1e3 * each:.4g}" for each in (time.total, time.passes, time.reducing))
+            milliseconds = (f"{1e3 * each:,.1f}" for each in (time.total, time.passes, time.reducing))
             shares = (f"{100 * each:.0f} %" for each in (time.communication, time.efficiency, time.overlap(steps)))
             case = f"{training.name}; {cluster.name}" if steps == 1 else ""
-            lines.append(_row(case, str(steps), *milliseconds, *shares, f"{1e3 * steps * of_one:.4g}"))
+            lines.append(_row(case, str(steps), *milliseconds, *shares, f"{1e3 * steps * of_one:,.1f}"))
     return lines
 
 

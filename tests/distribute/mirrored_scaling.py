@@ -36,6 +36,12 @@ def test_what_the_formula_is():
     assert scaling.total_bytes(scaling.of_a_micro_batch((64, 48))) == 8 * (2 * 112 + 2)
 
 
+def test_the_page():
+    page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
+    assert "\n".join(scaling.window_times()) in page
+    assert "\n".join(scaling.fewest_accum_steps()) in page
+
+
 def test_one_replica_does_not_communicate():
     case = next(case for case in collectives.CASES if case.normalized and not case.synchronized)
     assert not any(collectives.traced(case, mirrored(1)).values())
