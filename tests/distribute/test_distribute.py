@@ -12,11 +12,11 @@ import pytest
 
 HERE = pathlib.Path(__file__).parent
 TIME_LIMIT = 240
+CHECKS = ["mirrored_training", "mirrored_batch_norm", "mirrored_loops", "mirrored_features", "mirrored_state"]
+CHECKS += ["mirrored_scaling"]
 
 
-@pytest.mark.parametrize(
-    "checks", ["mirrored_training", "mirrored_batch_norm", "mirrored_loops", "mirrored_features", "mirrored_state"]
-)
+@pytest.mark.parametrize("checks", CHECKS)
 def test_replicas_on_logical_devices(checks):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "TF_CONFIG"))}
