@@ -2,11 +2,11 @@
 
 import array
 import ctypes
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from malformed import LAYOUT, LIST, NO_ARRAY, check_raises, cuda_like, floats, read_only, unaligned
-
 
 good, other = floats(3), floats(3) * 2
 overlapping = floats(10)

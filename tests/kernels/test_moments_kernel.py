@@ -75,7 +75,9 @@ def test_moving_statistics_move_at_the_limit(device, dtype, moving_dtype):
             )
             assert window.read()[0][1] == (i + 1) % 3
         together = np.concatenate(batches).astype(np.float64)
-        expected = [each * 0.25 + now * 0.75 for each, now in zip(expected, (together.mean(0), together.var(0)), strict=True)]
+        expected = [
+            each * 0.25 + now * 0.75 for each, now in zip(expected, (together.mean(0), together.var(0)), strict=True)
+        ]
     assert window.read()[0] == [0, 0, 3]
 
 
@@ -86,9 +88,7 @@ def test_without_a_window_the_batch_is_all_of_it(device, dtype):
     arrays = batch_of(device, batch, dtype)
     device.kernels.merge_moments(arrays, moving=moving, momentum=0.99)
     type_of = np.dtype(dtype).type
-    for array, before, now in zip(
-        moving, (8, 2), (device.get(arrays[1]), device.get(arrays[3])), strict=True
-    ):
+    for array, before, now in zip(moving, (8, 2), (device.get(arrays[1]), device.get(arrays[3])), strict=True):
         wanted = type_of(before) * type_of(0.99) + now * type_of(1 - 0.99)
         np.testing.assert_allclose(device.get(array), wanted, rtol=4 * np.finfo(dtype).eps)
 
@@ -126,9 +126,7 @@ def test_the_limit_is_read_when_it_runs(device):
 def test_the_rest_of_a_mean_counts(device):
     window = Window(device, 1)
     one, rest = np.ones(1, np.float32), np.full(1, 1e-9, np.float32)
-    device.kernels.merge_moments(
-        [device.put(each) for each in (np.array([5]), one, rest, one)], window=window.arrays
-    )
+    device.kernels.merge_moments([device.put(each) for each in (np.array([5]), one, rest, one)], window=window.arrays)
     np.testing.assert_allclose(window.read()[1][0], 1 + np.float64(rest[0]), rtol=1e-15)
 
 

@@ -140,8 +140,8 @@ UPDATE_ERRORS = {
 def test_what_update_rejects(kernels, case):
     changes, error, message = case
     arguments = update_arguments() | changes
-    written = [each for each in [*(arguments["values"] or []), given] if isinstance(each, np.ndarray)]
-    written += [each for slot in update_arguments()["slots"] for each in slot]
+    lists = [arguments["values"], *(arguments["slots"] or ())]
+    written = [each for arrays in lists if isinstance(arrays, list) for each in arrays if isinstance(each, np.ndarray)]
     positional = [arguments.pop(name) for name in ("rule", "values", "slots")]
     check_raises(lambda: kernels.update(*positional, **arguments), written, error, message)
 
@@ -319,6 +319,14 @@ def test_what_batch_normalization_rejects(kernels, function, arguments, case):
     getattr(kernels, function)(**arguments())
 
 
+def test_a_great_many_places_without_values(kernels):
+    """They are not visited one by one."""
+    x, y = (np.empty((1 << 40, 3, 0), np.float32) for _ in range(2))
+    arguments = forward_arguments(x=x, y=y, axis=1)
+    kernels.batch_norm(**arguments)
+    assert arguments["count"][0] == 0
+
+
 def batch(channels=3, dtype=np.float32):
     return [np.array([5]), *(floats(channels, dtype=dtype) for _ in range(3))]
 
@@ -349,7 +357,7 @@ MERGE_ERRORS = {
         (batch(dtype=np.float16), window(), None), TypeError, "batch[1] has dtype float16; it must be float32 or",
     ),
     "mixed moments": (
-        ([*batch()[:3], np.ones(3)], window(), None), TypeError, "batch[3] has dtype float64; it must be that of batch[1",
+        ([*batch()[:3], np.ones(3)], window(), None), TypeError, "batch[3] has dtype float64; it must be that of batch",
     ),
     "moments' shapes": (
         ([*batch()[:3], floats(4)], window(), None), ValueError,

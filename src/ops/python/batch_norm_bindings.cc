@@ -17,7 +17,6 @@ BatchNormShape ToShape(const Array& x, std::int64_t axis) {
   }
   if (axis < 0) axis += axes;
   BatchNormShape shape = {1, x.shape[static_cast<std::size_t>(axis)], 1};
-  // Beside an extent of 0 the others may be anything.
   bool fits = true;
   for (std::int64_t i = 0; i < axes; ++i) {
     if (i == axis) continue;
@@ -31,6 +30,8 @@ BatchNormShape ToShape(const Array& x, std::int64_t axis) {
   if (shape.channels == 0) {
     throw py::value_error("x has shape " + ShapeText(x.shape) + "; it must have channels");
   }
+  // Of no values there may be any number of places, and the kernels would visit each.
+  if (shape.inner == 0) shape.outer = 0;
   return shape;
 }
 
