@@ -43,6 +43,94 @@ def accumulate_rows(
     threads: SupportsIndex | None = None,
     stream: int = 0,
 ) -> None: ...
+def update(
+    rule: str,
+    values: Sequence[_Array],
+    slots: Sequence[Sequence[_Array]] = (),
+    *,
+    accumulators: Sequence[_Array | None] | None = None,
+    latest: Sequence[_Array | None] | None = None,
+    scales: SupportsFloat | SupportsIndex | _Array = 1.0,
+    rate: SupportsFloat | SupportsIndex | _Array,
+    decay: SupportsFloat | SupportsIndex | _Array = 0.0,
+    decays: Sequence[bool] | None = None,
+    weight: SupportsFloat | SupportsIndex | _Array = 1.0,
+    overwrite: bool | _Array = False,
+    touched_rows: Sequence[_Array | None] | None = None,
+    beta_1: SupportsFloat | SupportsIndex = 0.0,
+    beta_2: SupportsFloat | SupportsIndex = 0.0,
+    epsilon: SupportsFloat | SupportsIndex = 0.0,
+    clip: SupportsFloat | SupportsIndex = 0.0,
+    threads: SupportsIndex | None = None,
+    stream: int = 0,
+) -> None: ...
+def squared_norms(
+    arrays: Sequence[_Array],
+    sums: _Array,
+    *,
+    workspace: _Array | None = None,
+    threads: SupportsIndex | None = None,
+    stream: int = 0,
+) -> None: ...
+def squared_norms_workspace(arrays: Sequence[_Array]) -> int: ...
+def batch_norm(
+    x: _Array,
+    gamma: _Array,
+    beta: _Array,
+    *,
+    y: _Array,
+    count: _Array,
+    mean: _Array,
+    rest: _Array,
+    variance: _Array,
+    inverse: _Array,
+    axis: int = -1,
+    epsilon: SupportsFloat | SupportsIndex = 1e-3,
+    mask: _Array | None = None,
+    workspace: _Array | None = None,
+    threads: SupportsIndex | None = None,
+    stream: int = 0,
+) -> None: ...
+def batch_norm_gradient(
+    x: _Array,
+    dy: _Array,
+    gamma: _Array,
+    *,
+    mean: _Array,
+    rest: _Array,
+    inverse: _Array,
+    count: _Array | None,
+    dx: _Array,
+    dgamma: _Array,
+    dbeta: _Array,
+    axis: int = -1,
+    mask: _Array | None = None,
+    workspace: _Array | None = None,
+    threads: SupportsIndex | None = None,
+    stream: int = 0,
+) -> None: ...
+def batch_norm_inference(
+    x: _Array,
+    gamma: _Array,
+    beta: _Array,
+    mean: _Array,
+    variance: _Array,
+    *,
+    y: _Array,
+    axis: int = -1,
+    epsilon: SupportsFloat | SupportsIndex = 1e-3,
+    threads: SupportsIndex | None = None,
+    stream: int = 0,
+) -> None: ...
+def batch_norm_workspace(x: _Array, axis: int = -1) -> int: ...
+def merge_moments(
+    batch: Sequence[_Array] | None,
+    *,
+    window: Sequence[_Array] | None = None,
+    moving: Sequence[_Array] | None = None,
+    momentum: SupportsFloat | SupportsIndex = 0.99,
+    stream: int = 0,
+) -> None: ...
 def instruction_sets() -> list[str]: ...
 def instruction_set() -> str: ...
 def use_instruction_set(name: str) -> None: ...

@@ -6,11 +6,15 @@ As a program, prints the GPU's architecture for CMake, or says why there is none
 import importlib.machinery
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+
+# What the kernels compute is defined there once, for the tests and the scripts.
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "kernels"))
 
 
 def load_kernels() -> ModuleType:
@@ -121,20 +125,6 @@ def open_device(name: str) -> Host:
         return Host(load_kernels())
     cupy = import_cupy()
     return Cuda(load_kernels(), cupy)
-
-
-def widen(values: np.ndarray, dtype: Any) -> np.ndarray:
-    """A gradient in the accumulator's type; bfloat16 travels as its bits in uint16."""
-    if values.dtype == np.uint16:
-        values = (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(dtype)
-
-
-def narrow(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Numbers in a gradient's type; to bfloat16 by cutting off."""
-    if dtype == "bfloat16":
-        return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
-    return values.astype(dtype)
 
 
 if __name__ == "__main__":

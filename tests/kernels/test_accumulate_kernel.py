@@ -1,9 +1,8 @@
 """accumulate() on a grid of sizes, types, layouts, instruction sets and thread counts."""
 
-import functools
-
 import numpy as np
 import pytest
+from kernel_definitions import assert_same_bits, values, widen
 
 # Around the vectors' and the unrolled loop's lengths, and the chunks that threads and CUDA blocks take.
 SIZES = [0, 1, 3, 15, 16, 17, 63, 64, 65, 555, 65535, 65536, 65537, 7777 * 77]
@@ -16,42 +15,11 @@ PAIRS = [
 SCALE = 1 / 3
 
 
-def storage(dtype: str) -> type:
-    """bfloat16 travels as its bits: neither NumPy nor CuPy has the type."""
-    return {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32, "float64": np.float64}[dtype]
-
-
-@functools.cache
-def noise(size: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng([size, seed]).standard_normal(size)
-
-
-def values(dtype: str, size: int, seed: int = 0) -> np.ndarray:
-    if dtype == "bfloat16":
-        return (noise(size, seed).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
-    return noise(size, seed).astype(dtype)
-
-
-def widen(gradient: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    if gradient.dtype == np.uint16:
-        gradient = (gradient.astype(np.uint32) << 16).view(np.float32)
-    with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
-        return gradient.astype(dtype)
-
-
 def expected_sum(accumulator, gradient, scale=1.0, overwrite=False):
     """What NumPy computes: product and sum rounded separately."""
     with np.errstate(all="ignore"):
         product = accumulator.dtype.type(scale) * widen(gradient, accumulator.dtype)
         return product if overwrite else accumulator + product
-
-
-def assert_same_bits(actual: np.ndarray, expected: np.ndarray) -> None:
-    """Equal bit by bit, -0 and all; any NaN equals any other."""
-    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
-    integer = f"u{actual.dtype.itemsize}"
-    different = (actual.view(integer) != expected.view(integer)) & ~(np.isnan(actual) & np.isnan(expected))
-    assert not different.any(), f"{different.sum()} differ, first at {np.argmax(different)}"
 
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["add", "overwrite"])

@@ -58,6 +58,34 @@ def test_ten_thousand_calls_leave_memory_as_it_was(kernels):
     assert resident_bytes() - before < 1 << 20
 
 
+def test_calls_of_the_other_kernels_leave_memory_as_it_was(kernels):
+    arrays = [[np.ones(size, np.float32) for size in (1000, 20, 3)] for _ in range(4)]
+    flags, scales, sums = np.ones(20, np.bool_), np.ones(3, np.float32), np.zeros(3)
+    x, y = np.ones((100, 8), np.float32), np.ones((100, 8), np.float32)
+    channels = [np.ones(8, np.float32) for _ in range(6)]
+    count, window = np.zeros(1, np.int64), [np.array([0, 0, 3]), np.zeros((2, 8))]
+    written = dict(zip(("mean", "rest", "variance", "inverse"), channels[2:], strict=True))
+
+    def calls(repeats):
+        for _ in range(repeats):
+            kernels.update(
+                "adam", arrays[0], arrays[1:3], accumulators=arrays[3], touched_rows=[None, flags, None],
+                scales=scales, rate=1e-3, decays=[True, False, True],
+            )  # fmt: skip
+            kernels.squared_norms(arrays[0], sums)
+            kernels.batch_norm(x, *channels[:2], y=y, count=count, mask=np.ones(100, np.bool_), **written)
+            kernels.merge_moments([count, *channels[2:5]], window=window)
+            with pytest.raises(ValueError, match="slots has 1 items"):
+                kernels.update("adam", arrays[0], arrays[1:2], accumulators=arrays[3], rate=1.0)
+            with pytest.raises(ValueError, match="axis is 5"):
+                kernels.batch_norm(x, *channels[:2], y=y, count=count, axis=5, **written)
+
+    calls(200)
+    before = resident_bytes()
+    calls(2000)
+    assert resident_bytes() - before < 1 << 20
+
+
 def test_threads_are_started_when_needed_and_kept(extension_path):
     run_python(
         extension_path,

@@ -13,8 +13,6 @@ std::string TypeName(py::handle object) {
   return py::str(py::type::of(object).attr("__name__")).cast<std::string>();
 }
 
-std::string DTypeText(const Array& array) { return py::str(array.dtype).cast<std::string>(); }
-
 // The attribute, or null where there is none; other errors of a property are passed on.
 py::object FindAttribute(py::handle object, const char* name) {
   PyObject* found = PyObject_GetAttrString(object.ptr(), name);
@@ -170,6 +168,19 @@ Array FromCudaInterface(py::handle object, py::handle attribute, Name name) {
   return result;
 }
 
+py::tuple ToItems(py::handle sequence, const char* argument) {
+  // An array is a sequence of its rows, but hardly meant as that.
+  if (!PySequence_Check(sequence.ptr()) || PyUnicode_Check(sequence.ptr()) ||
+      PyObject_CheckBuffer(sequence.ptr()) || HasCudaInterface(sequence)) {
+    throw py::type_error(std::string(argument) + " must be a sequence of arrays, got " +
+                         TypeName(sequence) + "; pass a list, also for one array");
+  }
+  // A copy: looking at an item may run Python code, which may change the list.
+  auto items = py::reinterpret_steal<py::tuple>(PySequence_Tuple(sequence.ptr()));
+  if (!items) throw py::error_already_set();
+  return items;
+}
+
 struct Range {
   std::uintptr_t begin;
   std::uintptr_t end;
@@ -200,6 +211,8 @@ std::string ShapeText(const std::vector<std::int64_t>& shape) {
   }
   return text + (shape.size() == 1 ? ",)" : ")");
 }
+
+std::string DTypeText(const Array& array) { return py::str(array.dtype).cast<std::string>(); }
 
 bool HasCudaInterface(py::handle object) {
   return static_cast<bool>(FindAttribute(object, "__cuda_array_interface__"));
@@ -236,19 +249,21 @@ std::optional<Array> ToOptionalArray(py::handle object, const char* argument) {
 }
 
 std::vector<Array> ToArrays(py::handle sequence, const char* argument) {
-  // An array is a sequence of its rows, but hardly meant as that.
-  if (!PySequence_Check(sequence.ptr()) || PyUnicode_Check(sequence.ptr()) ||
-      PyObject_CheckBuffer(sequence.ptr()) || HasCudaInterface(sequence)) {
-    throw py::type_error(std::string(argument) + " must be a sequence of arrays, got " +
-                         TypeName(sequence) + "; pass a list, also for one array");
-  }
-  // A copy: looking at an item may run Python code, which may change the list.
-  const auto items = py::reinterpret_steal<py::tuple>(PySequence_Tuple(sequence.ptr()));
-  if (!items) throw py::error_already_set();
+  const py::tuple items = ToItems(sequence, argument);
   std::vector<Array> arrays;
   arrays.reserve(items.size());
   for (std::size_t i = 0; i < items.size(); ++i) {
     arrays.push_back(ToArray(items[i], {argument, static_cast<std::ptrdiff_t>(i)}));
+  }
+  return arrays;
+}
+
+std::vector<std::optional<Array>> ToOptionalArrays(py::handle sequence, const char* argument) {
+  const py::tuple items = ToItems(sequence, argument);
+  std::vector<std::optional<Array>> arrays(items.size());
+  for (std::size_t i = 0; i < items.size(); ++i) {
+    if (items[i].is_none()) continue;
+    arrays[i] = ToArray(items[i], {argument, static_cast<std::ptrdiff_t>(i)});
   }
   return arrays;
 }
@@ -296,15 +311,19 @@ DType AccumulatorDType(const Array& array) {
   return array.element == Element::kFloat32 ? DType::kFloat32 : DType::kFloat64;
 }
 
-DType GradientDType(const Array& gradient, const Array& accumulator) {
-  RequireElement(gradient,
+DType ToDType(const Array& array) {
+  RequireElement(array,
                  {Element::kFloat16, Element::kBFloat16, Element::kUInt16, Element::kFloat32,
                   Element::kFloat64},
                  "float16, bfloat16 (or its bits as uint16), float32 or float64");
-  const DType dtype = gradient.element == Element::kFloat16   ? DType::kFloat16
-                      : gradient.element == Element::kFloat32 ? DType::kFloat32
-                      : gradient.element == Element::kFloat64 ? DType::kFloat64
-                                                              : DType::kBFloat16;
+  return array.element == Element::kFloat16   ? DType::kFloat16
+         : array.element == Element::kFloat32 ? DType::kFloat32
+         : array.element == Element::kFloat64 ? DType::kFloat64
+                                              : DType::kBFloat16;
+}
+
+DType GradientDType(const Array& gradient, const Array& accumulator) {
+  const DType dtype = ToDType(gradient);
   if (!CanAccumulate(AccumulatorDType(accumulator), dtype)) {
     throw py::type_error(gradient.name.str() + " has dtype " + DTypeText(gradient) +
                          ", which is wider than that of " + accumulator.name.str() + ", " +

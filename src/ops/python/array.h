@@ -57,6 +57,8 @@ struct Array {
 Array ToArray(py::handle object, Name name);
 std::optional<Array> ToOptionalArray(py::handle object, const char* argument);
 std::vector<Array> ToArrays(py::handle sequence, const char* argument);
+// Of a sequence whose items may be None.
+std::vector<std::optional<Array>> ToOptionalArrays(py::handle sequence, const char* argument);
 bool HasCudaInterface(py::handle object);
 
 void RequireContiguous(const Array& array);
@@ -68,6 +70,8 @@ void RequireElement(const Array& array, std::initializer_list<Element> allowed,
 void RequireOneElement(const Array& array);
 void RequireShape(const Array& array, const std::vector<std::int64_t>& shape,
                   const std::string& because);
+// Of an array of any type that the kernels know.
+DType ToDType(const Array& array);
 // Of an accumulator, and of what is added to it.
 DType AccumulatorDType(const Array& array);
 DType GradientDType(const Array& gradient, const Array& accumulator);
@@ -78,5 +82,6 @@ void RejectOverlaps(const std::vector<const Array*>& written,
                     const std::vector<const Array*>& read);
 
 std::string ShapeText(const std::vector<std::int64_t>& shape);
+std::string DTypeText(const Array& array);
 
 }  // namespace accumops

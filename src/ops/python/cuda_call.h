@@ -8,7 +8,6 @@
 #include <string>
 #include <vector>
 
-#include "accumulate.h"
 #include "array.h"
 
 namespace accumops {
@@ -19,7 +18,7 @@ inline void CheckCuda(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string(what) + " failed: " + cudaGetErrorString(error));
 }
 
-// Puts the call's arrays, stream and scalars in order before the kernel is launched, and again
+// Puts the call's arrays, stream and memory in order before the kernel is launched, and again
 // after it.
 class CudaCall {
  public:
@@ -35,7 +34,7 @@ class CudaCall {
   CudaCall& operator=(const CudaCall&) = delete;
 
   ~CudaCall() {
-    if (scalars_ != nullptr) cudaFreeAsync(scalars_, stream_);
+    for (void* memory : memory_) cudaFreeAsync(memory, stream_);
     cudaSetDevice(previous_device_);
   }
 
@@ -54,42 +53,31 @@ class CudaCall {
 
   cudaStream_t stream() const { return stream_; }
 
-  // The scalars in device memory: the arrays' own, or a copy of the host's values made in stream
-  // order.
-  struct Scalars {
-    DeviceScalar scale;
-    const bool* overwrite;
-  };
-  Scalars Place(const Array* scale_array, double scale, const Array* overwrite_array,
-                bool overwrite) {
-    struct {
-      double scale;
-      bool overwrite;
-    } const host = {scale, overwrite};
-    if (scale_array == nullptr || overwrite_array == nullptr) {
-      cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-      CheckCuda(cudaStreamIsCapturing(stream_, &capture), "cudaStreamIsCapturing");
-      if (capture != cudaStreamCaptureStatusNone) {
-        throw py::value_error(
-            "scale and overwrite must be device arrays while the stream is captured into a graph: "
-            "the graph would read a Python number's memory after it is gone");
-      }
-      CheckCuda(cudaMallocAsync(&scalars_, sizeof host, stream_), "cudaMallocAsync");
-      CheckCuda(cudaMemcpyAsync(scalars_, &host, sizeof host, cudaMemcpyHostToDevice, stream_),
-                "cudaMemcpyAsync");
+  // Device memory for as long as this object lives.
+  void* Allocate(std::size_t bytes) {
+    if (bytes == 0) return nullptr;
+    void* memory = nullptr;
+    memory_.reserve(memory_.size() + 1);
+    CheckCuda(cudaMallocAsync(&memory, bytes, stream_), "cudaMallocAsync");
+    memory_.push_back(memory);
+    return memory;
+  }
+
+  // A copy in device memory of the host's values for the arguments `names`, made in stream order.
+  template <typename Values>
+  const Values* Upload(const Values& values, const char* names) {
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    CheckCuda(cudaStreamIsCapturing(stream_, &capture), "cudaStreamIsCapturing");
+    if (capture != cudaStreamCaptureStatusNone) {
+      throw py::value_error(
+          std::string(names) +
+          " must be device arrays while the stream is captured into a graph: the graph would read "
+          "a Python number's memory after it is gone");
     }
-    const char* placed = static_cast<const char*>(scalars_);
-    Scalars result = {{placed, DType::kFloat64},
-                      reinterpret_cast<const bool*>(placed + sizeof(double))};
-    if (scale_array != nullptr) {
-      result.scale = {scale_array->data, scale_array->element == Element::kFloat32
-                                             ? DType::kFloat32
-                                             : DType::kFloat64};
-    }
-    if (overwrite_array != nullptr) {
-      result.overwrite = reinterpret_cast<const bool*>(overwrite_array->data);
-    }
-    return result;
+    void* const memory = Allocate(sizeof values);
+    CheckCuda(cudaMemcpyAsync(memory, &values, sizeof values, cudaMemcpyHostToDevice, stream_),
+              "cudaMemcpyAsync");
+    return static_cast<const Values*>(memory);
   }
 
   // After the kernel: what the arrays' owners enqueue next, on their streams, finds its results.
@@ -144,7 +132,7 @@ class CudaCall {
   cudaStream_t stream_;
   int previous_device_ = 0;
   std::vector<cudaStream_t> producers_;
-  void* scalars_ = nullptr;
+  std::vector<void*> memory_;
 };
 
 }  // namespace accumops

@@ -1,0 +1,163 @@
+"""Batch normalization and the merging of its moments over small, awkward cases, compared with NumPy."""
+
+from typing import Any
+
+import numpy as np
+from checker import Arena, Checker
+from kernel_definitions import BatchNorm, excess, narrow
+
+TYPES = ["float16", "bfloat16", "float32", "float64"]
+EPSILON = 2.0**-10
+# Shape, axis, and whether there is a mask: packs and single values, few columns and many, several tiles.
+LAYOUTS = [
+    ((1, 1), -1, False),
+    ((127, 3), -1, False),
+    ((700, 3), -1, True),
+    ((129, 16), -1, True),
+    ((1100, 64), -1, False),
+    ((65, 1001), -1, True),
+    ((3, 5, 100), -1, True),
+    ((2, 3, 17), 1, False),
+    ((4, 9, 64), 1, False),
+    ((2, 5, 40, 31), 1, False),
+    ((0, 5), -1, False),
+    ((2, 5, 0), 1, False),
+]
+CHANNELS = [1, 1024, 1025, 2100]
+
+
+class Run:
+    """Calls on one array; `offset` from 16 bytes' alignment, in elements."""
+
+    def __init__(self, checker: Checker, name: str, x: np.ndarray, axis: int, offset: int) -> None:
+        self.checker, self.device = checker, checker.device
+        self.name, self.x, self.axis, self.offset = name, x, axis, offset
+        self.statistic = np.float64 if x.dtype == np.float64 else np.float32
+
+    def put(self, array: np.ndarray) -> Any:
+        """On the device, at the offset."""
+        return self.view(*self.guarded(array))
+
+    def guarded(self, array: np.ndarray) -> tuple[Arena, Any]:
+        """At the offset, in a buffer of its own."""
+        arena = Arena([array.reshape(-1)], [self.offset])
+        return arena, self.device.put(arena.bytes)
+
+    def view(self, arena: Arena, buffer: Any) -> Any:
+        """What lies in the buffer, in the shape of x."""
+        return arena.views(buffer)[0].reshape(self.x.shape)
+
+    def channels(self, *names: str) -> dict[str, Any]:
+        """Arrays of a value for each channel, to be written."""
+        return {name: self.device.put(np.full(self.x.shape[self.axis], np.nan, self.statistic)) for name in names}
+
+    def options(self) -> dict[str, Any]:
+        """What calls that need a workspace have: in turn one that is given."""
+        self.checker.calls += 1
+        needed = self.device.kernels.batch_norm_workspace(self.device.put(self.x), self.axis)
+        workspace = self.device.empty(needed, np.uint8) if needed and self.checker.calls % 3 else None
+        return {"axis": self.axis, "workspace": workspace, "stream": self.device.stream()}
+
+    def compare(self, arena: Arena, buffer: Any, written: dict[str, Any], name: str, definition: BatchNorm,
+                dtype: str) -> None:  # fmt: skip
+        """All results, and what lies beside the large one."""
+        bytes_found = self.device.get(buffer)
+        inside = arena.spans[0][0]
+        guards = np.delete(bytes_found, np.arange(inside.start, inside.stop))
+        self.checker.expect(f"{self.name}: {name} beyond its array", bool((guards == 0xFF).all()))
+        found = {name: self.view(arena, bytes_found)}
+        found |= {each: self.device.get(array) for each, array in written.items()}
+        for each, array in found.items():
+            above = excess(array, getattr(definition, each), dtype)
+            self.checker.expect(f"{self.name}: {each} by {above} above its bound", above <= 0)
+
+
+def batch_norm(checker: Checker, name: str, x: np.ndarray, dtype: str, axis: int, mask: np.ndarray | None,
+               offset: int) -> None:  # fmt: skip
+    """One call each of batch_norm(), its gradient, and without a mask of inference and its gradient."""
+    device, rng, kernels = checker.device, checker.rng, checker.device.kernels
+    run = Run(checker, name, x, axis, offset)
+    channels = x.shape[axis]
+    gamma, beta, mean = (rng.uniform(-2, 2, channels).astype(run.statistic) for _ in range(3))
+    variance = rng.uniform(0.1, 4, channels).astype(run.statistic)
+    dy = narrow(rng.standard_normal(x.shape) + 0.1, dtype)
+    definition = BatchNorm(x, gamma, beta, dy, axis=axis, epsilon=EPSILON, mask=mask)
+    places = None if mask is None else device.put(mask)
+    nothing = narrow(np.full(x.shape, np.nan), dtype)
+
+    statistics = run.channels("mean", "rest", "variance", "inverse")
+    count = device.put(np.array([-1]))
+    arena, buffer = run.guarded(nothing)
+    kernels.batch_norm(
+        run.put(x), device.put(gamma), device.put(beta), y=run.view(arena, buffer), count=count, epsilon=EPSILON,
+        mask=places, **statistics, **run.options(),
+    )  # fmt: skip
+    written = {each: statistics[each] for each in ("variance", "inverse")}
+    run.compare(arena, buffer, written, "y", definition, dtype)
+    checker.expect(f"{name}: count", device.get(count)[0] == definition.count)
+
+    def gradient(statistics: dict[str, Any], count: Any, places: Any, definition: BatchNorm) -> None:
+        arena, buffer = run.guarded(nothing)
+        parameters = run.channels("dgamma", "dbeta")
+        moments = {each: statistics[each] for each in ("mean", "rest", "inverse")}
+        kernels.batch_norm_gradient(
+            run.put(x), run.put(dy), device.put(gamma), dx=run.view(arena, buffer), count=count, mask=places,
+            **moments, **parameters, **run.options(),
+        )  # fmt: skip
+        run.compare(arena, buffer, parameters, "dx", definition, dtype)
+
+    gradient(statistics, count, places, definition)
+    if mask is not None:
+        return
+    definition = BatchNorm(x, gamma, beta, dy, axis=axis, epsilon=EPSILON, moments=(mean, variance))
+    arena, buffer = run.guarded(nothing)
+    checker.calls += 1
+    kernels.batch_norm_inference(
+        run.put(x), *(device.put(each) for each in (gamma, beta, mean, variance)), y=run.view(arena, buffer),
+        axis=axis, epsilon=EPSILON, stream=device.stream(),
+    )  # fmt: skip
+    run.compare(arena, buffer, {}, "y", definition, dtype)
+    inverse = (1 / np.sqrt(variance.astype(np.float64) + EPSILON)).astype(run.statistic)
+    moments = {"mean": mean, "rest": np.zeros_like(mean), "inverse": inverse}
+    gradient({each: device.put(array) for each, array in moments.items()}, None, None, definition)
+
+
+def merge(checker: Checker, channels: int, dtype: str, moving_dtype: str) -> None:
+    """A window of two calls, and one without a window."""
+    device, rng = checker.device, checker.rng
+    name = f"merge of {channels} channels, {dtype}, moving {moving_dtype}"
+    batches = [rng.normal(i, 1 + i, (size, channels)) for i, size in enumerate((5, 8))]
+    window = device.put(np.array([0, 0, 2])), device.put(np.full((2, channels), np.nan))
+    moving = [device.put(np.full(channels, each, moving_dtype)) for each in (8, 2)]
+    arrays = []
+    for batch in batches:
+        mean = batch.mean(0).astype(dtype)
+        moments = np.array([len(batch)]), mean, (batch.mean(0) - mean).astype(dtype), batch.var(0).astype(dtype)
+        arrays.append([device.put(each) for each in moments])
+        checker.calls += 1
+        device.kernels.merge_moments(arrays[-1], window=window, moving=moving, momentum=0.25, stream=device.stream())
+    together = np.concatenate(batches)
+    expected = [8 * 0.25 + together.mean(0) * 0.75, 2 * 0.25 + together.var(0) * 0.75]
+    checker.expect(f"{name}: counters", device.get(window[0]).tolist() == [0, 0, 2])
+    same = all(np.allclose(device.get(a), e, rtol=1e-5, atol=1e-5) for a, e in zip(moving, expected, strict=True))
+    checker.expect(f"{name}: moving statistics", same)
+    checker.calls += 1
+    device.kernels.merge_moments(arrays[0], moving=moving, momentum=0.0, stream=device.stream())
+    expected = [batches[0].mean(0), batches[0].var(0)]
+    same = all(np.allclose(device.get(a), e, rtol=1e-5, atol=1e-5) for a, e in zip(moving, expected, strict=True))
+    checker.expect(f"{name}: moving statistics of a batch", same)
+
+
+def check(checker: Checker) -> None:
+    """All of it."""
+    rng = checker.rng
+    for dtype in TYPES:
+        for i, (shape, axis, masked) in enumerate(LAYOUTS):
+            x = narrow(rng.normal(0.5, 2.0, shape), dtype)
+            mask = rng.random(shape[:-1]) < 0.7 if masked else None
+            name = f"batch norm, {shape} axis {axis}{', masked' * masked}, {dtype}"
+            batch_norm(checker, name, x, dtype, axis, mask, offset=i % 2)
+    for channels in CHANNELS:
+        for dtype in TYPES[2:]:
+            for moving_dtype in TYPES[2:]:
+                merge(checker, channels, dtype, moving_dtype)

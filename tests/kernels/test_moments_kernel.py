@@ -1,0 +1,146 @@
+"""merge_moments(): windows of ragged batches against all their values together, and when moving statistics move."""
+
+import numpy as np
+import pytest
+
+SIZES = [1, 17, 1, 5, 128, 3, 0, 64]
+NEVER = 1 << 40
+
+
+class Window:
+    """A window's arrays on a device."""
+
+    def __init__(self, device, channels, limit=NEVER, values=0, calls=0, moments=np.nan):
+        self.device = device
+        self.counters = device.put(np.array([values, calls, limit]))
+        self.moments = device.put(np.full((2, channels), moments))
+
+    @property
+    def arrays(self):
+        return self.counters, self.moments
+
+    def read(self):
+        return self.device.get(self.counters).tolist(), self.device.get(self.moments)
+
+
+def batch_of(device, x, dtype="float32"):
+    """A batch's moments as batch_norm() leaves them: in `dtype`, the mean in two parts."""
+    exact = x.astype(np.float64)
+    mean = exact.mean(0) if len(x) else np.zeros(x.shape[1])
+    variance = exact.var(0) if len(x) else np.zeros(x.shape[1])
+    rounded = mean.astype(dtype)
+    moments = rounded, (mean - rounded).astype(dtype), variance.astype(dtype)
+    return [device.put(np.array([len(x)])), *(device.put(each) for each in moments)]
+
+
+def draw(channels, sizes, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.normal(i, 1 + i, (size, channels)).astype(np.float32) for i, size in enumerate(sizes)]
+
+
+def moving_of(device, channels, dtype="float32"):
+    return device.put(np.full(channels, 8, dtype)), device.put(np.full(channels, 2, dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("channels", [1, 3, 1023, 1024, 1025, 2048, 5000])
+def test_ragged_batches_are_all_values_together(device, channels, dtype):
+    batches = draw(channels, SIZES)
+    window = Window(device, channels)
+    for repeat in range(2):  # the second window starts on the first one's moments
+        for batch in batches:
+            device.kernels.merge_moments(batch_of(device, batch, dtype), window=window.arrays)
+        together = np.concatenate(batches).astype(np.float64)
+        counters, (mean, centred) = window.read()
+        assert counters == [len(together), len(SIZES), NEVER], repeat
+        # The batches' variances are rounded to their type.
+        tolerance = 1e-12 if dtype == "float64" else 1e-6
+        np.testing.assert_allclose(mean, together.mean(0), rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(centred, together.var(0) * len(together), rtol=tolerance)
+        window.counters[:2] = 0
+
+
+@pytest.mark.parametrize("moving_dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_moving_statistics_move_at_the_limit(device, dtype, moving_dtype):
+    batches = draw(2000, (4, 7, 3))
+    window, moving = Window(device, 2000, limit=3), moving_of(device, 2000, moving_dtype)
+    expected = [np.full(2000, 8.0), np.full(2000, 2.0)]
+    for _ in range(2):
+        for i, batch in enumerate(batches):
+            for array, wanted in zip(moving, expected, strict=True):
+                np.testing.assert_allclose(device.get(array), wanted, rtol=1e-5, atol=1e-5)
+            device.kernels.merge_moments(
+                batch_of(device, batch, dtype), window=window.arrays, moving=moving, momentum=0.25
+            )
+            assert window.read()[0][1] == (i + 1) % 3
+        together = np.concatenate(batches).astype(np.float64)
+        expected = [
+            each * 0.25 + now * 0.75 for each, now in zip(expected, (together.mean(0), together.var(0)), strict=True)
+        ]
+    assert window.read()[0] == [0, 0, 3]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_without_a_window_the_batch_is_all_of_it(device, dtype):
+    batch = draw(33, [50])[0]
+    moving = moving_of(device, 33, dtype)
+    arrays = batch_of(device, batch, dtype)
+    device.kernels.merge_moments(arrays, moving=moving, momentum=0.99)
+    type_of = np.dtype(dtype).type
+    for array, before, now in zip(moving, (8, 2), (device.get(arrays[1]), device.get(arrays[3])), strict=True):
+        wanted = type_of(before) * type_of(0.99) + now * type_of(1 - 0.99)
+        np.testing.assert_allclose(device.get(array), wanted, rtol=4 * np.finfo(dtype).eps)
+
+
+def test_without_a_batch_the_window_ends(device):
+    window, moving = Window(device, 3, limit=100, values=10, calls=2, moments=5.0), moving_of(device, 3)
+    for _ in range(2):  # the second time of nothing
+        device.kernels.merge_moments(None, window=window.arrays, moving=moving, momentum=0.25)
+        np.testing.assert_allclose(device.get(moving[0]), 8 * 0.25 + 5 * 0.75)
+        np.testing.assert_allclose(device.get(moving[1]), 2 * 0.25 + 0.5 * 0.75)
+        assert window.read()[0] == [0, 0, 100]
+
+
+def test_a_window_without_values_moves_nothing(device):
+    window, moving = Window(device, 2, limit=2), moving_of(device, 2)
+    nothing = [device.put(np.array([0])), *(device.put(np.full(2, np.nan, np.float32)) for _ in range(3))]
+    for calls in (1, 0):
+        device.kernels.merge_moments(nothing, window=window.arrays, moving=moving)
+        assert window.read()[0] == [0, calls, 2]
+    device.kernels.merge_moments(nothing, moving=moving)
+    assert (device.get(moving[0]) == 8).all()
+    assert (device.get(moving[1]) == 2).all()
+
+
+def test_the_limit_is_read_when_it_runs(device):
+    window, moving = Window(device, 2, limit=3), moving_of(device, 2)
+    batch = batch_of(device, np.ones((4, 2), np.float32))
+    device.kernels.merge_moments(batch, window=window.arrays, moving=moving, momentum=0.25)
+    window.counters[2] = 2
+    device.kernels.merge_moments(batch, window=window.arrays, moving=moving, momentum=0.25)
+    np.testing.assert_allclose(device.get(moving[0]), 8 * 0.25 + 0.75)
+    assert window.read()[0] == [0, 0, 2]
+
+
+def test_the_rest_of_a_mean_counts(device):
+    window = Window(device, 1)
+    one, rest = np.ones(1, np.float32), np.full(1, 1e-9, np.float32)
+    device.kernels.merge_moments([device.put(each) for each in (np.array([5]), one, rest, one)], window=window.arrays)
+    np.testing.assert_allclose(window.read()[1][0], 1 + np.float64(rest[0]), rtol=1e-15)
+
+
+def test_what_is_not_finite_stays_in_its_channel(device):
+    window = Window(device, 1500)
+    for i, batch in enumerate(draw(1500, [5, 6])):
+        batch[i, 7 + 700 * i] = np.nan
+        with np.errstate(invalid="ignore"):
+            device.kernels.merge_moments(batch_of(device, batch), window=window.arrays)
+    wrong = ~np.isfinite(window.read()[1])
+    assert np.flatnonzero(wrong.any(0)).tolist() == [7, 707]
+
+
+def test_no_channels(device):
+    window = Window(device, 0)
+    device.kernels.merge_moments(batch_of(device, np.zeros((4, 0), np.float32)), window=window.arrays)
+    assert window.read()[0] == [4, 1, NEVER]
