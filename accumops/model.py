@@ -577,7 +577,8 @@ def _for_each_slice(
             if leaf is None:
                 return None
             rest = leaf.shape.rank - 1
-            return tf.slice(leaf, [begin] + [0] * rest, [tf.minimum(size, count)] + [-1] * rest)
+            result = tf.slice(leaf, [begin] + [0] * rest, [tf.minimum(size, count)] + [-1] * rest)
+            return tf.ensure_shape(result, [None, *leaf.shape[1:]])
 
         return keras.tree.map_structure(cut, data)
 

@@ -866,3 +866,25 @@ def test_a_convolutional_net_is_trained_as_by_keras(rng, mode, arguments):
         nets.append(net)
     for a, b in zip(*(net.get_weights() for net in nets), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("run", [{}, {"jit_compile": True}, {"run_eagerly": True}], ids=["graph", "xla", "eager"])
+@pytest.mark.parametrize("mode", [{"accum_steps": 4}, {"micro_batch_size": 16}])
+def test_a_layer_that_its_model_makes_late(mode, run, rng):
+    """In the first step, and without variables by which an optimizer could find it."""
+
+    class Late(keras.layers.Layer):
+        def build(self, shape):
+            self.norm = AccumBatchNormalization(momentum=0.5, center=False, scale=False)
+            self.norm.build(shape)
+
+        def call(self, inputs, training=None):
+            return self.norm(inputs, training=training)
+
+    x = rng.normal(2, 3, (128, 5)).astype("float32")
+    late = Late()
+    model = GradientAccumulateModel(keras.Sequential([late, keras.layers.Dense(1)]), **mode)
+    model.compile("sgd", "mse", **run)
+    model.fit(x, x[:, :1], batch_size=16 if "accum_steps" in mode else 64, shuffle=False, verbose=0)
+    wanted = 0.25 * x[:64].astype(np.float64).mean(0) + 0.5 * x[64:].astype(np.float64).mean(0)
+    np.testing.assert_allclose(late.norm.moving_mean, wanted, rtol=1e-5)

@@ -281,3 +281,42 @@ def test_the_update_allocates_nothing_of_a_variables_size(rng):
     # One float32 copy of the trainable variables, and counters.
     bytes_held = sum(np.prod(v.shape) * tf.as_dtype(v.dtype).size for v in optimizer.accumulator.variables)
     assert 0 <= bytes_held - 512 * 512 * 4 <= 64
+
+
+@pytest.mark.parametrize("optimizer", [keras.optimizers.SGD(0.1, momentum=0.9), keras.optimizers.Adam(0.1)])
+@pytest.mark.parametrize("wrap", [GradientAccumulateOptimizer, lambda inner, steps: inner])
+def test_an_optimizer_that_was_built_in_another_order(optimizer, wrap):
+    """Each variable goes on with its own slots."""
+    inner = type(optimizer).from_config(optimizer.get_config())
+    a, b = keras.Variable([0.0, 0.0], name="a"), keras.Variable([0.0, 0.0], name="b")
+    inner.build([a, b])
+    inner.apply([tf.constant([1.0, 1.0]), tf.constant([-5.0, -5.0])], [a, b])
+    before = a.numpy(), b.numpy()
+    wrapped = wrap(inner, 1)
+    wrapped.build([b, a])
+    wrapped.apply([tf.zeros(2), tf.zeros(2)], [b, a])
+    assert (a.numpy() < before[0]).all()  # by its momentum
+    assert (b.numpy() > before[1]).all()
+
+
+@pytest.mark.parametrize("mode", [{"accum_steps": 2}, {"micro_batch_size": 4}])
+def test_an_optimizer_that_was_built_for_more_variables(mode):
+    """It goes on with the variables that are left when a layer is frozen."""
+    x, y = np.ones((16, 3), "float32"), np.ones((16, 1), "float32")
+
+    def train(wrap):
+        keras.utils.set_random_seed(0)
+        net = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4), keras.layers.Dense(1)])
+        model = wrap(net)
+        size = 8 if "micro_batch_size" in mode or wrap is not accumulating else 4
+        for trainable in (True, False):
+            net.layers[0].trainable = trainable
+            model.compile("adam" if trainable else model.optimizer, "mse")
+            model.fit(x, y, batch_size=size, shuffle=False, verbose=0)
+        return net.get_weights()
+
+    def accumulating(net):
+        return accumops.GradientAccumulateModel(net, **mode)
+
+    for mine, plain in zip(train(accumulating), train(lambda net: net), strict=True):
+        np.testing.assert_allclose(mine, plain, atol=1e-6)

@@ -142,3 +142,29 @@ def test_compiling_again():
     logs = model.fit(*data(32), batch_size=8, verbose=0).history
     x, y = data(32)
     np.testing.assert_allclose(logs["loss"][0], np.abs(model.predict(x, verbose=0) - y).mean(), rtol=1e-5)
+
+
+def test_export(tmp_path):
+    """The function of a step's passes, with its metrics, is no part of it."""
+    model = GradientAccumulateModel(keras.Sequential([keras.layers.Dense(3)]), accum_steps=4)
+    model.compile("sgd", "mse", jit_compile=True)
+    fit(model, "accum_steps")
+    tf.saved_model.save(model, tmp_path / "saved")
+    x, _ = data(4)
+    served = tf.saved_model.load(tmp_path / "saved").signatures["serving_default"](tf.constant(x))
+    np.testing.assert_allclose(next(iter(served.values())), model.predict(x, verbose=0), rtol=1e-5)
+
+
+def test_run_eagerly_set_later():
+    eager = []
+
+    class Spy(keras.layers.Layer):
+        def call(self, inputs):
+            eager.append(tf.executing_eagerly())
+            return inputs
+
+    model = make(lambda inputs: keras.layers.Dense(3)(Spy()(inputs)), "accum_steps")
+    eager.clear()
+    model.run_eagerly = True
+    fit(model, "accum_steps", 32)
+    assert set(eager) == {True}

@@ -177,14 +177,15 @@ def test_synchronized_windows_with_empty_replicas():
     check_statistics(inner.layers[0], whole(x))
 
 
+@pytest.mark.parametrize("synchronized", [False, True])
 @pytest.mark.parametrize("back", ["one device", "other replicas"])
-def test_saving_in_mid_window(tmp_path, back):
+def test_saving_in_mid_window(tmp_path, back, synchronized):
     x, y, _ = (each[: BATCH * 2] for each in data())
     half = BATCH + BATCH // 2
 
     def make(strategy):
         with strategy.scope():
-            inner = network()
+            inner = network(synchronized=synchronized)
             model = accumops.GradientAccumulateModel(inner, accum_steps=WINDOW, partial_window="carry")
             model.compile("sgd", loss="mse")
         return inner, model

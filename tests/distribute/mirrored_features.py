@@ -104,3 +104,23 @@ def test_a_first_batch_that_one_replica_has_nothing_of():
         logs = model.fit(x, y, batch_size=BATCH, verbose=0).history
         assert np.isfinite(logs["loss"]).all()
         assert largest_difference(inner, plain) <= 1e-6
+
+
+def test_a_metric_whose_result_is_its_variable():
+    class Last(keras.metrics.Metric):
+        def __init__(self):
+            super().__init__(name="last")
+            self.samples = self.add_variable((), "zeros", name="samples")
+
+        def update_state(self, y_true, y_pred, sample_weight=None):
+            self.samples.assign_add(1.0)
+
+        def result(self):
+            return self.samples
+
+    x, y, _ = (each[:BATCH] for each in data())
+    with mirrored(2).scope():
+        model = accumops.GradientAccumulateModel(network(), accum_steps=2)
+        model.compile("sgd", "mse", metrics=[Last()])
+    logs = model.fit(x, y, batch_size=MICRO, verbose=0).history
+    assert logs["last"] == [BATCH / MICRO * 2]
