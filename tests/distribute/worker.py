@@ -15,23 +15,27 @@ from replicas import BATCHES, MICRO, MODES, WINDOW, data, fit, full_batches, lar
 import accumops
 
 
-def compiled(strategy, mode):
+def compiled(strategy, mode, name="AdamW"):
     with strategy.scope():
         inner = network()
         model = accumops.GradientAccumulateModel(inner, **MODES[mode])
-        model.compile(optimizer("AdamW"), loss="mse", metrics=["mae"])
+        model.compile(optimizer(name), loss="mse", metrics=["mae"])
     return inner, model
 
 
 def train(strategy, mode):
-    inner, model = compiled(strategy, mode)
-    wanted, wanted_logs = full_batches("AdamW")
-    logs = fit(model, BATCHES[mode])
-    assert model.optimizer.iterations.numpy() == 20
-    assert model.optimizer.fused_update
-    for name, values in wanted_logs.items():
-        np.testing.assert_allclose(logs[name], values, rtol=1e-5, err_msg=name)
-    return {"difference": float(largest_difference(inner, wanted)), "weights": weights_of(inner)}
+    differences, weights = [], []
+    for name in ("SGD", "Adam", "AdamW"):
+        inner, model = compiled(strategy, mode, name)
+        wanted, wanted_logs = full_batches(name)
+        logs = fit(model, BATCHES[mode])
+        assert model.optimizer.iterations.numpy() == 20
+        assert model.optimizer.fused_update
+        for log, values in wanted_logs.items():
+            np.testing.assert_allclose(logs[log], values, rtol=1e-5, err_msg=f"{log}, {name}")
+        differences.append(float(largest_difference(inner, wanted)))
+        weights += weights_of(inner)
+    return {"difference": max(differences), "weights": weights}
 
 
 def loop(strategy):

@@ -297,6 +297,20 @@ struct InferenceKernels {
   }
 };
 
+struct CountParams {
+  const bool* mask;
+  std::int64_t rows;
+  std::int64_t inner;
+  std::int64_t* count;
+};
+
+// Where there are no channels nothing else is done; one thread will do.
+__global__ void CountKernel(const __grid_constant__ CountParams p) {
+  std::int64_t rows = p.mask == nullptr ? p.rows : 0;
+  for (std::int64_t r = 0; p.mask != nullptr && r < p.rows; ++r) rows += p.mask[r];
+  *p.count = rows * p.inner;
+}
+
 }  // namespace
 
 std::int64_t BatchNormWorkspaceCuda(const BatchNormShape& shape, DType dtype) {
@@ -311,7 +325,10 @@ std::int64_t BatchNormWorkspaceCuda(const BatchNormShape& shape, DType dtype) {
 
 const char* BatchNormForwardCuda(const BatchNormForward& args, void* workspace,
                                  CUstream_st* stream) {
-  if (args.shape.channels == 0) return nullptr;
+  if (args.shape.channels == 0) {
+    const CountParams params = {args.mask, args.shape.outer, args.shape.inner, args.count};
+    return cuda::ErrorText(cuda::Launch(CountKernel, 1, 1, params, stream));
+  }
   return batch_norm::Run<ForwardKernels>(args.shape, args.dtype, {args.x, args.y}, args, workspace,
                                          stream);
 }
