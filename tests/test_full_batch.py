@@ -54,7 +54,11 @@ def test_every_optimizer(optimizer, mode, run):
     check("SampleWeights", optimizer, mode, **RUNS[run])
 
 
-@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize(
+    ("backend", "mode"),
+    [*(("fused", mode) for mode in MODES), ("reference", "micro_batch_size")],
+    indirect=["backend"],
+)
 @pytest.mark.parametrize("feature", list(FEATURES))
 def test_every_feature(backend, feature, mode):
     check(feature, "AdamW", mode)

@@ -56,8 +56,7 @@ def whole(x, size=BATCH):
     return [x[i : i + size] for i in range(0, len(x), size)]
 
 
-@pytest.mark.parametrize("backend", ["fused", "reference"])
-@pytest.mark.parametrize("replicas", [2, 4])
+@pytest.mark.parametrize(("replicas", "backend"), [(2, "fused"), (4, "fused"), (2, "reference")])
 @pytest.mark.parametrize("mode", list(MODES))
 def test_statistics_of_windows(mode, replicas, backend):
     """Of ragged batches, of which some replicas get nothing."""
