@@ -56,11 +56,17 @@ def test_every_optimizer(optimizer, mode, run):
 
 @pytest.mark.parametrize(
     ("backend", "mode"),
-    [*(("fused", mode) for mode in MODES), ("reference", "micro_batch_size")],
+    [*(("fused", mode) for mode in ONE_AFTER_ANOTHER), ("reference", "micro_batch_size")],
     indirect=["backend"],
 )
 @pytest.mark.parametrize("feature", list(FEATURES))
 def test_every_feature(backend, feature, mode):
+    check(feature, "AdamW", mode)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ONE_AFTER_ANOTHER])
+@pytest.mark.parametrize("feature", ["Masked", "Regularized", "ListOutputs", "TinyLastBatch", "Embedding"])
+def test_features_side_by_side(feature, mode):
     check(feature, "AdamW", mode)
 
 
