@@ -66,7 +66,7 @@ def run_workers(scenario, directory, expected=(0, 0)):
     return [json.loads((directory / f"{scenario}_{index}.json").read_text()) for index in range(2)]
 
 
-@pytest.mark.parametrize("scenario", ["accum_steps", "micro_batch_size", "loop", "batch_norm"])
+@pytest.mark.parametrize("scenario", ["accum_steps", "micro_batch_size", "loop", "batch_norm", "batch_norm_saved"])
 def test_workers(scenario, tmp_path):
     results = run_workers(scenario, tmp_path)
     assert all(result["difference"] <= 1e-5 for result in results)

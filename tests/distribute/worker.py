@@ -84,6 +84,25 @@ def batch_norm(strategy):
     return {"difference": max(differences), "weights": weights_of(inner)}
 
 
+def batch_norm_saved(strategy, directory, index):
+    """What both workers have gathered in half a window, saved by each and loaded without a strategy."""
+    x, y, _ = (each[: 2 * MICRO + 5] for each in data())
+    with strategy.scope():
+        model = accumops.GradientAccumulateModel(
+            mirrored_batch_norm.network(), accum_steps=WINDOW, partial_window="carry"
+        )
+        model.compile("sgd", loss="mse")
+    model.fit(x, y, batch_size=MICRO, shuffle=False, verbose=0)
+    path = directory / f"half_{index}.keras"
+    model.save(path)
+    window = keras.saving.load_model(path).model.layers[0]._state.window
+    wide = x.astype(np.float64)
+    wanted = np.stack([wide.mean(0), wide.var(0) * len(x)])
+    assert window.counters.numpy().tolist()[:2] == [len(x), 3]
+    difference = np.abs(window.moments.numpy() - wanted).max() / len(x)
+    return {"difference": float(difference), "weights": weights_of(model)}
+
+
 class Kill(keras.callbacks.Callback):
     """Kills the second worker in the second epoch, after two micro-batches of a window were backed up."""
 
@@ -145,6 +164,8 @@ def main(scenario, directory):
         result = train(strategy, scenario)
     elif scenario in ("loop", "batch_norm"):
         result = {"loop": loop, "batch_norm": batch_norm}[scenario](strategy)
+    elif scenario == "batch_norm_saved":
+        result = batch_norm_saved(strategy, directory, index)
     elif scenario == "disagreeing":
         result = disagreeing(strategy, index)
     else:
