@@ -18,9 +18,15 @@ class CMakeBuild(build_ext):
 
     The build tree stays in ``build/``, so that a second build only compiles what has changed. What a user may set:
     ``CMAKE_ARGS`` (any CMake argument), ``CMAKE_CUDA_ARCHITECTURES`` (such as ``80;90``) and CMake's own ``CUDACXX``.
+    CUDA kernels are for all GPUs in a wheel, and for this machine's in an editable installation.
     """
 
-    tree = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # What is built in place runs on this machine; a wheel, on others.
+        self.machines = "LOCAL" if self.inplace else "ALL"
+        name = f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        self.tree = ROOT / "build" / (f"{name}-local" if self.inplace else name)
 
     def build_extension(self, ext: Extension) -> None:
         import ninja
@@ -29,6 +35,7 @@ class CMakeBuild(build_ext):
         arguments = [
             "-GNinja",
             f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DACCUMOPS_CUDA_MACHINES={self.machines}",
             f"-DACCUMOPS_VERSION={self.distribution.get_version()}",
             # Given anew each time: pip's isolated environments come and go, and with them the paths that CMake cached.
             f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}",

@@ -23,13 +23,30 @@ if(NOT CMAKE_CUDA_COMPILER)
   set(CMAKE_CUDA_COMPILER "${ACCUMOPS_NVCC}")
 endif()
 
-# Machine code for everything from sm_70 on that this compiler knows, and PTX of the newest for what comes after it.
+# ALL, for a wheel: machine code for everything from sm_70 on that this compiler knows, and PTX of the newest for what
+# comes after it. LOCAL, for a checkout: the GPUs of this machine, or the oldest and the newest where it has none.
 if(NOT CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
   execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch
     OUTPUT_VARIABLE listed OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
   string(REGEX MATCHALL "[0-9]+" numbers "${listed}")
   list(SORT numbers COMPARE NATURAL)
   list(FILTER numbers EXCLUDE REGEX "^([0-9]|[1-6][0-9])$")
+  if(ACCUMOPS_CUDA_MACHINES STREQUAL "LOCAL")
+    set(known ${numbers})
+    list(GET numbers 0 -1 numbers)
+    find_program(ACCUMOPS_NVIDIA_SMI nvidia-smi)
+    if(ACCUMOPS_NVIDIA_SMI)
+      execute_process(COMMAND "${ACCUMOPS_NVIDIA_SMI}" --query-gpu=compute_cap --format=csv,noheader
+        OUTPUT_VARIABLE present ERROR_QUIET)
+      string(REGEX MATCHALL "[0-9]+\\.[0-9]+" present "${present}")
+      list(TRANSFORM present REPLACE "\\." "")
+      list(JOIN present "|" present)
+      list(FILTER known INCLUDE REGEX "^(${present})$")
+      if(known)
+        set(numbers ${known})
+      endif()
+    endif()
+  endif()
   list(POP_BACK numbers newest)
   list(TRANSFORM numbers APPEND "-real")
   set(CMAKE_CUDA_ARCHITECTURES ${numbers} ${newest})
