@@ -31,7 +31,7 @@ from tensorflow.python.ops import control_flow_util
 
 from accumops import distribution, ops
 from accumops.arguments import Schedule, as_weight, check_accum_steps, check_bool, check_variables, is_variable, name_of
-from accumops.window import MicroBatch, Window
+from accumops.window import CountedMicroBatch, MicroBatch, Window
 
 
 class WindowMember(Protocol):
@@ -252,7 +252,7 @@ class GradientAccumulator(tf.Module):
         with tf.device(self._step.value.device):
             unknown = not isinstance(self._accum_steps, int)
             following = tf.constant(1, tf.int64) if unknown else tf.convert_to_tensor(self._setting.next_limit)
-            return tf.where(tf.equal(self._step, 0), following, self._limit - self._step)
+            return _choose(tf.equal(self._step, 0), following, self._limit - self._step)
 
     def missing(self) -> int | None:
         """As `remaining`, read now, where no function is traced; None where the variables alone do not say it."""
@@ -305,12 +305,26 @@ class GradientAccumulator(tf.Module):
         gradients: Sequence[tf.Tensor | tf.IndexedSlices | None],
         variables: Sequence[tf.Variable] | None,
         weight: float | tf.Tensor,
-    ) -> MicroBatch:
+    ) -> CountedMicroBatch:
         """Checks what `accumulate` is given, and says what it does to the counters."""
         if not self.built:
             if variables is None:
                 raise ValueError(f"{self.name} is not built: call `build(variables)` first, or pass `variables`.")
             self.build(variables)
+        with tf.device(self._step.value.device):
+            starts = tf.equal(self._step, 0)
+        batch = self._prepare_slice(gradients, weight, starts)
+        with tf.device(self._step.value.device):
+            limit = self._window_limit(starts)
+            fills = tf.constant(False) if self._accum_steps is None else tf.greater_equal(self._step + 1, limit)
+        # What an earlier window's weights came to, NaN included, is nothing to this one.
+        before = tf.math.multiply_no_nan(tf.convert_to_tensor(self._weight), tf.cast(~starts, tf.float32))
+        return CountedMicroBatch(**vars(batch), fills=fills, limit=limit, total=before + batch.weight)
+
+    def _prepare_slice(
+        self, gradients: Sequence[tf.Tensor | tf.IndexedSlices | None], weight: float | tf.Tensor, starts: tf.Tensor
+    ) -> MicroBatch:
+        """Checks a micro-batch of which somebody else knows whether it is the window's first."""
         if self.strategy is not None:
             distribution.check_in_replica(self.strategy, f"`accumulate` of {self.name}")
         gradients = list(gradients)
@@ -319,21 +333,24 @@ class GradientAccumulator(tf.Module):
         present = [i for i, gradient in enumerate(gradients) if gradient is not None]
         self._seen_gradients()  # before the step says that a window is open
         self._check_connections(present)
-        touched = self._choose_tracking(gradients)
-        with tf.device(self._step.value.device):
-            starts = tf.equal(self._step, 0)
-            limit = self._window_limit(starts)
-            fills = tf.constant(False) if self._accum_steps is None else tf.greater_equal(self._step + 1, limit)
-        total = tf.where(starts, weight, self._weight + weight)
-        return MicroBatch(gradients, present, touched, weight, starts, fills, limit, total)
+        return MicroBatch(gradients, present, self._choose_tracking(gradients), weight, starts)
 
-    def _add(self, batch: MicroBatch) -> None:
+    def _add(self, batch: CountedMicroBatch) -> None:
+        with _Recording() as accumulation:
+            self._add_slice(batch)
+        # Counted when it is done: a micro-batch that fails is none.
+        with tf.control_dependencies(accumulation.operations):
+            self._weight.assign(batch.total)
+            self._limit.assign(batch.limit)
+            self._step.assign_add(1)
+
+    def _add_slice(self, batch: MicroBatch) -> None:
+        """Adds a micro-batch that is not counted by itself: `_count` does it for all of a window."""
         with _Recording() as accumulation:
             if self.strategy is None:
                 self._sum(batch, range(len(self._accumulators)))
             else:
                 self._sum_on_replica(self.strategy, batch)
-        # Counted when it is done: a micro-batch that fails is none.
         with tf.control_dependencies(accumulation.operations):
             for i in self._tracked.intersection(batch.present):
                 if not isinstance(batch.gradients[i], tf.IndexedSlices):
@@ -342,10 +359,12 @@ class GradientAccumulator(tf.Module):
             if self.strategy is not None:
                 for flags in self._touched_rows.values():  # as for dense gradients, for who restores the window
                     flags.assign(tf.ones(flags.shape, tf.bool))
-            self._weight.assign(batch.total)
-            self._limit.assign(batch.limit)
-            self._step.assign_add(1)
             self._connect(batch.present)
+
+    def _count(self, steps: int | tf.Tensor, weight: tf.Tensor) -> None:
+        """Opens a window that holds all of its micro-batches already."""
+        self._weight.assign(weight)
+        self._step.assign(tf.cast(steps, tf.int64))
 
     def _sum(self, batch: MicroBatch, positions: Iterable[int]) -> None:
         """Adds the gradients of some variables to their accumulators."""
@@ -469,7 +488,7 @@ class GradientAccumulator(tf.Module):
             yield windows
 
     @contextlib.contextmanager
-    def _ending_with(self, batch: MicroBatch) -> Iterator[Window]:
+    def _ending_with(self, batch: CountedMicroBatch) -> Iterator[Window]:
         """The window with a last micro-batch, whose dense gradients are not added to the accumulators first."""
         latest = {i: batch.gradients[i] for i in batch.present if not isinstance(batch.gradients[i], tf.IndexedSlices)}
         with _Recording() as accumulation:
@@ -531,7 +550,7 @@ class GradientAccumulator(tf.Module):
     def _window_limit(self, starts: tf.Tensor) -> tf.Tensor:
         schedule = self._schedule
         if schedule is None:
-            return tf.where(starts, self._setting.next_limit, self._limit)
+            return _choose(starts, tf.convert_to_tensor(self._setting.next_limit), tf.convert_to_tensor(self._limit))
 
         def scheduled() -> tf.Tensor:
             limit = schedule(tf.cast(self._iterations, tf.int64))
@@ -670,6 +689,11 @@ def _new_touched_rows(
     name = f"{_flat_name(variable)}_touched_rows"
     kind = _PER_REPLICA["same"] if mirrored else {}
     return _new_variable(name, (accumulator.shape[0],), "bool", initializer="ones", beside=variable, **kind)
+
+
+def _choose(condition: tf.Tensor, chosen: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
+    """`tf.where` for integers: that of scalars takes TensorFlow long enough to hand it to another thread."""
+    return other + tf.cast(condition, other.dtype) * (chosen - other)
 
 
 def _no_rows(i: int) -> None:

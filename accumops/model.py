@@ -10,7 +10,7 @@ import numbers
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -22,6 +22,7 @@ from accumops.batch_norm import AccumBatchNormalization, owning_windows
 from accumops.callbacks import PARTIAL_WINDOWS, AccumStepsScheduler, PartialWindow
 from accumops.model_function import function_of_workers, train_function
 from accumops.optimizer import Clipping, GradientAccumulateOptimizer, check_gradient_clipping
+from accumops.slicing import Carried, fold_slices
 
 _CONVOLUTIONS = (
     keras.layers.Conv1D,
@@ -38,6 +39,15 @@ _CONVOLUTIONS = (
 _NORMALIZATIONS = ("samples", "steps", "weights")
 
 Weighting = Callable[[Any, Any, Any], tf.Tensor]
+
+
+class _Pass(NamedTuple):
+    """What forward and backward of a micro-batch give."""
+
+    gradients: list[Any] | None  # None of a model that has nothing to train
+    weight: float | tf.Tensor  # its share in the window
+    loss: float | tf.Tensor  # the mean over its samples
+    samples: int | tf.Tensor
 
 
 @keras.saving.register_keras_serializable(package="accumops")
@@ -350,53 +360,70 @@ class GradientAccumulateModel(keras.Model):
         layer.forget_window()
 
     def _run_step(self, data: Any) -> dict[str, Any]:
-        if self.micro_batch_size is None:
+        if self.micro_batch_size is not None:
+            self._train_on_slices(data, self.micro_batch_size)
+        else:
             optimizer = self.optimizer
             ways = {None: optimizer.apply, False: optimizer.accumulate, True: optimizer.close}
-            return self._train_on_micro_batch(data, ways[self._ends_window])
-        if self.optimizer.accumulator.built:
-            self.optimizer.accumulator.reset()  # what a step that failed may have left open
-        _for_each_slice(
+            passed = self._pass(data)
+            if passed.gradients is not None:
+                ways[self._ends_window](passed.gradients, self.trainable_variables, weight=passed.weight)
+            self._loss_tracker.update_state(passed.loss, sample_weight=passed.samples)
+        return self.get_metrics_result()
+
+    def _train_on_slices(self, data: Any, size: int) -> None:
+        """Makes a window of a batch. It is counted, as the losses' mean is, when all micro-batches have run."""
+        optimizer = self.optimizer
+        if optimizer.accumulator.built:
+            optimizer.accumulator.reset()  # what a step that failed may have left open
+        none, losses = tf.zeros([], tf.float32), tf.zeros([], self._loss_tracker.dtype)
+        slices, (total, losses, seen) = fold_slices(
             data,
-            self.micro_batch_size,
-            lambda part: self._train_on_micro_batch(part, self.optimizer.accumulate),
+            size,
+            self._train_on_slice,
+            [none, losses, losses],
             static_sizes=bool(self.jit_compile) and not self._compiles_passes,
             at_once=self.parallel_micro_batches,
             empty=self._mirroring is not None,
         )
-        if self.optimizer.accumulator.built:
-            self.optimizer.close()
-        return self.get_metrics_result()
+        if optimizer.accumulator.built:
+            optimizer.accumulator._count(slices, total)
+            optimizer.close()
+        self._loss_tracker.update_state(tf.math.divide_no_nan(losses, seen), sample_weight=seen)
 
-    def _train_on_micro_batch(self, data: Any, apply: Callable[..., None]) -> dict[str, Any]:
+    def _train_on_slice(self, data: Any, first: tf.Tensor | bool, carried: Carried) -> Carried:
+        total, losses, seen = carried
+        passed = self._pass(data)
+        if passed.gradients is not None:
+            self.optimizer._add_slice(passed.gradients, self.trainable_variables, weight=passed.weight, starts=first)
+        samples = tf.cast(passed.samples, seen.dtype)
+        losses += tf.cast(passed.loss, losses.dtype) * samples
+        return total + tf.cast(passed.weight, total.dtype), losses, seen + samples
+
+    def _pass(self, data: Any) -> "_Pass":
         if self._mirroring is not None and tf.executing_eagerly() and int(_count_samples(data)) == 0:
             # Keras's losses are no scalars then. A replica without samples has a part in the window all the same.
-            apply([tf.zeros_like(each) for each in self.trainable_variables], self.trainable_variables, weight=0.0)
-            return self.get_metrics_result()
-        gradients, weight, logs = self._functions.forward_and_backward(data)
-        if gradients is not None:
-            apply(gradients, self.trainable_variables, weight=weight)
-        return logs
+            return _Pass([tf.zeros_like(each) for each in self.trainable_variables], 0.0, 0.0, 0)
+        return self._functions.forward_and_backward(data)
 
-    def _forward_and_backward(self, data: Any) -> tuple[list[Any] | None, Any, dict[str, Any]]:
-        """Returns a micro-batch's gradients, its share in the window, and the metrics."""
+    def _forward_and_backward(self, data: Any) -> "_Pass":
+        """Goes over a micro-batch, metrics but that of the loss included."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         samples = _count_samples(x)
         with tf.GradientTape() as tape:
             y_pred = self(x, training=True)
             loss = self.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
             scaled = self.optimizer.scale_loss(loss)
-        self._loss_tracker.update_state(self._mean_loss(loss, samples), sample_weight=samples)
-        logs = self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
         variables = self.trainable_variables
         if not variables:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
-            return None, 1.0, logs
+            return _Pass(None, 1.0, self._mean_loss(loss, samples), samples)
         weight = self._window_share(x, y, y_pred, sample_weight, samples)
         if self._mirroring is not None:
             # That of a replica without samples is nothing, whatever it is by the callable.
             weight = tf.where(samples > 0, tf.cast(weight, tf.float32), 0.0)
-        return tape.gradient(scaled, variables), weight, logs
+        return _Pass(tape.gradient(scaled, variables), weight, self._mean_loss(loss, samples), samples)
 
     @property
     def _compiles_passes(self) -> bool:
@@ -536,81 +563,6 @@ class _PartialWindow(PartialWindow):
 
     def _flush(self) -> None:
         self.model.flush()
-
-
-def _for_each_slice(
-    data: Any,
-    size: int,
-    run: Callable[[Any], object],
-    *,
-    static_sizes: bool,
-    at_once: int = 1,
-    empty: bool = False,
-) -> None:
-    """Calls `run` with slices of `size` samples, one after another, the last one smaller where it has to be.
-
-    In a graph one body serves all slices, or one `at_once` of them, which then may run side by side, as far as what
-    `run` does depends on no state, and another one the rest. XLA needs to know their sizes: with `static_sizes` the
-    remainder has a body of its own. With `empty` a batch without samples, which else is an error, is one slice.
-    """
-    leaves = [leaf for leaf in keras.tree.flatten(data) if leaf is not None]
-    if any(isinstance(leaf, tf.SparseTensor) for leaf in leaves):
-        raise ValueError(
-            "A batch with a tf.SparseTensor cannot be split: use `accum_steps` instead of `micro_batch_size`."
-        )
-    count = tf.shape(leaves[0])[0]
-    if empty:
-        count = tf.maximum(count, 1)
-    else:
-        message = "A batch without samples makes no update."
-        if leaves[0].shape[0] == 0:
-            raise ValueError(message)
-        check = tf.debugging.assert_positive(count, message=message)
-        with tf.control_dependencies([] if check is None else [check]):
-            count = tf.identity(count)
-
-    def part(begin: tf.Tensor | int, end: tf.Tensor | int) -> Any:
-        return keras.tree.map_structure(lambda leaf: None if leaf is None else leaf[begin:end], data)
-
-    def whole(begin: tf.Tensor) -> Any:
-        def cut(leaf: tf.Tensor | None) -> tf.Tensor | None:
-            if leaf is None:
-                return None
-            rest = leaf.shape.rank - 1
-            result = tf.slice(leaf, [begin] + [0] * rest, [tf.minimum(size, count)] + [-1] * rest)
-            return tf.ensure_shape(result, [None, *leaf.shape[1:]])
-
-        return keras.tree.map_structure(cut, data)
-
-    if tf.executing_eagerly():
-        for begin in range(0, int(count), size):
-            run(part(begin, begin + size))
-        return
-
-    def loop(begin: tf.Tensor | int, end: tf.Tensor, cut: Callable[[tf.Tensor], Any], slices: int = 1) -> None:
-        def body(begin: tf.Tensor) -> list[tf.Tensor]:
-            for i in range(slices):
-                run(cut(begin + i * size))
-            return [begin + slices * size]
-
-        # One at a time: side by side, every micro-batch's activations would be alive, and their sums in any order.
-        tf.while_loop(lambda begin: begin < end, body, [begin], parallel_iterations=1)
-
-    done: tf.Tensor | int = 0
-    if at_once > 1:
-        done = count // (size * at_once) * (size * at_once)
-        loop(0, done, whole if static_sizes else lambda begin: part(begin, begin + size), at_once)
-    if not static_sizes:
-        loop(done, count, lambda begin: part(begin, tf.minimum(begin + size, count)))
-        return
-    full = count // size * size
-    loop(done, full, whole)
-
-    def remainder() -> tf.Tensor:
-        run(part(full, count))
-        return tf.constant(0)
-
-    tf.cond(full < count, remainder, lambda: tf.constant(0))
 
 
 def _count_samples(x: Any) -> tf.Tensor:

@@ -2,10 +2,13 @@
 
 A call of a `tf.function` takes microseconds for each variable that it uses, and so does a condition. So a step that
 cannot end its window gets a function that knows nothing of the update, and one that does a function without condition.
-Where a window ends the variables are asked; of the steps before, each has said that the next is none. If that was
-wrong, because somebody else has used the window meanwhile, the update follows at once.
+Of the steps before each says how many are missing. If that has become wrong, because somebody else has used the window
+meanwhile, the function that ends it does nothing, and the variables are asked; and where one that does not end it has
+filled it, the update follows at once.
 """
 
+import functools
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -31,47 +34,96 @@ def train_function(
         model: The model, compiled.
         for_other_iterators: What to call with what is no `tf.data.Iterator`.
     """
-    sliced = model.micro_batch_size is not None
     strategy = distribution.mirroring(model.distribute_strategy)
 
-    def make(ends: bool | None) -> Callable[[tf.data.Iterator], tuple[Logs, tf.Tensor]]:
-        def step(iterator: tf.data.Iterator) -> tuple[Logs, tf.Tensor]:
+    def step(ends: bool | None, iterator: Any) -> tuple[Logs, list[tf.Tensor]]:
+        accumulator = model.optimizer.accumulator
+        checks = []
+        if ends:
+            last = tf.less_equal(accumulator.remaining, 1)
+            checks.append(tf.raw_ops.Assert(condition=last, data=["The window does not end with this step."]))
+        with tf.control_dependencies(checks):
             data = iterator.get_next()
-            # At the data's end nothing else has run, what needs no data included.
-            with tf.control_dependencies(_tensors(data)), model.window_that(ends):
-                logs = _run(model.train_step, strategy, data)
-                accumulator = model.optimizer.accumulator
-                counted = not sliced and accumulator.built
-                return logs, accumulator.remaining if counted else tf.constant(1, tf.int64)
+        data, tensors = (data, _tensors(data)) if strategy is not None else _together(data)
+        # At the data's end nothing else has run, what needs no data included.
+        with tf.control_dependencies(tensors), model.window_that(ends):
+            logs = _run(model.train_step, strategy, data)
+            return logs, [accumulator.remaining] if ends is False else []
 
-        return tf.function(step, reduce_retracing=True, autograph=False)
-
-    functions = {ends: make(ends) for ends in (None, False, True)}
-    remaining = 1
+    functions = {
+        ends: _FunctionOfIterators(functools.partial(step, ends), fixed=strategy is None)
+        for ends in (None, False, True)
+    }
+    missing: int | None = None  # how many micro-batches the window needs, if nobody else has used it since
 
     def function(iterator: Any) -> Logs:
-        nonlocal remaining
+        nonlocal missing
+        known, missing = missing, None  # what an error leaves
         if not isinstance(iterator, _ITERATORS):
-            remaining = 1
             return for_other_iterators(iterator)
         if model.model.built and not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
-        if remaining > 1:
-            ends: bool | None = False
-        else:
-            missing = None if sliced else model.optimizer.accumulator.missing()
-            ends = None if missing is None else missing <= 1
-        remaining = 1  # what an error leaves
+        accumulator = model.optimizer.accumulator
+        if known is None:
+            known = None if model.micro_batch_size is not None else accumulator.missing()
+        ends = None if known is None else known <= 1
         try:
-            logs, after = functions[ends](iterator)
+            logs, remaining = functions[ends](iterator)
         except tf.errors.OutOfRangeError as error:
             raise StopIteration from error
-        remaining = int(after)
-        if remaining < 1:
-            model.flush()
+        except tf.errors.InvalidArgumentError:
+            if not ends or accumulator.missing() in (0, 1):
+                raise
+            return function(iterator)  # nothing has run, and no data is lost
+        if ends:
+            missing = accumulator.accum_steps
+        elif remaining:
+            missing = int(remaining[0])
+            if missing < 1:
+                model.flush()
+                missing = accumulator.accum_steps
         return logs
 
     return function
+
+
+class _FunctionOfIterators:
+    """As `tf.function(run)` of an iterator, and quicker to call again with the same one.
+
+    To find the function for an iterator and to bind its arguments takes TensorFlow about as long as to call it. So that
+    is done once for each.
+    """
+
+    def __init__(self, run: Callable[[Any], Any], *, fixed: bool) -> None:
+        self._run = run
+        self._fixed = fixed  # whether what the function captures stays the same, as without a strategy
+        self._functions: dict[tf.TypeSpec, Callable[..., Any]] = {}
+        # Weak, as an iterator keeps its dataset alive.
+        self._calls: weakref.WeakKeyDictionary[Any, Callable[[], Any]] = weakref.WeakKeyDictionary()
+
+    def __call__(self, iterator: Any) -> Any:
+        if tf.config.functions_run_eagerly():
+            return self._run(iterator)
+        call = self._calls.get(iterator)
+        if call is None:
+            call = self._calls[iterator] = self._call_with(iterator)
+        return call()
+
+    def _call_with(self, iterator: Any) -> Callable[[], Any]:
+        parts = tf.nest.flatten(iterator, expand_composites=True)
+        specs = [tf.TensorSpec.from_tensor(part) for part in parts]
+        concrete = self._function_for(tf.type_spec_from_value(iterator)).get_concrete_function(*specs)
+        if not self._fixed or not hasattr(concrete, "_call_flat"):
+            return functools.partial(concrete, *parts)
+        return functools.partial(concrete._call_flat, parts, list(concrete.captured_inputs))
+
+    def _function_for(self, spec: tf.TypeSpec) -> Any:
+        def run(*parts: tf.Tensor) -> Any:
+            return self._run(tf.nest.pack_sequence_as(spec, parts, expand_composites=True))
+
+        if spec not in self._functions:
+            self._functions[spec] = tf.function(run, autograph=False)
+        return self._functions[spec]
 
 
 def function_of_workers(
@@ -116,6 +168,22 @@ def _run(step: Callable[[Any], Logs], strategy: tf.distribute.Strategy | None, d
 
 def _tensors(data: Any) -> list[tf.Tensor]:
     return [leaf for leaf in tf.nest.flatten(data, expand_composites=True) if tf.is_tensor(leaf)]
+
+
+def _together(data: Any) -> tuple[Any, list[tf.Tensor]]:
+    """The same data, and its tensors, from one operation.
+
+    All that waits for a tensor of a dataset TensorFlow hands to other threads, each operation by itself. So one does,
+    and the rest waits for it.
+    """
+    tensors = _tensors(data)
+    if tf.executing_eagerly():
+        return data, tensors
+    with tf.compat.v1.colocate_with(tensors[0].op):  # a dataset's strings are for no GPU
+        tensors = tf.raw_ops.IdentityN(input=tensors)
+    rest = iter(tensors)
+    leaves = [next(rest) if tf.is_tensor(leaf) else leaf for leaf in tf.nest.flatten(data, expand_composites=True)]
+    return tf.nest.pack_sequence_as(data, leaves, expand_composites=True), tensors
 
 
 def _without_optionals(data: Any) -> Any:

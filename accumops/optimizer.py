@@ -14,7 +14,7 @@ from accumops.accumulator import GradientAccumulator
 from accumops.arguments import Schedule, check_accum_steps, check_bool, check_variables
 from accumops.fused_update import FusedUpdate
 from accumops.overriding import LOCK, overriding
-from accumops.window import MicroBatch, Window
+from accumops.window import CountedMicroBatch, Window
 
 Gradients = Sequence[tf.Tensor | tf.IndexedSlices | None]
 Clipping = Callable[[Gradients, Sequence[keras.Variable]], Gradients]
@@ -290,7 +290,27 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         grads: Gradients,
         trainable_variables: Sequence[keras.Variable] | None,
         weight: float | tf.Tensor,
-    ) -> MicroBatch | None:
+    ) -> CountedMicroBatch | None:
+        gradients = self._in_order(grads, trainable_variables)
+        return None if gradients is None else self._accumulator._prepare(gradients, None, weight)
+
+    def _add_slice(
+        self,
+        grads: Gradients,
+        trainable_variables: Sequence[keras.Variable],
+        *,
+        weight: float | tf.Tensor,
+        starts: tf.Tensor | bool,
+    ) -> None:
+        """Accumulates gradients of a window that is counted when it holds all, with `_count` of the accumulator."""
+        gradients = self._in_order(grads, trainable_variables)
+        if gradients is not None:
+            self._accumulator._add_slice(self._accumulator._prepare_slice(gradients, weight, starts))
+
+    def _in_order(
+        self, grads: Gradients, trainable_variables: Sequence[keras.Variable] | None
+    ) -> list[tf.Tensor | tf.IndexedSlices | None] | None:
+        """Checks gradients and variables, and returns a gradient or None for each of `build`'s variables."""
         grads = list(grads)
         if not grads:
             return None
@@ -315,8 +335,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         if len(set(positions)) < len(positions):
             raise ValueError("A variable is given twice. Give each variable once, and its gradients summed.")
         given = dict(zip(positions, grads, strict=True))
-        gradients = [given.get(i) for i in range(len(self._trainable_variables))]
-        return self._accumulator._prepare(gradients, None, weight)
+        return [given.get(i) for i in range(len(self._trainable_variables))]
 
     def _positions(self, variables: Sequence[keras.Variable] | None) -> list[int]:
         """Where these variables stand among those of `build`."""
@@ -344,7 +363,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         needs_all = self.gradient_clipping is not None or fused_update.needs_norms(self.inner_optimizer)
         return not needs_all and bool(self.fused_update)
 
-    def _update_with(self, batch: MicroBatch, positions: list[int]) -> None:
+    def _update_with(self, batch: CountedMicroBatch, positions: list[int]) -> None:
         """Ends the window with a micro-batch that it does not hold yet, and applies its gradient."""
         with LOCK, self._accumulator._ending_with(batch) as window:
             self._apply_fused(window, positions)

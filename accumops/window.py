@@ -12,13 +12,19 @@ from accumops import distribution
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
-    """The gradients of a micro-batch on their way into a window, and what the counters become with it."""
+    """The gradients of a micro-batch on their way into a window."""
 
     gradients: list[tf.Tensor | tf.IndexedSlices | None]
     present: list[int]  # the positions of those that are not None
     touched_rows: list[keras.Variable | None]
     weight: tf.Tensor
-    starts: tf.Tensor  # whether it is the window's first
+    starts: tf.Tensor | bool  # whether it is the window's first
+
+
+@dataclasses.dataclass(frozen=True)
+class CountedMicroBatch(MicroBatch):
+    """One that is counted by itself, and what the counters become with it."""
+
     fills: tf.Tensor  # whether it is the window's last
     limit: tf.Tensor
     total: tf.Tensor  # of the weights

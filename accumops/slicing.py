@@ -1,0 +1,117 @@
+"""A batch in slices: what runs on each of them, one after another, in a loop of one graph."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+Carried = Sequence[tf.Tensor]
+
+
+def fold_slices(
+    data: Any,
+    size: int,
+    run: Callable[[Any, tf.Tensor | bool, Carried], Carried],
+    carried: Carried,
+    *,
+    static_sizes: bool,
+    at_once: int = 1,
+    empty: bool = False,
+) -> tuple[int | tf.Tensor, Carried]:
+    """Calls `run` with slices of a batch, one after another, each with what the one before has returned.
+
+    In a graph one body serves all slices, or one `at_once` of them, which then may run side by side, as far as what
+    `run` does depends on no state, and another one the rest.
+
+    Args:
+        data: The batch, a structure of tensors, None where there is none.
+        size: Samples a slice; the last one is smaller where it has to be.
+        run: Takes a slice, whether it is the first, and scalars that go from slice to slice; returns these.
+        carried: The scalars that the first slice is given.
+        static_sizes: Whether the sizes of slices have to be known to the graph, as XLA needs it: a remainder then has a
+            body of its own.
+        at_once: How many slices may run side by side.
+        empty: Whether a batch without samples is one slice, instead of an error.
+
+    Returns:
+        The number of slices, and what the last one has returned.
+
+    Raises:
+        ValueError: If the batch has no samples, in a graph `tf.errors.InvalidArgumentError`, or cannot be split.
+    """
+    leaves = [leaf for leaf in keras.tree.flatten(data) if leaf is not None]
+    if any(isinstance(leaf, tf.SparseTensor) for leaf in leaves):
+        raise ValueError(
+            "A batch with a tf.SparseTensor cannot be split: use `accum_steps` instead of `micro_batch_size`."
+        )
+    count = _count(leaves[0], empty)
+    known = leaves[0].shape[0]
+    divides = known is not None and known % size == 0
+
+    def part(begin: tf.Tensor | int, end: tf.Tensor | int) -> Any:
+        return keras.tree.map_structure(lambda leaf: None if leaf is None else leaf[begin:end], data)
+
+    def whole(begin: tf.Tensor) -> Any:
+        """A slice of a size that the graph knows, where it can."""
+
+        def cut(leaf: tf.Tensor | None) -> tf.Tensor | None:
+            if leaf is None:
+                return None
+            rest = leaf.shape.rank - 1
+            result = tf.slice(leaf, [begin] + [0] * rest, [size if divides else tf.minimum(size, count)] + [-1] * rest)
+            return tf.ensure_shape(result, [size if divides else None, *leaf.shape[1:]])
+
+        return keras.tree.map_structure(cut, data)
+
+    if tf.executing_eagerly():
+        begins = range(0, int(count), size)
+        for begin in begins:
+            carried = run(part(begin, begin + size), begin == 0, carried)
+        return len(begins), carried
+
+    def loop(
+        begin: tf.Tensor | int,
+        end: tf.Tensor | int,
+        cut: Callable[[tf.Tensor], Any],
+        carried: Carried,
+        slices: int = 1,
+    ) -> Carried:
+        def body(begin: tf.Tensor, *before: tf.Tensor) -> list[tf.Tensor]:
+            carried: Carried = before
+            for i in range(slices):
+                first = tf.equal(begin, 0) if i == 0 else False
+                carried = run(cut(begin + i * size), first, carried)
+            return [begin + slices * size, *carried]
+
+        # One at a time: side by side, every micro-batch's activations would be alive, and their sums in any order.
+        state = [tf.convert_to_tensor(begin), *carried]
+        return tf.while_loop(lambda begin, *_: begin < end, body, state, parallel_iterations=1)[1:]
+
+    slices = (count + size - 1) // size
+    cut_one = whole if static_sizes or divides else lambda begin: part(begin, begin + size)
+    done: tf.Tensor | int = 0
+    if at_once > 1:
+        done = count // (size * at_once) * (size * at_once)
+        carried = loop(0, done, cut_one, carried, at_once)
+    if divides:
+        return slices, loop(done, count, whole, carried)
+    if not static_sizes:
+        return slices, loop(done, count, lambda begin: part(begin, tf.minimum(begin + size, count)), carried)
+    full = count // size * size
+    carried = loop(done, full, whole, carried)
+    return slices, tf.cond(
+        full < count, lambda: list(run(part(full, count), tf.equal(full, 0), carried)), lambda: list(carried)
+    )
+
+
+def _count(leaf: tf.Tensor, empty: bool) -> tf.Tensor:
+    count = tf.shape(leaf)[0]
+    if empty:
+        return tf.maximum(count, 1)
+    message = "A batch without samples makes no update."
+    if leaf.shape[0] == 0:
+        raise ValueError(message)
+    check = tf.debugging.assert_positive(count, message=message)
+    with tf.control_dependencies([] if check is None else [check]):
+        return tf.identity(count)
