@@ -97,7 +97,7 @@ class _FunctionOfIterators:
     def __init__(self, run: Callable[[Any], Any], *, fixed: bool) -> None:
         self._run = run
         self._fixed = fixed  # whether what the function captures stays the same, as without a strategy
-        self._functions: dict[tf.TypeSpec, Callable[..., Any]] = {}
+        self._functions: dict[tf.TypeSpec, Any] = {}
         # Weak, as an iterator keeps its dataset alive.
         self._calls: weakref.WeakKeyDictionary[Any, Callable[[], Any]] = weakref.WeakKeyDictionary()
 
@@ -105,25 +105,25 @@ class _FunctionOfIterators:
         if tf.config.functions_run_eagerly():
             return self._run(iterator)
         call = self._calls.get(iterator)
-        if call is None:
-            call = self._calls[iterator] = self._call_with(iterator)
+        if call is not None:
+            return call()
+        spec, parts = tf.type_spec_from_value(iterator), tf.nest.flatten(iterator, expand_composites=True)
+        if spec not in self._functions:
+            self._functions[spec] = self._function_of(spec)
+            return self._functions[spec](*parts)  # it may make variables
+        concrete = self._functions[spec].get_concrete_function(*(tf.TensorSpec.from_tensor(part) for part in parts))
+        if self._fixed and hasattr(concrete, "_call_flat"):
+            call = functools.partial(concrete._call_flat, parts, list(concrete.captured_inputs))
+        else:
+            call = functools.partial(concrete, *parts)
+        self._calls[iterator] = call
         return call()
 
-    def _call_with(self, iterator: Any) -> Callable[[], Any]:
-        parts = tf.nest.flatten(iterator, expand_composites=True)
-        specs = [tf.TensorSpec.from_tensor(part) for part in parts]
-        concrete = self._function_for(tf.type_spec_from_value(iterator)).get_concrete_function(*specs)
-        if not self._fixed or not hasattr(concrete, "_call_flat"):
-            return functools.partial(concrete, *parts)
-        return functools.partial(concrete._call_flat, parts, list(concrete.captured_inputs))
-
-    def _function_for(self, spec: tf.TypeSpec) -> Any:
+    def _function_of(self, spec: tf.TypeSpec) -> Any:
         def run(*parts: tf.Tensor) -> Any:
             return self._run(tf.nest.pack_sequence_as(spec, parts, expand_composites=True))
 
-        if spec not in self._functions:
-            self._functions[spec] = tf.function(run, autograph=False)
-        return self._functions[spec]
+        return tf.function(run, autograph=False)
 
 
 def function_of_workers(

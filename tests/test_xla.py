@@ -78,13 +78,13 @@ def test_what_is_compiled(network, mode, passes):
     """Forward and backward alone where a condition, convolutions in a loop or dense gradients of tables would cost."""
     model = make(network, mode)
     compiled = []
-    original = model.optimizer.accumulator._prepare
+    original = model.optimizer.accumulator._prepare_slice
 
     def spy(*arguments):
         compiled.append(control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
         return original(*arguments)
 
-    model.optimizer.accumulator._prepare = spy
+    model.optimizer.accumulator._prepare_slice = spy
     if network not in (dense, convolutional):
         model.fit(np.zeros((32, 12)), np.zeros((32, 3)), batch_size=32, verbose=0)
     else:
