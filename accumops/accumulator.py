@@ -31,6 +31,7 @@ from tensorflow.python.ops import control_flow_util
 
 from accumops import distribution, ops
 from accumops.arguments import Schedule, as_weight, check_accum_steps, check_bool, check_variables, is_variable, name_of
+from accumops.recording import Recording
 from accumops.window import CountedMicroBatch, MicroBatch, Window
 
 
@@ -336,7 +337,7 @@ class GradientAccumulator(tf.Module):
         return MicroBatch(gradients, present, self._choose_tracking(gradients), weight, starts)
 
     def _add(self, batch: CountedMicroBatch) -> None:
-        with _Recording() as accumulation:
+        with Recording() as accumulation:
             self._add_slice(batch)
         # Counted when it is done: a micro-batch that fails is none.
         with tf.control_dependencies(accumulation.operations):
@@ -346,7 +347,7 @@ class GradientAccumulator(tf.Module):
 
     def _add_slice(self, batch: MicroBatch) -> None:
         """Adds a micro-batch that is not counted by itself: `_count` does it for all of a window."""
-        with _Recording() as accumulation:
+        with Recording() as accumulation:
             if self.strategy is None:
                 self._sum(batch, range(len(self._accumulators)))
             else:
@@ -468,8 +469,10 @@ class GradientAccumulator(tf.Module):
             with tf.device(self._step.value.device):
                 checks.append(tf.debugging.assert_positive(self.step, message=empty))
         with tf.control_dependencies([check for check in checks if check is not None]):
-            yield Window(self._held(), tf.convert_to_tensor(self._weight), self._rows_of)
-            self._finish()
+            with Recording() as update:
+                yield Window(self._held(), tf.convert_to_tensor(self._weight), self._rows_of)
+            with tf.control_dependencies(update.effects):
+                self._finish()
 
     @contextlib.contextmanager
     def _ending_across(self, strategy: tf.distribute.Strategy) -> Iterator[list[Window]]:
@@ -491,12 +494,14 @@ class GradientAccumulator(tf.Module):
     def _ending_with(self, batch: CountedMicroBatch) -> Iterator[Window]:
         """The window with a last micro-batch, whose dense gradients are not added to the accumulators first."""
         latest = {i: batch.gradients[i] for i in batch.present if not isinstance(batch.gradients[i], tf.IndexedSlices)}
-        with _Recording() as accumulation:
+        with Recording() as accumulation:
             self._sum(batch, (i for i in range(len(self._accumulators)) if i not in latest))
         with tf.control_dependencies(accumulation.operations):
             self._connect(batch.present)
-            yield Window(self._held(), batch.total, self._rows_of, latest, batch.weight, batch.starts)
-            self._finish()
+            with Recording() as update:
+                yield Window(self._held(), batch.total, self._rows_of, latest, batch.weight, batch.starts)
+            with tf.control_dependencies(update.effects):
+                self._finish()
 
     def _held(self) -> list[keras.Variable | None]:
         """The accumulators of the variables that have a gradient in this window."""
@@ -642,22 +647,6 @@ def register_member(variable: keras.Variable, member: WindowMember) -> None:
 
 def _member_of(variable: tf.Variable | keras.Variable) -> WindowMember | None:
     return _MEMBERS.get(id(variable))
-
-
-class _Recording:
-    """The operations that a block adds to the graph that is being traced; none when executing eagerly."""
-
-    def __init__(self) -> None:
-        self.operations: list[tf.Operation] = []
-
-    def __enter__(self) -> "_Recording":
-        self._graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-        self._before = 0 if self._graph is None else len(self._graph.get_operations())
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._graph is not None:
-            self.operations = self._graph.get_operations()[self._before :]
 
 
 # How each replica of a mirroring strategy has its own.

@@ -5,6 +5,7 @@ The wrapped optimizer's `apply` still runs: moving averages, constraints, the co
 variables: division by the weight, unscaling, clipping, weight decay and step, in the optimizer's own variables.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ import tensorflow as tf
 from accumops import ops
 from accumops.ops import library
 from accumops.overriding import overriding
+from accumops.recording import Recording
 from accumops.window import Window
 
 
@@ -189,14 +191,19 @@ def _apply_to(
 
     places = {optimizer._var_key(variable): i for i, variable in enumerate(variables)}
 
+    after_update = contextlib.ExitStack()
+
     def update(unused: Any, updated: Sequence[keras.Variable], learning_rate: tf.Tensor) -> None:
         indices = [places[optimizer._var_key(variable)] for variable in updated]
-        for window, scales in zip(windows, all_scales, strict=True):
-            for folded in (True, False):
-                chosen = [i for i in indices if (i in window.latest) == folded]
-                if chosen:
-                    with window.place(variables[0]):
-                        _update(optimizer, window, variables, chosen, scales, learning_rate, lazy and not folded)
+        with Recording() as recording:
+            for window, scales in zip(windows, all_scales, strict=True):
+                for folded in (True, False):
+                    chosen = [i for i in indices if (i in window.latest) == folded]
+                    if chosen:
+                        with window.place(variables[0]):
+                            _update(optimizer, window, variables, chosen, scales, learning_rate, lazy and not folded)
+        # What the optimizer does next, such as to count the update, waits for it: one that fails is none.
+        after_update.enter_context(tf.control_dependencies(recording.effects))
 
     all_scales = []
     for window, squares in zip(windows, norms, strict=True):
@@ -205,13 +212,14 @@ def _apply_to(
 
     # Stands for a gradient; nobody looks at it.
     some = tf.constant(0.0)
-    with overriding(
+    own = overriding(
         optimizer,
         loss_scale_factor=None,
         _clip_gradients=lambda gradients: gradients,
         _apply_weight_decay=lambda decaying: None,
         _backend_update_step=update,
-    ):
+    )
+    with own, after_update:
         type(optimizer).apply(
             optimizer,
             [None if windows[0].accumulators[i] is None else some for i in positions],

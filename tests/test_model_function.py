@@ -1,5 +1,7 @@
 """The functions that a model's steps run: whatever happens between steps, they do what one function would."""
 
+import gc
+
 import keras
 import numpy as np
 import pytest
@@ -148,6 +150,119 @@ def test_an_error_in_a_step_leaves_the_window(rng):
     assert (int(trained.optimizer.accumulator.step), int(trained.optimizer.iterations)) == (0, 2)
     with pytest.raises(StopIteration):
         function(iter(tf.data.Dataset.from_tensor_slices((x[:0], y[:0])).batch(8)))
+
+
+def test_an_error_in_the_step_that_ends_a_window(rng):
+    """It is the user's, and not taken for the check that the window ends."""
+    trained = GradientAccumulateModel(keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)]), accum_steps=2)
+    trained.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=False)
+    x, y = batches(rng)[0], np.zeros(96, "int64")
+    function = trained.make_train_function(force=True)
+    good = iter(tf.data.Dataset.from_tensor_slices((x, y)).batch(8).repeat())
+    bad = iter(tf.data.Dataset.from_tensor_slices((x, y + 5)).batch(8).repeat())
+    for _ in range(5):
+        function(good)
+    before = trained.get_weights()
+    with pytest.raises(tf.errors.InvalidArgumentError, match="valid range"):
+        function(bad)
+    assert (int(trained.optimizer.accumulator.step), int(trained.optimizer.iterations)) == (1, 2)
+    for a, b in zip(trained.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+    function(good)
+    assert (int(trained.optimizer.accumulator.step), int(trained.optimizer.iterations)) == (0, 3)
+
+
+def test_a_window_that_does_not_end_after_all_loses_no_data(rng):
+    """Another number of micro-batches, set where the next step would have ended the window: each batch counts once."""
+    x, y = batches(rng, count=6)
+    trained = model(accum_steps=3)
+    seen = []
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
+    data = data.map(lambda x, y: tf.py_function(lambda x, y: seen.append(1) or (x, y), [x, y], [tf.float32] * 2))
+    data = data.map(lambda x, y: (tf.ensure_shape(x, [None, 6]), tf.ensure_shape(y, [None, 2])))
+    function = trained.make_train_function(force=True)
+    iterator = iter(data)
+    for _ in range(2):
+        function(iterator)
+    trained.optimizer.accumulator.reset()  # the function knows nothing of it
+    for _ in range(3):
+        function(iterator)
+    assert (int(trained.optimizer.accumulator.step), int(trained.optimizer.iterations)) == (0, 1)
+    function(iterator)
+    with pytest.raises(StopIteration):
+        function(iterator)
+    assert len(seen) == 6
+
+
+def test_functions_that_run_eagerly(rng):
+    x, y = batches(rng)
+    graph, eager = model(), model()
+    graph.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+    tf.config.run_functions_eagerly(True)
+    try:
+        eager.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+    finally:
+        tf.config.run_functions_eagerly(False)
+    for a, b in zip(graph.get_weights(), eager.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_data_is_not_kept(rng):
+    """What an epoch's iterator holds goes with it."""
+    x, y = batches(rng)
+    trained = model()
+    ended = []
+
+    def samples():
+        try:
+            for i in range(1000):
+                yield x[i % 96], y[i % 96]
+        finally:
+            ended.append(1)
+
+    signature = (tf.TensorSpec([6]), tf.TensorSpec([2]))
+    data = tf.data.Dataset.from_generator(samples, output_signature=signature).batch(8)
+    function = trained.make_train_function(force=True)
+    iterator = iter(data)
+    for _ in range(5):
+        function(iterator)
+    assert not ended
+    del iterator
+    gc.collect()
+    assert ended
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_features_of_all_kinds(rng, drop):
+    """Strings, ragged tensors and what a dataset leaves out, through the one operation that waits for data."""
+    x, y = batches(rng, count=4)
+    features = {
+        "numbers": x,
+        "words": np.array(["a", "b", "c", "d"] * 8)[:, None],
+        "bags": tf.RaggedTensor.from_row_lengths(tf.range(32 * 3) % 7, [3] * 32),
+    }
+    data = tf.data.Dataset.from_tensor_slices((features, y, None)).batch(8, drop_remainder=drop)
+
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.lookup = keras.layers.StringLookup(vocabulary=["a", "b", "c"], output_mode="one_hot")
+            self.dense = keras.layers.Dense(2)
+
+        def call(self, inputs):
+            bags = tf.cast(tf.reduce_sum(inputs["bags"], axis=1), tf.float32)[:, tf.newaxis]
+            words = tf.ensure_shape(tf.cast(self.lookup(inputs["words"]), tf.float32), [None, 4])
+            return self.dense(tf.concat([inputs["numbers"], words, bags], axis=1))
+
+    results = []
+    for eager in (False, True):
+        keras.utils.set_random_seed(1)
+        trained = GradientAccumulateModel(Net(), accum_steps=2)
+        trained.compile(keras.optimizers.SGD(0.01), "mse", run_eagerly=eager, jit_compile=False)
+        trained.fit(data, epochs=2, verbose=0)
+        results.append(trained.get_weights())
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_where_keras_function_stays(monkeypatch):

@@ -1,0 +1,87 @@
+"""Slices of a batch, run one after another."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from accumops.slicing import fold_slices
+
+SIZE = 4
+
+
+def expected(x):
+    """What `summed` comes to: the sum of all slices' means, weighted by their order, and how many were the first."""
+    parts = [x[i : i + SIZE] for i in range(0, len(x), SIZE)]
+    total = 0.0
+    for part in parts:
+        total = total / 2 + part.mean()
+    return len(parts), total, 1.0
+
+
+def summed(x, known, **options):
+    """Depends on the order of the slices, on what each holds and on who is told to be the first."""
+
+    def run(data, first, carried):
+        total, firsts = carried
+        part, nothing = data["x"]
+        assert nothing is None
+        return [total / 2 + tf.reduce_mean(part), firsts + tf.cast(first, tf.float32)]
+
+    def whole(x):
+        slices, (total, firsts) = fold_slices({"x": (x, None)}, SIZE, run, [tf.constant(0.0)] * 2, **options)
+        return tf.convert_to_tensor(slices), total, firsts
+
+    signature = [tf.TensorSpec([len(x) if known else None, 3])]
+    return whole, signature
+
+
+@pytest.mark.parametrize("samples", [1, 3, 4, 5, 8, 11, 12, 24, 27])
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize("way", ["eager", "graph", "xla"])
+def test_each_slice_once_in_order(rng, samples, known, at_once, way):
+    x = rng.standard_normal((samples, 3)).astype("float32")
+    function, signature = summed(x, known, static_sizes=way == "xla", at_once=at_once)
+    if way != "eager":
+        function = tf.function(function, input_signature=signature, jit_compile=way == "xla", autograph=False)
+    np.testing.assert_allclose([each.numpy() for each in function(tf.constant(x))], expected(x), rtol=1e-5)
+
+
+def test_sizes_are_known_to_the_graph_where_slices_are_of_one_size():
+    """Layers then need no operations to find out about shapes."""
+    seen = []
+
+    def run(part, first, carried):
+        seen.append(part.shape[0])
+        return carried
+
+    def whole(x):
+        return fold_slices(x, SIZE, run, [tf.constant(0.0)], static_sizes=False)[1]
+
+    for rows in (12, 13, None):
+        tf.function(whole, autograph=False).get_concrete_function(tf.TensorSpec([rows, 3]))
+    assert seen == [SIZE, None, None]
+
+
+def test_a_batch_without_samples():
+    def run(part, first, carried):
+        return [carried[0] + tf.cast(tf.shape(part)[0] + 1, tf.float32)]
+
+    def whole(x, empty):
+        return fold_slices(x, SIZE, run, [tf.constant(0.0)], static_sizes=False, empty=empty)
+
+    nothing = tf.zeros([0, 3])
+    with pytest.raises(ValueError, match="without samples"):
+        whole(nothing, False)
+    function = tf.function(lambda x: whole(x, False), input_signature=[tf.TensorSpec([None, 3])])
+    with pytest.raises(tf.errors.InvalidArgumentError, match="without samples"):
+        function(nothing)
+    function = tf.function(lambda x: whole(x, True), input_signature=[tf.TensorSpec([None, 3])])
+    slices, (total,) = function(nothing)
+    assert (int(slices), float(total)) == (1, 1.0)
+
+
+def test_what_cannot_be_split():
+    sparse = tf.sparse.from_dense(tf.eye(4))
+    with pytest.raises(ValueError, match="use `accum_steps`"):
+        fold_slices(sparse, SIZE, lambda *arguments: [], [], static_sizes=False)
