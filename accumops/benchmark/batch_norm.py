@@ -20,6 +20,7 @@ from accumops.replace import replace_batchnorm_layers
 
 ROUNDS = 30
 WARMUP = 3
+LAYER_WARMUP = 100  # by then TensorFlow knows which operations are quick, see Problem.warmup
 SHAPES = ((32, 56, 56, 64), (16, 32, 32, 32), (8, 7, 7, 2048), (4096, 512))
 DTYPES = ("float32", "bfloat16")
 STEPS, MICRO = 4, 16
@@ -29,7 +30,7 @@ _BANDWIDTH_SAMPLES = 5  # before each layer
 
 def turns(rounds: int) -> int:
     """How often `run` calls `progress`."""
-    return (len(SHAPES) * len(DTYPES) + 1) * (1 + WARMUP + rounds)
+    return len(SHAPES) * len(DTYPES) * (1 + LAYER_WARMUP + rounds) + 1 + WARMUP + rounds
 
 
 def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
@@ -44,7 +45,7 @@ def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
         rounds: Timed runs of each contender.
         progress: Called after each round.
     """
-    measure = functools.partial(time_contenders, device=device, rounds=rounds, warmup=WARMUP, progress=progress)
+    measure = functools.partial(time_contenders, device=device, rounds=rounds, progress=progress)
     bandwidth = Bandwidth(device)
     rows: list[Row] = []
     for shape in SHAPES:
@@ -53,9 +54,9 @@ def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
                 bandwidth.sample()
             size = _PASSES * math.prod(shape) * dtype.size
             case = f"{shape} {dtype.name}"
-            layers = measure(case, _layers(shape, dtype, size))
+            layers = measure(case, _layers(shape, dtype, size), warmup=LAYER_WARMUP)
             rows += [*bandwidth.limits(case, size), *layers]
-    rows += measure(f"window of {STEPS} x {MICRO}", _windows(device))
+    rows += measure(f"window of {STEPS} x {MICRO}", _windows(device), warmup=WARMUP)
     return Result(
         "batch normalization: forward and backward, and a window of a network with six of them",
         tuple(rows),

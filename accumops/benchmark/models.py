@@ -25,6 +25,9 @@ class Problem:
     """Whether an embedding is most of the model, so that updates of touched rows only are worth measuring."""
     windows: int = 1
     """How many windows to time at once: where one takes a millisecond, caches are not yet its own."""
+    warmup: int = 3
+    """Rounds before those that are timed: until TensorFlow has run each operation about a hundred times it takes it for
+    a slow one, and hands it to another thread, which is felt where steps are short."""
 
     def data(self, samples: int) -> tuple[tf.Tensor, tf.Tensor]:
         """The same random samples and labels each time."""
@@ -106,11 +109,18 @@ def transformer(vocabulary: int, width: int, tokens: int, heads: int, blocks: in
 PROBLEMS = {
     problem.name: problem
     for problem in (
-        Problem("MLP 64x2", perceptron(64, 2), (64,), windows=10),
-        Problem("MLP 128x60", perceptron(128, 60), (128,), windows=2),
+        Problem("MLP 64x2", perceptron(64, 2), (64,), windows=10, warmup=10),
+        Problem("MLP 128x60", perceptron(128, 60), (128,), windows=2, warmup=50),
         Problem("MLP 2048x4", perceptron(2048, 4), (2048,)),
         Problem("convolutional network", convolutional_network, (32, 32, 3)),
-        Problem("embedding 200,000x64", bag_of_words(200_000, 64, 32), (32,), vocabulary=200_000, large_table=True),
+        Problem(
+            "embedding 200,000x64",
+            bag_of_words(200_000, 64, 32),
+            (32,),
+            vocabulary=200_000,
+            large_table=True,
+            warmup=30,
+        ),
         Problem("transformer", transformer(5_000, 128, 64, 4, 2), (64,), vocabulary=5_000),
     )
 }

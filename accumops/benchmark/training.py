@@ -27,7 +27,8 @@ def train_steps(model: Any, x: tf.Tensor, y: tf.Tensor, batch_size: int) -> Call
     """Runs the steps of a compiled model that take it once through the data, as `fit` does, without its callbacks."""
     model.make_train_function()
     with tf.device("CPU:0"):  # where datasets are, whatever device the steps run on
-        batches = iter(tf.data.Dataset.from_tensor_slices((x, y)).batch(batch_size).cache().repeat())
+        data = tf.data.Dataset.from_tensor_slices((x, y)).batch(batch_size, drop_remainder=True)
+        batches = iter(data.cache().repeat())
     steps = len(x) // batch_size
 
     def window() -> None:

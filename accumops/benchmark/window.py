@@ -19,7 +19,6 @@ from accumops.optimizer import GradientAccumulateOptimizer
 from accumops.verification import backend
 
 ROUNDS = 30
-WARMUP = 3
 STEPS, MICRO = 4, 16
 MODELS = tuple(PROBLEMS)
 FLOOR = "forward and backward"
@@ -28,7 +27,7 @@ _BANDWIDTH_SAMPLES = 5  # before each model
 
 def turns(rounds: int) -> int:
     """How often `run` calls `progress`."""
-    return len(MODELS) * (1 + WARMUP + rounds)
+    return sum(1 + PROBLEMS[name].warmup + rounds for name in MODELS)
 
 
 def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
@@ -53,7 +52,9 @@ def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
             if missing is None:
                 legacy_process = legacy.contenders(problem, device=device, steps=STEPS, micro_batch=MICRO)
                 own += processes.enter_context(legacy_process)
-            timed = time_contenders(problem.name, own, device=device, rounds=rounds, warmup=WARMUP, progress=progress)
+            timed = time_contenders(
+                problem.name, own, device=device, rounds=rounds, warmup=problem.warmup, progress=progress
+            )
         floor = next(row.milliseconds for row in timed if row.floor)
         if floor is not None:
             limit = floor + 1e3 * bytes_to_move(problem) / bandwidth.best
@@ -61,6 +62,7 @@ def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
         rows += timed
     footnotes = (
         "The floor is called once a micro-batch, as most contenders are; micro_batch_size is called once a window.",
+        "Datasets have batches of one size, which the functions know, as the floor's does (drop_remainder=True).",
         f"The memory's limit is that of moving what accumulation and Adam have to, at {bandwidth.best / 1e9:.1f} GB/s.",
         "GradientAccumulator runs on Keras 2 and its layers, in a process of its own, which takes turns with this one."
         if missing is None

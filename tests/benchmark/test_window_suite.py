@@ -169,10 +169,9 @@ def stand_ins(monkeypatch):
 
 @pytest.mark.usefixtures("stand_ins")
 def test_gradient_accumulator(monkeypatch):
-    monkeypatch.setitem(models.PROBLEMS, SMALL.name, dataclasses.replace(SMALL, windows=2))
+    monkeypatch.setitem(models.PROBLEMS, SMALL.name, dataclasses.replace(SMALL, windows=2, warmup=0))
     monkeypatch.setattr(window, "MODELS", (SMALL.name,))
     monkeypatch.setattr(window, "MICRO", 2)
-    monkeypatch.setattr(window, "WARMUP", 0)
     monkeypatch.setattr(bandwidth, "_ARRAY_BYTES", 1 << 20)
     turns = []
     result = window.run(device="CPU", rounds=2, progress=lambda: turns.append(1))

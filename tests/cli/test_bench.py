@@ -78,16 +78,17 @@ def small(monkeypatch):
     monkeypatch.setattr(bandwidth, "_ARRAY_BYTES", 1 << 20)
     for suite in (accumulate, update):
         monkeypatch.setattr(suite, "resnet50_shapes", lambda: [(300, 7), (5,), (64, 64)])
-    for suite in (accumulate, update, batch_norm, window):
+    for suite in (accumulate, update, batch_norm):
         monkeypatch.setattr(suite, "WARMUP", 1)
+    monkeypatch.setattr(batch_norm, "LAYER_WARMUP", 1)
     for suite in (batch_norm, window):
         monkeypatch.setattr(suite, "MICRO", 2)
     monkeypatch.setattr(batch_norm, "SHAPES", ((2, 4, 4, 3), (8, 5)))
     monkeypatch.setattr(batch_norm, "convolutional_network", small_network)
     monkeypatch.setattr(window.legacy, "missing_package", lambda: "gradient_accumulator")
     problems = (
-        models.Problem("small MLP", models.perceptron(5, 2), (5,), windows=2),
-        models.Problem("small table", models.bag_of_words(7, 3, 4), (4,), vocabulary=7, large_table=True),
+        models.Problem("small MLP", models.perceptron(5, 2), (5,), windows=2, warmup=1),
+        models.Problem("small table", models.bag_of_words(7, 3, 4), (4,), vocabulary=7, large_table=True, warmup=1),
     )
     for problem in problems:
         monkeypatch.setitem(models.PROBLEMS, problem.name, problem)
