@@ -109,7 +109,7 @@ class _FunctionOfIterators:
             return call()
         spec, parts = tf.type_spec_from_value(iterator), tf.nest.flatten(iterator, expand_composites=True)
         if spec not in self._functions:
-            self._functions[spec] = self._function_of(spec)
+            self._functions[spec] = tf.function(functools.partial(self._run_parts, spec), autograph=False)
             return self._functions[spec](*parts)  # it may make variables
         concrete = self._functions[spec].get_concrete_function(*(tf.TensorSpec.from_tensor(part) for part in parts))
         if self._fixed and hasattr(concrete, "_call_flat"):
@@ -119,11 +119,8 @@ class _FunctionOfIterators:
         self._calls[iterator] = call
         return call()
 
-    def _function_of(self, spec: tf.TypeSpec) -> Any:
-        def run(*parts: tf.Tensor) -> Any:
-            return self._run(tf.nest.pack_sequence_as(spec, parts, expand_composites=True))
-
-        return tf.function(run, autograph=False)
+    def _run_parts(self, spec: tf.TypeSpec, *parts: tf.Tensor) -> Any:
+        return self._run(tf.nest.pack_sequence_as(spec, parts, expand_composites=True))
 
 
 def function_of_workers(
@@ -179,7 +176,7 @@ def _together(data: Any) -> tuple[Any, list[tf.Tensor]]:
     tensors = _tensors(data)
     if tf.executing_eagerly():
         return data, tensors
-    with tf.compat.v1.colocate_with(tensors[0].op):  # a dataset's strings are for no GPU
+    with tensors[0].graph.colocate_with(tensors[0].op):  # a dataset's strings are for no GPU
         tensors = tf.raw_ops.IdentityN(input=tensors)
     rest = iter(tensors)
     leaves = [next(rest) if tf.is_tensor(leaf) else leaf for leaf in tf.nest.flatten(data, expand_composites=True)]

@@ -48,7 +48,7 @@ def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
         for _ in range(_BANDWIDTH_SAMPLES):
             bandwidth.sample()
         with contextlib.ExitStack() as processes:
-            own = contenders(problem, device)
+            own = contenders(problem, device, steps=STEPS, micro=MICRO)
             if missing is None:
                 legacy_process = legacy.contenders(problem, device=device, steps=STEPS, micro_batch=MICRO)
                 own += processes.enter_context(legacy_process)
@@ -77,10 +77,17 @@ def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
     )
 
 
-def contenders(problem: Problem, device: str) -> list[Contender]:
-    """What is timed for a problem: each with its own model, of the same weights."""
-    x, y = problem.data(STEPS * MICRO)
-    parts = training.split(x, y, MICRO)
+def contenders(problem: Problem, device: str, *, steps: int, micro: int) -> list[Contender]:
+    """What is timed for a problem: each with its own model, of the same weights.
+
+    Args:
+        problem: What is trained.
+        device: `"CPU"` or `"GPU"`.
+        steps: Micro-batches a window.
+        micro: Samples a micro-batch.
+    """
+    x, y = problem.data(steps * micro)
+    parts = training.split(x, y, micro)
     weights = problem.build(keras).get_weights()
 
     def new_model() -> Any:
@@ -96,23 +103,23 @@ def contenders(problem: Problem, device: str) -> list[Contender]:
         return training.each_micro_batch(step, parts)
 
     def floor_in_one_call() -> Callable[[], object]:
-        return training.forward_and_backward_in_one_call(new_model(), x, y, MICRO)
+        return training.forward_and_backward_in_one_call(new_model(), x, y, micro)
 
     def hand_written() -> Callable[[], object]:
         return training.hand_written(new_model(), adam(), parts)
 
     def built_in(jit_compile: bool) -> Callable[[], object]:
         model = new_model()
-        model.compile(adam(gradient_accumulation_steps=STEPS), training.loss_function(), jit_compile=jit_compile)
-        return training.train_steps(model, x, y, MICRO)
+        model.compile(adam(gradient_accumulation_steps=steps), training.loss_function(), jit_compile=jit_compile)
+        return training.train_steps(model, x, y, micro)
 
     def ours(batch_size: int, jit_compile: bool = False, **arguments: Any) -> Callable[[], object]:
         model = GradientAccumulateModel(new_model(), **arguments)
         model.compile(adam(), training.loss_function(), jit_compile=jit_compile)
         return training.train_steps(model, x, y, batch_size)
 
-    accum_steps = functools.partial(ours, MICRO, accum_steps=STEPS)
-    micro_batch_size = functools.partial(ours, STEPS * MICRO, micro_batch_size=MICRO)
+    accum_steps = functools.partial(ours, micro, accum_steps=steps)
+    micro_batch_size = functools.partial(ours, steps * micro, micro_batch_size=micro)
 
     def reference() -> Callable[[], object]:
         window = accum_steps()
@@ -122,7 +129,7 @@ def contenders(problem: Problem, device: str) -> list[Contender]:
 
     def custom_loop() -> Callable[[], object]:
         model = new_model()
-        optimizer = GradientAccumulateOptimizer(adam(), STEPS)
+        optimizer = GradientAccumulateOptimizer(adam(), steps)
         optimizer.build(model.trainable_variables)
         compute = training.gradients_of(model)
 

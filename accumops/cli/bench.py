@@ -81,7 +81,7 @@ def bench(
         except LibraryError as error:
             click.echo(str(error), err=True)
             context.exit(NOTHING_TO_MEASURE)
-    _print(result)
+    print_result(result)
     if json_file is not None:
         report = {"accumops": facts, "suite": suite, "device": device, "rounds": rounds, "result": result.as_json()}
         write_json(json_file, report)
@@ -89,7 +89,8 @@ def bench(
         draw_bars(result, picture)
 
 
-def _print(result: "Result") -> None:
+def print_result(result: "Result") -> None:
+    """Prints the rows as a table."""
     columns: dict[str, Callable[[Row], str]] = {
         "ms": lambda row: _number(row.milliseconds, ".2f"),
         "peak": lambda row: "" if row.peak_bytes is None else human_bytes(row.peak_bytes),

@@ -74,15 +74,14 @@ def test_floor_has_the_whole_backward_pass(problem):
     assert all(in_one_call[kernel] >= returned[kernel] for kernel in returned)
 
 
-def test_contenders_train_alike(monkeypatch):
-    monkeypatch.setattr(window, "MICRO", 4)
+def test_contenders_train_alike():
     built = []
 
     def build(library):
         built.append(models.perceptron(5, 2)(library))
         return built[-1]
 
-    contenders = window.contenders(dataclasses.replace(SMALL, build=build), "CPU")
+    contenders = window.contenders(dataclasses.replace(SMALL, build=build), "CPU", steps=4, micro=4)
     initial = built[0].get_weights()
     trained = {}
     for contender in contenders:
@@ -101,18 +100,16 @@ def test_contenders_train_alike(monkeypatch):
 
 
 def test_a_turn_may_be_several_windows(monkeypatch):
-    monkeypatch.setattr(window, "MICRO", 2)
     calls = []
     monkeypatch.setattr(training, "hand_written", lambda *arguments: lambda: calls.append(1))
-    contenders = window.contenders(dataclasses.replace(SMALL, windows=3), "CPU")
+    contenders = window.contenders(dataclasses.replace(SMALL, windows=3), "CPU", steps=4, micro=2)
     [by_hand] = [contender for contender in contenders if contender.name == "written by hand"]
     by_hand.prepare()()
     assert len(calls) == by_hand.times == 3
 
 
-def test_gpu_has_no_assertions(monkeypatch):
-    monkeypatch.setattr(window, "MICRO", 2)
-    names = {contender.name for contender in window.contenders(SMALL, "GPU")}
+def test_gpu_has_no_assertions():
+    names = {contender.name for contender in window.contenders(SMALL, "GPU", steps=4, micro=2)}
     assert window.FLOOR in names
     assert f"{window.FLOOR}, in one call" not in names
 
