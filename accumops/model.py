@@ -376,7 +376,9 @@ class GradientAccumulateModel(keras.Model):
         optimizer = self.optimizer
         if optimizer.accumulator.built:
             optimizer.accumulator.reset()  # what a step that failed may have left open
-        none, losses = tf.zeros([], tf.float32), tf.zeros([], self._loss_tracker.dtype)
+        # The tracker's dtype may be a half precision, in which sums over many slices are far off.
+        wide = "float64" if self._loss_tracker.dtype == "float64" else "float32"
+        none, losses = tf.zeros([], tf.float32), tf.zeros([], wide)
         slices, (total, losses, seen) = fold_slices(
             data,
             size,
@@ -386,10 +388,11 @@ class GradientAccumulateModel(keras.Model):
             at_once=self.parallel_micro_batches,
             empty=self._mirroring is not None,
         )
-        if optimizer.accumulator.built:
+        if optimizer.accumulator.built and self.trainable_variables:
             optimizer.accumulator._count(slices, total)
             optimizer.close()
-        self._loss_tracker.update_state(tf.math.divide_no_nan(losses, seen), sample_weight=seen)
+        mean = tf.cast(tf.math.divide_no_nan(losses, seen), self._loss_tracker.dtype)
+        self._loss_tracker.update_state(mean, sample_weight=seen)
 
     def _train_on_slice(self, data: Any, first: tf.Tensor | bool, carried: Carried) -> Carried:
         total, losses, seen = carried

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Logs = dict[str, Any]
 
 _ITERATORS = (tf.data.Iterator, tf.distribute.DistributedIterator)
+_NOT_THE_END = "The window does not end with this step."
 
 
 def train_function(
@@ -41,7 +42,7 @@ def train_function(
         checks = []
         if ends:
             last = tf.less_equal(accumulator.remaining, 1)
-            checks.append(tf.raw_ops.Assert(condition=last, data=["The window does not end with this step."]))
+            checks.append(tf.raw_ops.Assert(condition=last, data=[_NOT_THE_END]))
         with tf.control_dependencies(checks):
             data = iterator.get_next()
         data, tensors = (data, _tensors(data)) if strategy is not None else _together(data)
@@ -68,13 +69,16 @@ def train_function(
             known = None if model.micro_batch_size is not None else accumulator.missing()
         ends = None if known is None else known <= 1
         try:
-            logs, remaining = functions[ends](iterator)
+            try:
+                logs, remaining = functions[ends](iterator)
+            except tf.errors.InvalidArgumentError as error:
+                if not ends or _NOT_THE_END not in str(error):
+                    raise
+                # Nothing has run, and no data is lost.
+                ends = False if (accumulator.missing() or 0) > 1 else None
+                logs, remaining = functions[ends](iterator)
         except tf.errors.OutOfRangeError as error:
             raise StopIteration from error
-        except tf.errors.InvalidArgumentError:
-            if not ends or accumulator.missing() in (0, 1):
-                raise
-            return function(iterator)  # nothing has run, and no data is lost
         if ends:
             missing = accumulator.accum_steps
         elif remaining:
@@ -97,7 +101,7 @@ class _FunctionOfIterators:
     def __init__(self, run: Callable[[Any], Any], *, fixed: bool) -> None:
         self._run = run
         self._fixed = fixed  # whether what the function captures stays the same, as without a strategy
-        self._functions: dict[tf.TypeSpec, Any] = {}
+        self._function: Any = None
         # Weak, as an iterator keeps its dataset alive.
         self._calls: weakref.WeakKeyDictionary[Any, Callable[[], Any]] = weakref.WeakKeyDictionary()
 
@@ -107,20 +111,17 @@ class _FunctionOfIterators:
         call = self._calls.get(iterator)
         if call is not None:
             return call()
-        spec, parts = tf.type_spec_from_value(iterator), tf.nest.flatten(iterator, expand_composites=True)
-        if spec not in self._functions:
-            self._functions[spec] = tf.function(functools.partial(self._run_parts, spec), autograph=False)
-            return self._functions[spec](*parts)  # it may make variables
-        concrete = self._functions[spec].get_concrete_function(*(tf.TensorSpec.from_tensor(part) for part in parts))
-        if self._fixed and hasattr(concrete, "_call_flat"):
-            call = functools.partial(concrete._call_flat, parts, list(concrete.captured_inputs))
-        else:
-            call = functools.partial(concrete, *parts)
-        self._calls[iterator] = call
+        first = self._function is None
+        if first:
+            self._function = tf.function(self._run, reduce_retracing=True, autograph=False)
+        if first or not self._fixed:  # it may make variables
+            return self._function(iterator)
+        concrete = self._function.get_concrete_function(iterator)
+        if not hasattr(concrete, "_call_flat"):
+            return concrete(iterator)
+        parts = tf.nest.flatten(iterator, expand_composites=True)
+        call = self._calls[iterator] = functools.partial(concrete._call_flat, parts, list(concrete.captured_inputs))
         return call()
-
-    def _run_parts(self, spec: tf.TypeSpec, *parts: tf.Tensor) -> Any:
-        return self._run(tf.nest.pack_sequence_as(spec, parts, expand_composites=True))
 
 
 def function_of_workers(
@@ -160,7 +161,13 @@ def function_of_workers(
 def _run(step: Callable[[Any], Logs], strategy: tf.distribute.Strategy | None, data: Any) -> Logs:
     if strategy is None:
         return step(_without_optionals(data))
-    return distribution.run(strategy, lambda share: step(_without_optionals(share)), data)
+
+    def run_share(share: Any) -> Logs:
+        # Dependencies from outside do not hold for what a replica does.
+        with tf.control_dependencies(_tensors(share)):
+            return step(_without_optionals(share))
+
+    return distribution.run(strategy, run_share, data)
 
 
 def _tensors(data: Any) -> list[tf.Tensor]:
