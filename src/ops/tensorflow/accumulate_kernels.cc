@@ -19,7 +19,6 @@ namespace {
 using ::tensorflow::DataType;
 using ::tensorflow::DataTypeString;
 using ::tensorflow::OpInputList;
-using ::tensorflow::OpKernel;
 using ::tensorflow::OpKernelConstruction;
 using ::tensorflow::OpKernelContext;
 using ::tensorflow::Tensor;
@@ -157,9 +156,9 @@ std::vector<AccumulateRowsItem> Inputs::RowsItems() const {
   return items;
 }
 
-class AccumulateOp : public OpKernel {
+class AccumulateOp : public ParallelKernel {
  public:
-  explicit AccumulateOp(OpKernelConstruction* construction) : OpKernel(construction) {
+  explicit AccumulateOp(OpKernelConstruction* construction) : ParallelKernel(construction) {
     int outputs;
     OP_REQUIRES_OK(construction, construction->GetAttr("check_finite", &outputs));
     OP_REQUIRES(construction, outputs <= 1,

@@ -11,7 +11,6 @@ namespace {
 using ::tensorflow::DataType;
 using ::tensorflow::DataTypeString;
 using ::tensorflow::OpInputList;
-using ::tensorflow::OpKernel;
 using ::tensorflow::OpKernelConstruction;
 using ::tensorflow::OpKernelContext;
 using ::tensorflow::Tensor;
@@ -66,9 +65,9 @@ struct Gpu {
 #endif
 
 // Reads the attributes, and what they say about an array.
-class BatchNormOpBase : public OpKernel {
+class BatchNormOpBase : public ParallelKernel {
  public:
-  explicit BatchNormOpBase(OpKernelConstruction* construction) : OpKernel(construction) {
+  explicit BatchNormOpBase(OpKernelConstruction* construction) : ParallelKernel(construction) {
     OP_REQUIRES_OK(construction, construction->GetAttr("axis", &axis_));
     DataType data, statistics;
     OP_REQUIRES_OK(construction, construction->GetAttr("T", &data));

@@ -28,6 +28,14 @@ class PoolExecutor : public Executor {
   tensorflow::thread::ThreadPool* pool_;
 };
 
+// A kernel that shares its work among threads by itself. One that is expensive TensorFlow hands to
+// another thread first, which takes longer to wake than a small layer to compute.
+class ParallelKernel : public tensorflow::OpKernel {
+ public:
+  using OpKernel::OpKernel;
+  bool IsExpensive() override { return false; }
+};
+
 absl::Status CopyOnHost(tensorflow::OpKernelContext* ctx, void* to, const void* from,
                         std::size_t bytes);
 

@@ -13,7 +13,6 @@ namespace {
 using ::tensorflow::DataType;
 using ::tensorflow::DataTypeString;
 using ::tensorflow::OpInputList;
-using ::tensorflow::OpKernel;
 using ::tensorflow::OpKernelConstruction;
 using ::tensorflow::OpKernelContext;
 using ::tensorflow::Tensor;
@@ -47,9 +46,9 @@ absl::Status CheckVariable(const VariableList& variables, std::size_t i, DataTyp
 }
 
 template <typename Launchers>
-class MergeMomentsOp : public OpKernel {
+class MergeMomentsOp : public ParallelKernel {
  public:
-  explicit MergeMomentsOp(OpKernelConstruction* construction) : OpKernel(construction) {
+  explicit MergeMomentsOp(OpKernelConstruction* construction) : ParallelKernel(construction) {
     OP_REQUIRES_OK(construction, attributes_.Read(*construction));
   }
 

@@ -15,7 +15,6 @@ namespace {
 
 using ::tensorflow::DataTypeString;
 using ::tensorflow::OpInputList;
-using ::tensorflow::OpKernel;
 using ::tensorflow::OpKernelConstruction;
 using ::tensorflow::OpKernelContext;
 using ::tensorflow::Tensor;
@@ -202,9 +201,9 @@ UpdateScalars UpdateInputs::Scalars() const {
 }
 
 template <typename Launchers>
-class UpdateOp : public OpKernel {
+class UpdateOp : public ParallelKernel {
  public:
-  explicit UpdateOp(OpKernelConstruction* construction) : OpKernel(construction) {
+  explicit UpdateOp(OpKernelConstruction* construction) : ParallelKernel(construction) {
     OP_REQUIRES_OK(construction, attributes_.Read(*construction));
   }
 
@@ -221,9 +220,9 @@ class UpdateOp : public OpKernel {
 };
 
 template <typename Launchers>
-class SquaredNormsOp : public OpKernel {
+class SquaredNormsOp : public ParallelKernel {
  public:
-  using OpKernel::OpKernel;
+  using ParallelKernel::ParallelKernel;
 
   void Compute(OpKernelContext* ctx) final {
     std::vector<SquaredNormItem> items;
