@@ -473,6 +473,37 @@ def test_nothing_trainable(rng, arguments):
     assert np.isfinite(history["loss"]).all()
 
 
+def test_everything_frozen_without_compiling_again(rng):
+    """What earlier windows have left in the accumulators is not applied."""
+    problem = Problem(rng)
+    model = GradientAccumulateModel(problem.model(), micro_batch_size=16)
+    model.compile(keras.optimizers.SGD(0.1), loss="mse", run_eagerly=True)
+    model.train_on_batch(problem.x[:32], problem.y[:32])
+    for layer in model.model.layers:
+        layer.trainable = False
+    before = model.get_weights()
+    with pytest.warns(UserWarning, match="any trainable weights"):
+        model.train_on_batch(problem.x[:32], problem.y[:32])
+    assert int(model.optimizer.iterations) == 1
+    for after, old in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(after, old)
+
+
+@pytest.mark.parametrize("floatx", ["float16", "bfloat16"])
+def test_the_loss_of_many_slices_where_floats_are_half(floatx):
+    keras.config.set_floatx(floatx)
+    try:
+        inputs = keras.Input((3,))
+        model = GradientAccumulateModel(
+            keras.Model(inputs, keras.layers.Dense(1, kernel_initializer="zeros")(inputs)), micro_batch_size=4
+        )
+        model.compile(keras.optimizers.SGD(0.0), loss="mae")
+        losses = model.fit(np.ones((2000, 3)), np.ones((2000, 1)), batch_size=2000, verbose=0).history["loss"]
+    finally:
+        keras.config.set_floatx("float32")
+    np.testing.assert_allclose([float(each) for each in losses], [1.0], rtol=1e-2)
+
+
 def test_compiled_again_with_its_own_optimizer(rng):
     problem = Problem(rng, samples=64)
     model = GradientAccumulateModel(problem.model(), micro_batch_size=np.int64(16))

@@ -172,6 +172,47 @@ def test_an_error_in_the_step_that_ends_a_window(rng):
     assert (int(trained.optimizer.accumulator.step), int(trained.optimizer.iterations)) == (0, 3)
 
 
+@pytest.mark.parametrize("position", [6, 7])
+def test_an_assertion_of_a_layer_is_raised_wherever_the_window_is(rng, position):
+    """It runs beside the update, which may be made all the same."""
+
+    class Bounded(keras.layers.Layer):
+        def call(self, inputs):
+            tf.debugging.assert_less(tf.reduce_max(inputs), 50.0, message="too large")
+            return inputs
+
+    x, y = batches(rng)
+    x[8 * position] = 100.0
+    trained = GradientAccumulateModel(
+        keras.Sequential([keras.Input((6,)), Bounded(), keras.layers.Dense(2)]), accum_steps=4
+    )
+    trained.compile("sgd", "mse", jit_compile=False)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="too large"):
+        trained.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+
+
+def test_functions_are_for_data_of_all_shapes(rng):
+    """After two sizes there is one for all."""
+    traced = []
+
+    class Counted(keras.layers.Layer):
+        def call(self, inputs):
+            traced.append(inputs.shape)
+            return inputs
+
+    inputs = keras.Input((None, 2))
+    outputs = keras.layers.Dense(1)(keras.layers.GlobalAveragePooling1D()(Counted()(inputs)))
+    trained = GradientAccumulateModel(keras.Model(inputs, outputs), accum_steps=2)
+    trained.compile("sgd", "mse", jit_compile=False)
+    counts = []
+    for length in range(3, 9):
+        traced.clear()
+        data = tf.data.Dataset.from_tensor_slices((np.ones((12, length, 2), "float32"), np.ones((12, 1), "float32")))
+        trained.fit(data.batch(2), verbose=0)
+        counts.append(len(traced))
+    assert counts[2:] == [0, 0, 0, 0]
+
+
 def test_a_window_that_does_not_end_after_all_loses_no_data(rng):
     """Another number of micro-batches, set where the next step would have ended the window: each batch counts once."""
     x, y = batches(rng, count=6)

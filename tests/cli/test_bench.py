@@ -164,7 +164,7 @@ def test_contender_that_raises_has_a_note(monkeypatch, tmp_path):
         raise ValueError("\nno [steps] today\nand more")
 
     made = [Contender("idle", lambda: lambda: None, floor=True), Contender("busy", refuses)]
-    monkeypatch.setattr(window, "contenders", lambda problem, device: made)
+    monkeypatch.setattr(window, "contenders", lambda problem, device, steps, micro: made)
     numbers, picture = tmp_path / "results.json", tmp_path / "results.svg"
     result = invoke("window", "--rounds", 2, "--json", numbers, "--plot", picture)
     assert result.exit_code == 0, result.output

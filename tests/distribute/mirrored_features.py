@@ -106,6 +106,26 @@ def test_a_first_batch_that_one_replica_has_nothing_of():
         assert largest_difference(inner, plain) <= 1e-6
 
 
+def test_epochs_that_end_one_micro_batch_before_their_window():
+    """The function that would have ended it does nothing, on replicas as well: metrics and random numbers included."""
+    x, y, _ = (each[: 7 * MICRO] for each in data())
+    histories = []
+    for strategy in (tf.distribute.get_strategy(), mirrored(1), mirrored(2)):
+        with strategy.scope():
+            keras.utils.set_random_seed(0)
+            inner = keras.Sequential(
+                [keras.Input(x.shape[1:]), keras.layers.Dropout(0.0, seed=1), keras.layers.Dense(1)]
+            )
+            model = accumops.GradientAccumulateModel(inner, accum_steps=4)
+            model.compile("sgd", loss="mse", metrics=["mae"])
+        callbacks = [accumops.EffectiveBatchSize()]
+        logs = model.fit(x, y, batch_size=MICRO, epochs=3, shuffle=False, verbose=0, callbacks=callbacks).history
+        histories.append(logs)
+    for logs in histories[1:]:
+        for name, values in histories[0].items():
+            np.testing.assert_allclose(logs[name], values, rtol=1e-5)
+
+
 def test_a_metric_whose_result_is_its_variable():
     class Last(keras.metrics.Metric):
         def __init__(self):

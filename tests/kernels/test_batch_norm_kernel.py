@@ -40,6 +40,9 @@ LAYOUTS = [
     Layout((2049, 100)),
     Layout((128, 1001)),
     Layout((131, 1024)),
+    Layout((40, 1536)),
+    Layout((130, 2048), mask=0.6),
+    Layout((700, 1024)),
     Layout((513, 513), mask=0.3),
     Layout((129, 515), mask=0.0),
     Layout((65, 8), mask=1.0),
@@ -211,6 +214,7 @@ def test_views_at_any_offset_leave_their_neighbours_alone(device, dtype):
 
 
 DETERMINED = [Layout((4097, 64), mask=0.7), Layout((2049, 100)), Layout((4097, 3)), Layout((9, 40, 7, 7), 1)]
+DETERMINED += [Layout((40, 1536)), Layout((130, 2048), mask=0.6)]  # which as many threads go through in panels
 
 
 @pytest.mark.parametrize("dtype", TYPES)

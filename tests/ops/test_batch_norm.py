@@ -495,7 +495,7 @@ THREADS = """
 
     set_backend("fused")
     digest = 0
-    for shape, axis in [((40_000, 64), 1), ((70_001, 17), 1), ((8, 33, 5000), 1), ((1_000_003, 1), 1)]:
+    for shape, axis in [((40_000, 64), 1), ((40, 2048), 1), ((70_001, 17), 1), ((8, 33, 5000), 1), ((1_000_003, 1), 1)]:
         rng = np.random.default_rng(5)
         x = tf.constant(rng.normal(3, 1, shape), tf.float32)
         dy = tf.constant(rng.normal(0, 1, shape), tf.float32)

@@ -20,6 +20,9 @@ constexpr std::int64_t kRows = 128;
 // Few channels are folded: several rows become one of at least so many columns.
 constexpr std::int64_t kFoldedColumns = 64;
 constexpr std::int64_t kLanes = 16;
+// Where all rows of a tile's columns, a panel, are no more of x than this, they stay in a core's
+// own cache from the sums to the results.
+constexpr std::int64_t kPanelBytes = 2 << 20;
 // Above this, results bypass the caches: they would evict what they are made from.
 constexpr std::int64_t kStreamingBytes = 16 << 20;
 constexpr std::uintptr_t kCacheLine = 64;
@@ -91,6 +94,34 @@ Tile TileAt(const Layout& layout, std::int64_t index) {
   const std::int64_t column = index % layout.column_tiles() * layout.tile_columns;
   return {row, std::min(layout.tile_rows, layout.rows - row), column,
           std::min(layout.tile_columns, layout.width() - column), row_tile};
+}
+
+// Columns of a panel, of which each thread has as many, or 0: where panels would be too long or too
+// narrow to be quicker than all sums and then all results. The values are the same.
+std::int64_t PanelColumns(const Layout& layout, DType dtype, const Executor& executor) {
+  if (layout.channels_first || layout.fold != 1 || layout.rows == 0) return 0;
+  const std::int64_t row_bytes = layout.columns * static_cast<std::int64_t>(SizeOf(dtype));
+  std::int64_t panels = executor.concurrency();
+  while (layout.rows * row_bytes / panels > kPanelBytes) panels *= 2;
+  const std::int64_t columns = layout.columns / panels;
+  return columns >= kTileColumns && layout.columns % panels == 0 ? columns : 0;
+}
+
+// Calls body(first column) for each panel.
+template <typename Body>
+void ForEachPanel(const Layout& layout, std::int64_t columns, Executor& executor,
+                  const Body& body) {
+  ParallelFor(executor, layout.columns / columns, [&](std::int64_t i) { body(i * columns); });
+}
+
+// Calls body(block, offset in values, first row) for the row tiles of a panel.
+template <typename Body>
+void ForEachRowTile(const Layout& layout, std::int64_t column, std::int64_t columns, DType dtype,
+                    const Body& body) {
+  for (std::int64_t row = 0; row < layout.rows; row += layout.tile_rows) {
+    const std::int64_t rows = std::min(layout.tile_rows, layout.rows - row);
+    body(BatchNormBlock{rows, columns, layout.columns, dtype}, row * layout.columns + column, row);
+  }
 }
 
 // Calls body(block, offset in values, channel) for each run of a tile.
@@ -329,6 +360,42 @@ void GradientTiles(const Layout& layout, const BatchNormGradient& args, Factors&
   }
 }
 
+Moments PanelMoments(const Layout& layout, std::int64_t column, std::int64_t columns,
+                     const BatchNormForward& args) {
+  const BatchNormSpanFunctions& functions = CurrentBatchNormSpanFunctions();
+  Moments moments(columns);
+  ForEachRowTile(layout, column, columns, args.dtype,
+                 [&](const BatchNormBlock& block, std::int64_t offset, std::int64_t row) {
+                   Moments tile(columns);
+                   functions.moments(block, At(args.x, offset, SizeOf(args.dtype)),
+                                     args.mask == nullptr ? nullptr : args.mask + row, &tile.count,
+                                     tile.mean.data(), tile.centred.data());
+                   moments.Add(tile.mean.data(), tile.centred.data(), columns, tile.count);
+                 });
+  return moments;
+}
+
+std::vector<GradientSums> PanelGradientSums(const Layout& layout, std::int64_t column,
+                                            std::int64_t columns, const BatchNormGradient& args,
+                                            Factors& factors) {
+  const BatchNormSpanFunctions& functions = CurrentBatchNormSpanFunctions();
+  const std::size_t size = SizeOf(args.dtype);
+  const auto width = static_cast<std::size_t>(columns);
+  std::vector<GradientSums> totals(width);
+  ForEachRowTile(layout, column, columns, args.dtype,
+                 [&](const BatchNormBlock& block, std::int64_t offset, std::int64_t) {
+                   std::vector<double> sums(width), products(width);
+                   functions.gradient_sums(block, At(args.x, offset, size),
+                                           At(args.dy, offset, size), factors.At(column, false),
+                                           sums.data(), products.data());
+                   for (std::size_t c = 0; c < width; ++c) {
+                     totals[c].dy += sums[c];
+                     totals[c].product += products[c];
+                   }
+                 });
+  return totals;
+}
+
 }  // namespace
 
 void BatchNormForwardCpu(const BatchNormForward& args, Executor& executor) {
@@ -339,12 +406,9 @@ void BatchNormForwardCpu(const BatchNormForward& args, Executor& executor) {
   }
   const DType type = StatisticsType(args.dtype);
   const Layout layout = MakeLayout(args.shape, args.dtype, args.mask != nullptr);
-  const Moments moments = FindMoments(layout, args.x, args.mask, args.dtype, executor);
   Factors factors(layout, args.dtype);
-  *args.count = static_cast<std::int64_t>(moments.count);
-  for (std::int64_t c = 0; c < layout.channels; ++c) {
-    const double mean = moments.mean[c];
-    const double variance = moments.count == 0 ? 0 : moments.centred[c] / moments.count;
+  const auto finish = [&](std::int64_t c, double count, double mean, double centred) {
+    const double variance = count == 0 ? 0 : centred / count;
     const double inverse = 1 / std::sqrt(variance + args.epsilon);
     Write(args.statistics.mean, type, c, mean);
     const double rest = mean - Read(args.statistics.mean, type, c);
@@ -355,6 +419,26 @@ void BatchNormForwardCpu(const BatchNormForward& args, Executor& executor) {
     factors.Set(Factors::kShift, c, mean);
     factors.Set(Factors::kScale, c, scale);
     factors.Set(Factors::kOffset, c, Read(args.beta, type, c) - rest * scale);
+  };
+  const std::size_t size = SizeOf(args.dtype);
+  const std::int64_t columns = PanelColumns(layout, args.dtype, executor);
+  if (columns > 0) {
+    ForEachPanel(layout, columns, executor, [&](std::int64_t column) {
+      const Moments moments = PanelMoments(layout, column, columns, args);
+      if (column == 0) *args.count = static_cast<std::int64_t>(moments.count);
+      for (std::int64_t c = 0; c < columns; ++c) {
+        finish(column + c, moments.count, moments.mean[c], moments.centred[c]);
+      }
+      const BatchNormBlock block = {layout.rows, columns, layout.columns, args.dtype};
+      CurrentBatchNormSpanFunctions().normalize(
+          block, At(args.x, column, size), At(args.y, column, size), factors.At(column, false));
+    });
+    return;
+  }
+  const Moments moments = FindMoments(layout, args.x, args.mask, args.dtype, executor);
+  *args.count = static_cast<std::int64_t>(moments.count);
+  for (std::int64_t c = 0; c < layout.channels; ++c) {
+    finish(c, moments.count, moments.mean[c], moments.centred[c]);
   }
   NormalizeTiles(layout, args.x, args.y, args.dtype, factors, executor);
 }
@@ -381,24 +465,38 @@ void BatchNormGradientCpu(const BatchNormGradient& args, Executor& executor) {
   for (std::int64_t c = 0; c < layout.channels; ++c) {
     factors.Set(Factors::kShift, c, Read(args.statistics.mean, type, c));
   }
-  std::vector<GradientSums> sums(static_cast<std::size_t>(layout.channels));
-  if (args.count != nullptr || args.dgamma != nullptr) {
-    sums = FindGradientSums(layout, args, factors, executor);
-  }
-  for (std::int64_t c = 0; c < layout.channels; ++c) {
+  const bool needs_sums = args.count != nullptr || args.dgamma != nullptr;
+  const auto finish = [&](std::int64_t c, const GradientSums& sums) {
     const double rest = Read(args.statistics.rest, type, c);
     const double inverse = Read(args.statistics.inverse, type, c);
-    const double dgamma = (sums[c].product - rest * sums[c].dy) * inverse;
+    const double dgamma = (sums.product - rest * sums.dy) * inverse;
     Write(args.dgamma, type, c, dgamma);
-    Write(args.dbeta, type, c, sums[c].dy);
+    Write(args.dbeta, type, c, sums.dy);
     const double scale = Read(args.gamma, type, c) * inverse;
     factors.Set(Factors::kScale, c, scale);
-    if (args.count == nullptr || *args.count == 0) continue;
+    if (args.count == nullptr || *args.count == 0) return;
     const auto count = static_cast<double>(*args.count);
     const double slope = -scale * inverse * dgamma / count;
     factors.Set(Factors::kSlope, c, slope);
-    factors.Set(Factors::kOffset, c, -scale * sums[c].dy / count - slope * rest);
+    factors.Set(Factors::kOffset, c, -scale * sums.dy / count - slope * rest);
+  };
+  const std::size_t size = SizeOf(args.dtype);
+  const std::int64_t columns = PanelColumns(layout, args.dtype, executor);
+  if (needs_sums && columns > 0) {
+    ForEachPanel(layout, columns, executor, [&](std::int64_t column) {
+      const std::vector<GradientSums> sums =
+          PanelGradientSums(layout, column, columns, args, factors);
+      for (std::int64_t c = 0; c < columns; ++c) finish(column + c, sums[c]);
+      const BatchNormBlock block = {layout.rows, columns, layout.columns, args.dtype};
+      CurrentBatchNormSpanFunctions().gradient(block, At(args.x, column, size),
+                                               At(args.dy, column, size), At(args.dx, column, size),
+                                               args.mask, factors.At(column, false));
+    });
+    return;
   }
+  std::vector<GradientSums> sums(static_cast<std::size_t>(layout.channels));
+  if (needs_sums) sums = FindGradientSums(layout, args, factors, executor);
+  for (std::int64_t c = 0; c < layout.channels; ++c) finish(c, sums[c]);
   GradientTiles(layout, args, factors, executor);
 }
 
