@@ -47,7 +47,7 @@ def fold_slices(
         )
     count = _count(leaves[0], empty)
     known = leaves[0].shape[0]
-    divides = known is not None and known % size == 0
+    divides = bool(known) and known % size == 0
 
     def part(begin: tf.Tensor | int, end: tf.Tensor | int) -> Any:
         return keras.tree.map_structure(lambda leaf: None if leaf is None else leaf[begin:end], data)
@@ -58,6 +58,8 @@ def fold_slices(
         def cut(leaf: tf.Tensor | None) -> tf.Tensor | None:
             if leaf is None:
                 return None
+            if isinstance(leaf, tf.RaggedTensor):
+                return leaf[begin : begin + size]
             rest = leaf.shape.rank - 1
             result = tf.slice(leaf, [begin] + [0] * rest, [size if divides else tf.minimum(size, count)] + [-1] * rest)
             return tf.ensure_shape(result, [size if divides else None, *leaf.shape[1:]])

@@ -81,6 +81,40 @@ def test_a_batch_without_samples():
     assert (int(slices), float(total)) == (1, 1.0)
 
 
+def test_no_samples_where_the_graph_knows():
+    """As a replica's share may be: one slice, without samples."""
+
+    def run(part, first, carried):
+        return [carried[0] + tf.cast(tf.shape(part)[0] + 1, tf.float32)]
+
+    def whole(x):
+        return fold_slices(x, SIZE, run, [tf.constant(0.0)], static_sizes=False, empty=True)[1][0]
+
+    assert float(tf.function(whole, input_signature=[tf.TensorSpec([0, 3])])(tf.zeros([0, 3]))) == 1.0
+
+
+@pytest.mark.parametrize("rows", [8, 10])
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_ragged_tensors(rows, known, at_once):
+    x = tf.RaggedTensor.from_row_lengths(tf.range(2.0 * rows), [1, 3] * (rows // 2))
+    y = tf.range(rows, dtype=tf.float32)
+
+    def run(part, first, carried):
+        x, y = part
+        return [carried[0] / 2 + tf.reduce_sum(x) * tf.reduce_sum(y)]
+
+    def whole(x, y):
+        return fold_slices((x, y), SIZE, run, [tf.constant(0.0)], static_sizes=False, at_once=at_once)[1][0]
+
+    size = rows if known else None
+    signature = [tf.RaggedTensorSpec([size, None], tf.float32), tf.TensorSpec([size])]
+    expected = 0.0
+    for i in range(0, rows, SIZE):
+        expected = expected / 2 + float(tf.reduce_sum(x[i : i + SIZE]) * tf.reduce_sum(y[i : i + SIZE]))
+    np.testing.assert_allclose(tf.function(whole, input_signature=signature)(x, y), expected, rtol=1e-6)
+
+
 def test_what_cannot_be_split():
     sparse = tf.sparse.from_dense(tf.eye(4))
     with pytest.raises(ValueError, match="use `accum_steps`"):

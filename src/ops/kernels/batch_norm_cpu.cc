@@ -20,8 +20,8 @@ constexpr std::int64_t kRows = 128;
 // Few channels are folded: several rows become one of at least so many columns.
 constexpr std::int64_t kFoldedColumns = 64;
 constexpr std::int64_t kLanes = 16;
-// Where all rows of a tile's columns, a panel, are no more of x than this, they stay in a core's
-// own cache from the sums to the results.
+// All rows of some columns, a panel, stay in a core's own cache from the sums to the results where
+// they are no more of x than this.
 constexpr std::int64_t kPanelBytes = 2 << 20;
 // Above this, results bypass the caches: they would evict what they are made from.
 constexpr std::int64_t kStreamingBytes = 16 << 20;
