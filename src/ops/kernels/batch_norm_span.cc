@@ -139,16 +139,36 @@ void FinishStreaming() {
 // The processor's own prefetcher stops at each 4 KiB page; TensorFlow's memory has no larger ones.
 constexpr std::int64_t kAheadBytes = 2048;
 template <typename T>
-void PrefetchLine(const T* p) {
-  __builtin_prefetch(reinterpret_cast<const char*>(p) + kAheadBytes);
-}
+constexpr std::int64_t kAhead = kAheadBytes / static_cast<std::int64_t>(sizeof(T));
 
 // How far ahead is worth fetching down a chunk's columns, in elements: narrow rows are read as one
 // array, of wide ones the same columns some rows later.
 template <typename T>
 std::int64_t RowsAhead(std::int64_t stride) {
   const auto size = static_cast<std::int64_t>(sizeof(T));
-  return stride * size < kAheadBytes ? 4 * stride + kAheadBytes / size : 8 * stride;
+  return 4 * stride + (stride * size < kAheadBytes ? kAhead<T> : 0);
+}
+
+// How the results of a block are made. A block without gaps is gone through as it lies in memory;
+// parts of longer rows from the last row, which is what was read last and is in the cache, to the
+// first, fetching some rows ahead.
+struct Walk {
+  std::int64_t first;  // row
+  std::int64_t step;   // 1 or -1 rows
+  std::int64_t ahead;  // elements
+};
+
+template <typename T>
+Walk WalkThrough(const BatchNormBlock& block) {
+  const auto size = static_cast<std::int64_t>(sizeof(T));
+  if (block.columns == block.stride) return {0, 1, kAhead<T>};
+  const std::int64_t bytes = block.columns * size;
+  return {block.rows - 1, -1, -(kAheadBytes + bytes - 1) / bytes * block.stride};
+}
+
+template <typename T>
+void Prefetch(const T* p, std::int64_t ahead) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead * std::int64_t{sizeof(T)});
 }
 
 // Rows whose sums are kept in the data's precision before they are added up in double, and columns
@@ -181,7 +201,7 @@ void ChunkColumns(const T* x, std::int64_t rows, std::int64_t stride, const bool
     if (mask != nullptr && !mask[r]) continue;
     const T* row = x + r * stride;
     for (std::int64_t k = 0; k < kCount; ++k) {
-      __builtin_prefetch(row + ahead + k * kLanes<T>);
+      Prefetch(row + k * kLanes<T>, ahead);
       sum[k] += Load(row + k * kLanes<T>);
     }
   }
@@ -298,7 +318,7 @@ void UniformMomentsTyped(const BatchNormBlock& block, const T* x, double* count,
     OverRun<T>(
         length,
         [&](std::int64_t i, std::int64_t k) {
-          PrefetchLine(run + i);
+          Prefetch(run + i, kAhead<T>);
           sums[k] += Load(run + i);
         },
         [&](std::int64_t i) { rest += Widen(run[i]); });
@@ -343,12 +363,14 @@ template <bool kUniform, bool kStreaming, typename T>
 void NormalizeTyped(const BatchNormBlock& block, const T* x, T* y,
                     const BatchNormFactors& factors) {
   const Factor<kUniform, T> shift(factors.shift), scale(factors.scale), offset(factors.offset);
-  for (std::int64_t r = 0; r < block.rows; ++r) {
+  const Walk walk = WalkThrough<T>(block);
+  for (std::int64_t i = 0; i < block.rows; ++i) {
+    const std::int64_t r = walk.first + i * walk.step;
     const T* from = x + r * block.stride;
     T* to = y + r * block.stride;
     std::int64_t c = 0;
     for (; c + kLanes<T> <= block.columns; c += kLanes<T>) {
-      PrefetchLine(from + c);
+      Prefetch(from + c, walk.ahead);
       Store<kStreaming>(to + c, (Load(from + c) - shift.At(c)) * scale.At(c) + offset.At(c));
     }
     for (; c < block.columns; ++c) {
@@ -369,8 +391,8 @@ void ChunkGradientColumns(const T* x, const T* dy, std::int64_t rows, std::int64
   for (std::int64_t r = 0; r < rows; ++r) {
     for (std::int64_t k = 0; k < kCount; ++k) {
       const std::int64_t i = r * stride + k * kLanes<T>;
-      __builtin_prefetch(x + i + ahead);
-      __builtin_prefetch(dy + i + ahead);
+      Prefetch(x + i, ahead);
+      Prefetch(dy + i, ahead);
       const Lanes<T> gradient = Load(dy + i);
       sums[k] += gradient;
       products[k] += gradient * (Load(x + i) - middle[k]);
@@ -431,8 +453,8 @@ void UniformGradientSumsTyped(const BatchNormBlock& block, const T* x, const T* 
     OverRun<T>(
         length,
         [&](std::int64_t i, std::int64_t k) {
-          PrefetchLine(xs + i);
-          PrefetchLine(dys + i);
+          Prefetch(xs + i, kAhead<T>);
+          Prefetch(dys + i, kAhead<T>);
           const Lanes<T> gradient = Load(dys + i);
           sums[k] += gradient;
           products[k] += gradient * (Load(xs + i) - shift);
@@ -452,7 +474,9 @@ void GradientTyped(const BatchNormBlock& block, const T* x, const T* dy, T* dx, 
                    const BatchNormFactors& factors) {
   const Factor<kUniform, T> shift(factors.shift), scale(factors.scale), slope(factors.slope),
       offset(factors.offset);
-  for (std::int64_t r = 0; r < block.rows; ++r) {
+  const Walk walk = WalkThrough<T>(block);
+  for (std::int64_t i = 0; i < block.rows; ++i) {
+    const std::int64_t r = walk.first + i * walk.step;
     const T* xs = x + r * block.stride;
     const T* dys = dy + r * block.stride;
     T* to = dx + r * block.stride;
@@ -465,8 +489,8 @@ void GradientTyped(const BatchNormBlock& block, const T* x, const T* dy, T* dx, 
       continue;
     }
     for (; c + kLanes<T> <= block.columns; c += kLanes<T>) {
-      PrefetchLine(xs + c);
-      PrefetchLine(dys + c);
+      Prefetch(xs + c, walk.ahead);
+      Prefetch(dys + c, walk.ahead);
       const Lanes<T> mean = slope.At(c) * (Load(xs + c) - shift.At(c)) + offset.At(c);
       Store<kStreaming>(to + c, scale.At(c) * Load(dys + c) + mean);
     }
