@@ -20,6 +20,7 @@ from accumops.replace import replace_batchnorm_layers
 
 ROUNDS = 30
 WARMUP = 3
+LAYER_ROUNDS = 5  # for each of the window, which takes a hundred times as long as a small layer
 LAYER_WARMUP = 100  # by then TensorFlow knows which operations are quick, see Problem.warmup
 SHAPES = ((32, 56, 56, 64), (16, 32, 32, 32), (8, 7, 7, 2048), (4096, 512))
 DTYPES = ("float32", "bfloat16")
@@ -30,7 +31,7 @@ _BANDWIDTH_SAMPLES = 5  # before each layer
 
 def turns(rounds: int) -> int:
     """How often `run` calls `progress`."""
-    return len(SHAPES) * len(DTYPES) * (1 + LAYER_WARMUP + rounds) + 1 + WARMUP + rounds
+    return len(SHAPES) * len(DTYPES) * (1 + LAYER_WARMUP + LAYER_ROUNDS * rounds) + 1 + WARMUP + rounds
 
 
 def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
@@ -42,10 +43,10 @@ def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
 
     Args:
         device: `"CPU"` or `"GPU"`.
-        rounds: Timed runs of each contender.
+        rounds: Timed runs of each contender of the window; of a layer's there are five times as many.
         progress: Called after each round.
     """
-    measure = functools.partial(time_contenders, device=device, rounds=rounds, progress=progress)
+    measure = functools.partial(time_contenders, device=device, progress=progress)
     bandwidth = Bandwidth(device)
     rows: list[Row] = []
     for shape in SHAPES:
@@ -54,14 +55,15 @@ def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
                 bandwidth.sample()
             size = _PASSES * math.prod(shape) * dtype.size
             case = f"{shape} {dtype.name}"
-            layers = measure(case, _layers(shape, dtype, size), warmup=LAYER_WARMUP)
+            layers = measure(case, _layers(shape, dtype, size), rounds=LAYER_ROUNDS * rounds, warmup=LAYER_WARMUP)
             rows += [*bandwidth.limits(case, size), *layers]
-    rows += measure(f"window of {STEPS} x {MICRO}", _windows(device), warmup=WARMUP)
+    rows += measure(f"window of {STEPS} x {MICRO}", _windows(device), rounds=rounds, warmup=WARMUP)
     return Result(
         "batch normalization: forward and backward, and a window of a network with six of them",
         tuple(rows),
         (
             f"The limit counts the bytes that {_PASSES} passes move; in small layers caches beat the memory.",
+            f"A layer is measured {LAYER_ROUNDS} times as often as the window.",
             "A layer maintains running statistics as well, which an op leaves to others.",
             "The window's floor is forward and backward alone, with accumops' layers.",
         ),
