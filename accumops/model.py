@@ -181,8 +181,8 @@ class GradientAccumulateModel(keras.Model):
         return self.model(inputs, training=training)
 
     def build(self, input_shape: Any = None) -> None:
-        """Builds the wrapped model."""
-        if not self.model.built:
+        """Builds the wrapped model, or leaves it to its first call, if it does not say how."""
+        if not self.model.built and type(self.model).build is not keras.Model.build:
             self.model.build(input_shape)
         self.built = True
 
@@ -229,6 +229,21 @@ class GradientAccumulateModel(keras.Model):
         # What was given is what is saved: `compile` wraps it anew.
         self._compile_config.config["optimizer"] = optimizer
         self._functions = types.SimpleNamespace(flush=None, forward_and_backward=self._forward_and_backward)
+
+    def export(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """Exports the wrapped model for inference, which is this model's, as its own `export` does.
+
+        Args:
+            filepath: Where to.
+            *args: As `keras.Model.export` takes them.
+            **kwargs: As `keras.Model.export` takes them: `format`, `verbose`, `input_signature`, …
+        """
+        self.model.export(filepath, *args, **kwargs)
+
+    @property
+    def _default_save_signature(self) -> Any:
+        """What `tf.saved_model.save` takes: the wrapped model knows the shapes and dtypes of its inputs."""
+        return self.model._default_save_signature
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles with what `get_compile_config` returned."""

@@ -1,6 +1,7 @@
 """GradientAccumulateModel: partial windows, saving, mixed precision, errors; test_full_batch.py has its results."""
 
 import itertools
+import warnings
 
 import keras
 import numpy as np
@@ -298,9 +299,14 @@ def test_subclassed_model_built_by_fit(rng):
     train(problem, OPTIMIZERS["Adam"](), full, BATCH)
     train(problem, OPTIMIZERS["Adam"](), GradientAccumulateModel(inner, micro_batch_size=24), BATCH)
     assert largest_difference(full, inner) <= 1e-5
-    unbuilt = GradientAccumulateModel(Net(), accum_steps=4)
-    train(problem, OPTIMIZERS["Adam"](), unbuilt, MICRO)
-    assert int(unbuilt.optimizer.iterations) == UPDATES
+    for shape in (None, (None, *problem.x.shape[1:])):
+        unbuilt = GradientAccumulateModel(Net(), accum_steps=4)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*build")
+            if shape is not None:
+                unbuilt.build(shape)  # which the network does not say how to do
+            train(problem, OPTIMIZERS["Adam"](), unbuilt, MICRO)
+        assert int(unbuilt.optimizer.iterations) == UPDATES
 
 
 @pytest.mark.parametrize("mode", list(MODES))
