@@ -69,6 +69,19 @@ def test_reset_drops_the_window(backend, variables):
     np.testing.assert_array_equal(accumulator.close()[0], np.full([2, 3], 2.0))
 
 
+@pytest.mark.parametrize("end", ["close", "reset"])
+def test_a_weight_that_is_nan_is_that_windows_alone(backend, mode, variables, end):
+    accumulator = GradientAccumulator(accum_steps=2)
+    accumulator.build(variables)
+    accumulate = mode(lambda weight: accumulator.accumulate(gradients(3), weight=weight))
+    for weight in (float("nan"), 1.0):
+        accumulate(tf.constant(weight))
+    getattr(accumulator, end)()
+    for _ in range(2):
+        accumulate(tf.constant(1.0))
+    np.testing.assert_array_equal(accumulator.close()[0], np.full([2, 3], 3.0))
+
+
 def test_none_counts_as_zero_within_a_window(backend, variables):
     """A variable may get no gradient in some micro-batches; what it held before the window must not come back."""
     accumulator = GradientAccumulator(accum_steps=2)
