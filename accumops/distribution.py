@@ -116,7 +116,12 @@ def check_agreement(strategy: tf.distribute.Strategy, what: dict[str, int]) -> N
         what: The numbers of this process, by what they are in the message.
     """
     mine = tf.constant([list(what.values())], tf.int64)
-    everyone = tf.function(lambda: strategy.gather(strategy.run(lambda: tf.identity(mine)), axis=0))().numpy()
+
+    @tf.function(autograph=False)
+    def gather() -> tf.Tensor:
+        return strategy.gather(strategy.run(tf.identity, args=(mine,)), axis=0)
+
+    everyone = gather().numpy()
     if (everyone != everyone[0]).any():
         each = "; ".join(", ".join(f"{name} {n}" for name, n in zip(what, row, strict=True)) for row in everyone)
         raise RuntimeError(

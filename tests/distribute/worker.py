@@ -1,5 +1,6 @@
 """One of two workers: `worker.py SCENARIO DIRECTORY`, with TF_CONFIG in the environment; leaves what it found there."""
 
+import functools
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import mirrored_batch_norm
 import numpy as np
 import tensorflow as tf
 from replicas import BATCHES, MICRO, MODES, WINDOW, data, fit, full_batches, largest_difference, network, optimizer
+from tensorflow.python.eager import context
 
 import accumops
 
@@ -159,6 +161,11 @@ def weights_of(model):
 
 def main(scenario, directory):
     index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+    # On a busy machine a worker may take more than the usual ten seconds to answer.
+    current = context.context()
+    current.configure_coordination_service = functools.partial(
+        current.configure_coordination_service, heartbeat_timeout_in_ms=60_000
+    )
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     if scenario in MODES:
         result = train(strategy, scenario)
