@@ -31,6 +31,7 @@ from tensorflow.python.ops import control_flow_util
 
 from accumops import distribution, ops
 from accumops.arguments import Schedule, as_weight, check_accum_steps, check_bool, check_variables, is_variable, name_of
+from accumops.ops.variables import tf_variable
 from accumops.recording import Recording
 from accumops.window import CountedMicroBatch, MicroBatch, Window
 
@@ -330,6 +331,7 @@ class GradientAccumulator(tf.Module):
             distribution.check_in_replica(self.strategy, f"`accumulate` of {self.name}")
         gradients = list(gradients)
         self._check_gradients(gradients)
+        gradients = list(map(_as_gradient, gradients, self._accumulators))
         weight = as_weight(weight)
         present = [i for i, gradient in enumerate(gradients) if gradient is not None]
         self._seen_gradients()  # before the step says that a window is open
@@ -706,7 +708,7 @@ def _new_variable(
     beside: tf.Variable | keras.Variable | None = None,
     **kind: str,
 ) -> keras.Variable:
-    reference = beside.value if isinstance(beside, keras.Variable) else beside
+    reference = None if beside is None else tf_variable(beside)
     with contextlib.nullcontext() if reference is None else tf.device(reference.device):
         return keras.Variable(
             initializer=initializer, shape=shape, dtype=dtype, trainable=False, autocast=False, name=name, **kind
@@ -715,6 +717,20 @@ def _new_variable(
 
 def _flat_name(variable: tf.Variable | keras.Variable) -> str:
     return name_of(variable).replace("/", "_").replace(":", "_")
+
+
+def _as_gradient(
+    gradient: tf.Tensor | tf.IndexedSlices | None, accumulator: keras.Variable
+) -> tf.Tensor | tf.IndexedSlices | None:
+    """The gradient in a dtype that the ops add: as with Keras's optimizers, any number will do."""
+    if gradient is None:
+        return None
+    sparse = isinstance(gradient, tf.IndexedSlices)
+    values = tf.convert_to_tensor(gradient.values if sparse else gradient)
+    added = (tf.float16, tf.bfloat16, tf.float32, tf.as_dtype(accumulator.dtype))
+    if values.dtype not in added and (values.dtype.is_floating or values.dtype.is_integer):
+        values = tf.cast(values, accumulator.dtype)
+    return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape) if sparse else values
 
 
 def _no_change(accumulator: tf.Variable | keras.Variable) -> tf.Tensor | tf.IndexedSlices:

@@ -11,6 +11,7 @@ those of its batch; a window without values is a new one. It belongs to who ends
 
 import contextlib
 import contextvars
+import json
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -65,6 +66,10 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
     `synchronized=True` micro-batches are normalized by the moments of all replicas as well, in plain TensorFlow; that
     takes an exchange a layer, which cannot be made within `micro_batch_size`'s loop.
 
+    An open window is saved with the layer, by Keras and by `tf.train.Checkpoint`; a checkpoint of Keras's layer has none,
+    and is restored with `expect_partial()`. The fused ops have no gradients of second order, such as a gradient penalty
+    takes, in training or not: use `accumops.set_backend("reference")`.
+
     An optimizer or accumulator finds the layer by gamma or beta, when it is built: executing eagerly, build it before
     the first step, and for a layer with `center=False` and `scale=False` call `join_window`. What trains the layer
     after that without accumulation needs `leave_window`.
@@ -114,6 +119,7 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
             _window_variable("counters", [0, 0, limit], "int64"),
             _window_variable("moments", np.zeros([2, channels]), "float64"),
         )
+        self._window_in_checkpoints = _WindowInCheckpoints(self)
         for variable in (self.gamma, self.beta):
             if variable is not None:
                 register_member(variable, self)
@@ -132,12 +138,22 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
                     "not the last axis."
                 )
             return super().call(inputs, training=training, mask=mask)
+        if isinstance(inputs, tf.RaggedTensor):
+            if mask is not None or self.axis not in (-1, inputs.shape.rank - 1):
+                raise ValueError(
+                    f"The layer '{self.name}' normalizes a tf.RaggedTensor along its last axis only, and without a "
+                    f"mask. Received: axis={self.axis}, mask={mask}"
+                )
+            return inputs.with_flat_values(self._normalize(inputs.flat_values, -1, training, None))
         inputs = tf.convert_to_tensor(inputs)
-        if not inputs.dtype.is_floating:
-            inputs = tf.cast(inputs, tf.float32)
         if mask is not None:
             mask = tf.broadcast_to(tf.cast(mask, tf.bool), tf.shape(inputs)[:-1])
-        settings = {"axis": self.axis, "epsilon": self.epsilon}
+        return self._normalize(inputs, self.axis, training, mask)
+
+    def _normalize(self, inputs: tf.Tensor, axis: int, training: bool | None, mask: tf.Tensor | None) -> tf.Tensor:
+        if not inputs.dtype.is_floating:
+            inputs = tf.cast(inputs, tf.float32)
+        settings = {"axis": axis, "epsilon": self.epsilon}
         if training and self.trainable:
             together = self.synchronized and distribution.running() is not None
             normalize = pooling.batch_norm if together else ops.batch_norm
@@ -319,6 +335,13 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
             if counters[0] > 0:
                 store["window_counters"], store["window_moments"] = counters[:2], moments
 
+    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
+        """What TensorFlow saves: in checkpoints the window as well."""
+        children: dict[str, Any] = super()._trackable_children(save_type, **kwargs)
+        if save_type != "checkpoint":
+            children.pop("_window_in_checkpoints", None)
+        return children
+
     def _saved_window(self) -> tuple[np.ndarray, np.ndarray]:
         """The window, and of one that a strategy's replicas have the moments of all together."""
         strategy = distribution.strategy_of_variable(self._state.window.counters)
@@ -342,16 +365,37 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
         """Loads what `save_own_variables` stored, or what Keras's layer did, without a window."""
         keys = set(store.keys())
         super().load_own_variables({key: store[key] for key in keys if not key.startswith("window_")})
-        if self.built:
-            open_window = "window_counters" in keys
-            values, calls = store["window_counters"] if open_window else (0, 0)
-            held = store["window_moments"] if open_window else np.zeros(self._state.window.moments.shape)
-            strategy = distribution.strategy_of_variable(self._state.window.counters)
-            ids = [0] if strategy is None else distribution.replica_ids(strategy)
-            for replica, (counters, moments) in zip(ids, distribution.components(*self._state.window), strict=True):
-                # What was saved is of all replicas: one has it. How many calls are a window is the layer's own.
-                counters.assign([values if replica == 0 else 0, calls, counters.numpy()[2]])
-                moments.assign(held if replica == 0 else np.zeros_like(held))
+        if self.built and "window_counters" in keys:
+            self._load_window(store["window_counters"], store["window_moments"])
+        elif self.built:
+            self._load_window([0, 0], np.zeros(self._state.window.moments.shape))
+
+    def _load_window(self, counters: Any, moments: Any) -> None:
+        """Makes what was saved the window, but how many calls are one: that is the layer's own."""
+        (values, calls), saved = counters, np.array(moments)
+        strategy = distribution.strategy_of_variable(self._state.window.counters)
+        ids = [0] if strategy is None else distribution.replica_ids(strategy)
+        for replica, (own, held) in zip(ids, distribution.components(*self._state.window), strict=True):
+            # What was saved is of all replicas: one has it.
+            own.assign([values if replica == 0 else 0, calls, own.numpy()[2]])
+            held.assign(saved if replica == 0 else np.zeros_like(saved))
+
+
+class _WindowInCheckpoints(tf.train.experimental.PythonState):
+    """A layer's window, as `tf.train.Checkpoint` saves it."""
+
+    def __init__(self, layer: AccumBatchNormalization) -> None:
+        super().__init__()
+        self._layer = layer
+
+    def serialize(self) -> str:
+        """Returns the window as text, which is exact."""
+        counters, moments = self._layer._saved_window()
+        return json.dumps([np.array(counters[:2]).tolist(), np.array(moments).tolist()])
+
+    def deserialize(self, string_value: str) -> None:
+        """Restores what `serialize` returned."""
+        self._layer._load_window(*json.loads(string_value))
 
 
 def _window_variable(name: str, value: Any, dtype: str) -> keras.Variable:

@@ -12,6 +12,7 @@ import keras
 import tensorflow as tf
 
 from accumops.arguments import name_of
+from accumops.ops.variables import tf_variable
 
 Result = TypeVar("Result")
 
@@ -81,7 +82,7 @@ def spreads(layer: keras.layers.Layer) -> bool:
 
 def components(*variables: tf.Variable | keras.Variable) -> list[list[tf.Variable]]:
     """Of variables those of the replica that runs; outside of replicas those of each of this process's replicas."""
-    values = [_value(variable) for variable in variables]
+    values = [tf_variable(variable) for variable in variables]
     count = max(
         (len(value.values) for value in values if isinstance(value, tf.distribute.DistributedValues)), default=1
     )
@@ -137,7 +138,7 @@ def first_share(strategy: tf.distribute.Strategy, batch: Any) -> Any:
 
 def strategy_of_variable(variable: tf.Variable | keras.Variable) -> tf.distribute.Strategy | None:
     """The strategy that a variable is spread by, or None."""
-    value = _value(variable)
+    value = tf_variable(variable)
     return value.distribute_strategy if isinstance(value, tf.distribute.DistributedValues) else None
 
 
@@ -224,11 +225,7 @@ def own(variable: tf.Variable | keras.Variable, replica: int | None = None) -> t
 
     A variable of no mirroring strategy is its own.
     """
-    value = _value(variable)
+    value = tf_variable(variable)
     if not isinstance(value, tf.distribute.DistributedValues):
         return value
     return value.values[local_replica() if replica is None else replica]
-
-
-def _value(variable: tf.Variable | keras.Variable) -> tf.Variable:
-    return variable.value if isinstance(variable, keras.Variable) else variable

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from accumops import ops
 from accumops.ops import library
+from accumops.ops.variables import tf_variable
 from accumops.overriding import overriding
 from accumops.recording import Recording
 from accumops.window import Window
@@ -118,7 +119,7 @@ def _reason(
         return f"'{wrong[0].path}' is {wrong[0].dtype}, and the op is for float32"
     if ops.get_backend() == "reference":
         return "the backend is 'reference'"
-    if library.fused_ops([variable.value for variable in variables]) is None:
+    if library.fused_ops([tf_variable(variable) for variable in variables]) is None:
         return library.load()[1] or library.gpu_problem()
     return None
 

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from accumops import distribution
+from accumops import distribution, output_losses
 from accumops.arguments import Schedule, check_accum_steps, check_bool
 from accumops.batch_norm import AccumBatchNormalization, owning_windows
 from accumops.callbacks import PARTIAL_WINDOWS, AccumStepsScheduler, PartialWindow
@@ -182,12 +182,21 @@ class GradientAccumulateModel(keras.Model):
 
     def build(self, input_shape: Any = None) -> None:
         """Builds the wrapped model, or leaves it to its first call, if it does not say how."""
-        if not self.model.built and type(self.model).build is not keras.Model.build:
+        if not self.model.built and input_shape is not None and type(self.model).build is not keras.Model.build:
             self.model.build(input_shape)
         self.built = True
 
     def compile(
-        self, optimizer: Any = "rmsprop", loss: Any = None, *args: Any, auto_scale_loss: bool = True, **kwargs: Any
+        self,
+        optimizer: Any = "rmsprop",
+        loss: Any = None,
+        loss_weights: Any = None,
+        metrics: Any = None,
+        weighted_metrics: Any = None,
+        run_eagerly: bool = False,
+        steps_per_execution: int = 1,
+        jit_compile: str | bool | None = "auto",
+        auto_scale_loss: bool = True,
     ) -> None:
         """Configures training, as `keras.Model.compile` does.
 
@@ -195,11 +204,15 @@ class GradientAccumulateModel(keras.Model):
             optimizer: The optimizer that makes one update a window. It is wrapped in a `GradientAccumulateOptimizer`;
                 this model's own, from an earlier `compile`, goes on with its state.
             loss: The loss, or one for each output; their reductions have to be means.
-            *args: As `keras.Model.compile` takes them.
+            loss_weights: As for `keras.Model.compile`.
+            metrics: As for `keras.Model.compile`.
+            weighted_metrics: As for `keras.Model.compile`.
+            run_eagerly: As for `keras.Model.compile`.
+            steps_per_execution: As for `keras.Model.compile`.
+            jit_compile: As for `keras.Model.compile`.
             auto_scale_loss: Whether a `mixed_float16` model gets a `LossScaleOptimizer`, inside that wrapper: a window
                 with a gradient that is not finite is dropped, and the scale backs off. Keras's SwapEMAWeights callback
                 does not find the moving averages through it.
-            **kwargs: Everything else that `keras.Model.compile` takes: `metrics`, `jit_compile`, …
 
         Raises:
             ValueError: If the optimizer accumulates gradients itself, or a loss has a reduction that no weighted mean
@@ -217,7 +230,17 @@ class GradientAccumulateModel(keras.Model):
         wrapped = GradientAccumulateOptimizer(
             optimizer, self._accum_steps, gradient_clipping=self.gradient_clipping, lazy_sparse=self.lazy_sparse
         )
-        super().compile(wrapped, loss, *args, auto_scale_loss=False, **kwargs)
+        super().compile(
+            wrapped,
+            loss,
+            loss_weights,
+            metrics,
+            weighted_metrics,
+            run_eagerly,
+            steps_per_execution,
+            jit_compile,
+            auto_scale_loss=False,
+        )
         if self._mirroring is not None and self.jit_compile:
             raise ValueError(
                 f"`jit_compile=True` does not work under {type(self._mirroring).__name__}: what replicas do together "
@@ -281,7 +304,8 @@ class GradientAccumulateModel(keras.Model):
         if tf.executing_eagerly() and int(samples) == 0:
             return self.get_metrics_result()
         y_pred = self(x, training=False)
-        loss = self.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=False)
+        with output_losses.weighted_by(samples, self):
+            loss = self.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=False)
         self._loss_tracker.update_state(self._mean_loss(loss, samples), sample_weight=samples)
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
@@ -393,20 +417,20 @@ class GradientAccumulateModel(keras.Model):
             optimizer.accumulator.reset()  # what a step that failed may have left open
         # The tracker's dtype may be a half precision, in which sums over many slices are far off.
         wide = "float64" if self._loss_tracker.dtype == "float64" else "float32"
-        none, losses = tf.zeros([], tf.float32), tf.zeros([], wide)
+        none = tf.zeros([], wide)
         slices, (total, losses, seen) = fold_slices(
             data,
             size,
             self._train_on_slice,
-            [none, losses, losses],
+            [none, none, none],
             static_sizes=bool(self.jit_compile) and not self._compiles_passes,
             at_once=self.parallel_micro_batches,
             empty=self._mirroring is not None,
         )
         if optimizer.accumulator.built and self.trainable_variables:
-            optimizer.accumulator._count(slices, total)
+            optimizer.accumulator._count(slices, tf.cast(total, tf.float32))
             optimizer.close()
-        mean = tf.cast(tf.math.divide_no_nan(losses, seen), self._loss_tracker.dtype)
+        mean = tf.cast(tf.math.divide_no_nan(losses, total), self._loss_tracker.dtype)
         self._loss_tracker.update_state(mean, sample_weight=seen)
 
     def _train_on_slice(self, data: Any, first: tf.Tensor | bool, carried: Carried) -> Carried:
@@ -414,9 +438,9 @@ class GradientAccumulateModel(keras.Model):
         passed = self._pass(data)
         if passed.gradients is not None:
             self.optimizer._add_slice(passed.gradients, self.trainable_variables, weight=passed.weight, starts=first)
-        samples = tf.cast(passed.samples, seen.dtype)
-        losses += tf.cast(passed.loss, losses.dtype) * samples
-        return total + tf.cast(passed.weight, total.dtype), losses, seen + samples
+        weight = tf.cast(passed.weight, total.dtype)
+        losses += tf.cast(passed.loss, losses.dtype) * weight
+        return total + weight, losses, seen + tf.cast(passed.samples, seen.dtype)
 
     def _pass(self, data: Any) -> "_Pass":
         if self._mirroring is not None and tf.executing_eagerly() and int(_count_samples(data)) == 0:
@@ -430,7 +454,8 @@ class GradientAccumulateModel(keras.Model):
         samples = _count_samples(x)
         with tf.GradientTape() as tape:
             y_pred = self(x, training=True)
-            loss = self.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+            with output_losses.weighted_by(samples, self):
+                loss = self.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
             scaled = self.optimizer.scale_loss(loss)
         self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
         variables = self.trainable_variables
@@ -581,6 +606,12 @@ class _PartialWindow(PartialWindow):
 
     def _flush(self) -> None:
         self.model.flush()
+
+    def _drop(self) -> None:
+        super()._drop()
+        if not self.model.optimizer.accumulator.built:
+            for layer in self.model._normalizations():  # which may have loaded an open one
+                layer.drop_window()
 
 
 def _count_samples(x: Any) -> tf.Tensor:

@@ -653,12 +653,13 @@ def check_gradient_clipping(gradient_clipping: Clipping | None) -> None:
 def _check_inner_optimizer(optimizer: keras.optimizers.Optimizer | None) -> keras.optimizers.Optimizer:
     if optimizer is None:
         raise ValueError("An optimizer is needed, that makes the updates. Received: None")
-    inner = optimizer
-    while inner is not None:
-        if isinstance(inner, GradientAccumulateOptimizer) or inner.gradient_accumulation_steps:
-            raise ValueError(
-                f"`inner_optimizer` must not accumulate gradients itself. Received: {type(inner).__name__} with "
-                f"{'accum_steps' if isinstance(inner, GradientAccumulateOptimizer) else 'gradient_accumulation_steps'}."
-            )
-        inner = getattr(inner, "inner_optimizer", None)
+    if isinstance(optimizer, GradientAccumulateOptimizer) or optimizer.gradient_accumulation_steps:
+        own = "accum_steps" if isinstance(optimizer, GradientAccumulateOptimizer) else "gradient_accumulation_steps"
+        raise ValueError(
+            f"`inner_optimizer` must not accumulate gradients itself. Received: {type(optimizer).__name__} with {own}."
+        )
+    # Those of a LossScaleOptimizer and of a MultiOptimizer.
+    for inner in (getattr(optimizer, "inner_optimizer", None), *getattr(optimizer, "optimizers", ())):
+        if inner is not None:
+            _check_inner_optimizer(inner)
     return optimizer

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 import keras
 import tensorflow as tf
 
+from accumops.ops.variables import tf_variable
 from accumops.overriding import overriding
 
 
@@ -21,10 +22,10 @@ class _Rows:
         self._indices = indices
 
     def read(self, variable: tf.Variable | keras.Variable) -> tf.Tensor:
-        return tf.gather(_value(variable), self._indices)
+        return tf.gather(tf_variable(variable), self._indices)
 
     def write(self, variable: tf.Variable | keras.Variable, values: tf.Tensor) -> tf.Tensor:
-        _value(variable).scatter_update(tf.IndexedSlices(values, self._indices))
+        tf_variable(variable).scatter_update(tf.IndexedSlices(values, self._indices))
         return values
 
     def of(self, gradient: tf.Tensor | tf.IndexedSlices) -> tf.Tensor:
@@ -161,7 +162,3 @@ def updating_rows(
 
     with overriding(optimizer, update_step=update, _use_weight_decay=decays_as_a_whole):
         yield
-
-
-def _value(variable: tf.Variable | keras.Variable) -> tf.Variable:
-    return variable.value if isinstance(variable, keras.Variable) else variable

@@ -8,6 +8,9 @@ import tensorflow as tf
 
 Carried = Sequence[tf.Tensor]
 
+# Sizes are counted in int32, and a slice may end behind its batch.
+_LARGEST = 1 << 30
+
 
 def fold_slices(
     data: Any,
@@ -45,6 +48,7 @@ def fold_slices(
         raise ValueError(
             "A batch with a tf.SparseTensor cannot be split: use `accum_steps` instead of `micro_batch_size`."
         )
+    size = min(size, _LARGEST)
     count = _count(leaves[0], empty)
     known = leaves[0].shape[0]
     divides = bool(known) and known % size == 0

@@ -4,10 +4,10 @@ import numbers
 import types
 from collections.abc import Sequence
 
-import keras
 import tensorflow as tf
 
 from accumops.ops import library, reference
+from accumops.ops.variables import check_variable
 
 _GRADIENT_DTYPES = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 _ACCUMULATOR_DTYPES = (tf.float32, tf.float64)
@@ -62,11 +62,11 @@ def accumulate(
     >>> acc.numpy()
     array([1., 2.], dtype=float32)
     """
-    variables = [_as_variable(v, f"accumulators[{i}]") for i, v in enumerate(accumulators)]
+    variables = [check_variable(f"accumulators[{i}]", v) for i, v in enumerate(accumulators)]
     checked = [_as_gradient(g, i) for i, g in enumerate(gradients)]
-    flags = (
-        None if touched_rows is None else [None if v is None else _as_variable(v, "touched_rows") for v in touched_rows]
-    )
+    flags = None
+    if touched_rows is not None:
+        flags = [None if v is None else check_variable("touched_rows", v) for v in touched_rows]
     _check_lists(variables, checked, flags)
     factor = _as_scale(scale, variables)
     start = _as_overwrite(overwrite)
@@ -103,13 +103,6 @@ def _accumulate_fused(
         check_finite=int(check_finite),
     )
     return finite[0] if check_finite else None
-
-
-def _as_variable(value: tf.Variable | keras.Variable, name: str) -> tf.Variable:
-    variable = value.value if isinstance(value, keras.Variable) else value
-    if not hasattr(variable, "handle"):
-        raise TypeError(f"`{name}` must be a tf.Variable or keras.Variable. Received: {value!r}")
-    return variable
 
 
 def _as_gradient(value: tf.Tensor | tf.IndexedSlices, i: int) -> tf.Tensor | tf.IndexedSlices:

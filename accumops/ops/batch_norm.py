@@ -43,7 +43,7 @@ def batch_norm(
         The normalized tensor, of `x`'s dtype, and the `BatchMoments`.
 
     Raises:
-        TypeError: If `x` is not of a floating-point dtype.
+        TypeError: If `x` is not of a floating-point dtype, or `axis` is no int.
         ValueError: If a shape does not fit, `axis` is not an axis of `x`, or `epsilon` is negative.
 
     Example:
@@ -161,6 +161,8 @@ def _check_array(x: tf.Tensor, axis: int) -> tuple[tf.Tensor, int]:
     rank = x.shape.rank
     if rank is None:
         raise ValueError("`x` must have a rank that is known.")
+    if isinstance(axis, bool) or not isinstance(axis, numbers.Integral):
+        raise TypeError(f"`axis` must be an int. Received: {axis!r}")
     if not -rank <= axis < rank:
         raise ValueError(f"`axis` must be an axis of x. Received: {axis} for shape {x.shape}")
     return x, axis % rank

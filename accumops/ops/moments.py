@@ -1,11 +1,13 @@
 """The moments of a window's micro-batches together, and the running statistics that move by them."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-import keras
 import tensorflow as tf
 
 from accumops.ops import library, reference
+from accumops.ops.variables import check_variable
+
+Kind = TypeVar("Kind", bound=tuple)
 
 
 class BatchMoments(NamedTuple):
@@ -59,7 +61,8 @@ def merge_moments(
             moved by plain TensorFlow.
 
     Raises:
-        ValueError: If fewer than two of the three are given, or they are of different channels.
+        ValueError: If fewer than two of the three are given, they are of different channels, or the momentum is none.
+        TypeError: If one of them is of another type, or holds no variables.
 
     Example:
 
@@ -76,9 +79,16 @@ def merge_moments(
     if (batch is None) + (window is None) + (moving is None) > 1:
         raise ValueError("Give at least two of `batch`, `window` and `moving`.")
     if window is not None:
-        window = MomentsWindow(*map(_value, window))
+        names = (f"window.{name}" for name in MomentsWindow._fields)
+        window = MomentsWindow(*map(check_variable, names, _of_type(MomentsWindow, "window", window)))
     if moving is not None:
-        moving = MovingStatistics(_value(moving.mean), _value(moving.variance), moving.momentum)
+        mean, variance, momentum = _of_type(MovingStatistics, "moving", moving)
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"`moving.momentum` must be from 0 to 1. Received: {momentum}")
+        mean, variance = check_variable("moving.mean", mean), check_variable("moving.variance", variance)
+        moving = MovingStatistics(mean, variance, momentum)
+    if batch is not None:
+        _of_type(BatchMoments, "batch", batch)
     _check_shapes(batch, window, moving)
     variables = [*(window or ()), *(() if moving is None else moving[:2])]
     narrow = moving is not None and moving.mean.dtype.size < 4
@@ -95,8 +105,10 @@ def merge_moments(
     )
 
 
-def _value(variable: tf.Variable | keras.Variable) -> tf.Variable:
-    return variable.value if isinstance(variable, keras.Variable) else variable
+def _of_type(kind: type[Kind], name: str, value: Kind) -> Kind:
+    if not isinstance(value, kind):
+        raise TypeError(f"`{name}` must be a {kind.__name__}. Received: {value!r}")
+    return value
 
 
 def _check_shapes(batch: BatchMoments | None, window: MomentsWindow | None, moving: MovingStatistics | None) -> None:

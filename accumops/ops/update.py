@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from accumops.ops import library, reference
+from accumops.ops.variables import check_variable
 
 SLOTS = {"sgd": 0, "momentum": 1, "nesterov": 1, "adam": 2, "amsgrad": 3, "lion": 1}
 """How many variables each rule keeps beside a variable."""
@@ -170,11 +171,9 @@ def squared_norms(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
 
 
 def _variables(name: str, values: Sequence[tf.Variable | keras.Variable]) -> list[tf.Variable]:
-    variables = [value.value if isinstance(value, keras.Variable) else value for value in values]
-    for i, variable in enumerate(variables):
-        if not hasattr(variable, "handle"):
-            raise TypeError(f"`{name}[{i}]` must be a tf.Variable or keras.Variable. Received: {variable!r}")
-    return variables
+    if not isinstance(values, Sequence):
+        raise TypeError(f"`{name}` must be a list of variables. Received: {values!r}")
+    return [check_variable(f"{name}[{i}]", value) for i, value in enumerate(values)]
 
 
 def _check_lists(
