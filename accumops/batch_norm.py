@@ -66,9 +66,9 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
     `synchronized=True` micro-batches are normalized by the moments of all replicas as well, in plain TensorFlow; that
     takes an exchange a layer, which cannot be made within `micro_batch_size`'s loop.
 
-    An open window is saved with the layer, by Keras and by `tf.train.Checkpoint`; a checkpoint of Keras's layer has none,
-    and is restored with `expect_partial()`. The fused ops have no gradients of second order, such as a gradient penalty
-    takes, in training or not: use `accumops.set_backend("reference")`.
+    An open window is saved with the layer, by Keras and by `tf.train.Checkpoint`; a checkpoint of Keras's layer has
+    none, and is restored with `expect_partial()`. The fused ops have no gradients of second order, such as a gradient
+    penalty takes, in training or not: use `accumops.set_backend("reference")`.
 
     An optimizer or accumulator finds the layer by gamma or beta, when it is built: executing eagerly, build it before
     the first step, and for a layer with `center=False` and `scale=False` call `join_window`. What trains the layer

@@ -541,6 +541,31 @@ class TestOfKerasWithOneStep(TestOfKeras):
     steps = 1
 
 
+class TestRagged:
+    @pytest.mark.parametrize("axis", [-1, 2])
+    def test_as_keras_does(self, backend, mode, rng, axis):
+        values = rng.normal(1, 2, (10, 3)).astype("float32")
+        x = tf.RaggedTensor.from_row_lengths(values, [3, 0, 7])
+        layers = [kind(axis=axis) for kind in (keras.layers.BatchNormalization, AccumBatchNormalization)]
+        for layer in layers:
+            layer.build((None, None, 3))
+        for training in (True, False):
+            # XLA knows no ragged tensors.
+            calls = [layer if mode.name == "xla" else mode(layer) for layer in layers]
+            results = [call(x, training=training) for call in calls]
+            assert isinstance(results[1], tf.RaggedTensor)
+            np.testing.assert_array_equal(results[1].row_splits, x.row_splits)
+            np.testing.assert_allclose(results[1].flat_values, results[0].flat_values, rtol=1e-5, atol=1e-6)
+        for a, b in zip(*(layer.get_weights() for layer in layers), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+    def test_only_the_last_axis(self, rng):
+        x = tf.RaggedTensor.from_row_lengths(rng.normal(size=(10, 4, 3)).astype("float32"), [3, 7])
+        layer = AccumBatchNormalization(axis=2)
+        with pytest.raises(ValueError, match=r"RaggedTensor along its last axis.*axis=2"):
+            layer(x, training=True)
+
+
 class TestSaving:
     def train(self, model, data, first, last):
         for i in range(first, last):
@@ -640,6 +665,73 @@ class TestSaving:
             net(data[0])
             net.save_weights(tmp_path / "net.weights.h5")
             net.load_weights(tmp_path / "net.weights.h5")
+
+    @pytest.mark.parametrize("built", [False, True])
+    def test_checkpoint_of_a_window(self, data, tmp_path, built):
+        """Restored by a layer that is not built yet, or has a window of its own."""
+        x, _ = data
+        saved, loaded = (AccumBatchNormalization(momentum=MOMENTUM, accum_steps=3) for _ in range(2))
+        saved(x[:24], training=True)
+        path = tf.train.Checkpoint(layer=saved).save(tmp_path / "checkpoint")
+        if built:
+            loaded(x[:7] * np.nan, training=True)
+        status = tf.train.Checkpoint(layer=loaded).restore(path)
+        for part in (x[24:48], x[48:]):
+            loaded(part, training=True)
+        status.assert_consumed()
+        check(loaded, [x])
+
+    @pytest.mark.parametrize("kind", ["accumulator", "model"])
+    def test_checkpoint_of_training(self, data, tmp_path, kind):
+        """What came after it was saved is as if it had never been, between windows and within."""
+        x, y = data
+        if kind == "model":
+            model = wrapped(make(), accum_steps=2, partial_window="carry")
+            model.optimizer.build(model.trainable_variables)
+            net, step = model.model, model.train_on_batch
+            checkpoint = tf.train.Checkpoint(model=model)
+        else:
+            net, sgd, accumulator = make(), keras.optimizers.SGD(0.01), GradientAccumulator(2)
+            sgd.build(net.trainable_variables)
+            accumulator.build(net.trainable_variables)
+            checkpoint = tf.train.Checkpoint(net=net, sgd=sgd, accumulator=accumulator)
+
+            @tf.function
+            def step(x, y):
+                with tf.GradientTape() as tape:
+                    loss = tf.reduce_mean((net(x, training=True) - y) ** 2)
+                accumulator.accumulate(tape.gradient(loss, net.trainable_variables))
+                if accumulator.ready:
+                    sgd.apply(accumulator.close(), net.trainable_variables)
+
+        windows = []
+        for first in range(0, 64, 16):
+            for begin in (first, first + 8):
+                path = checkpoint.save(tmp_path / "checkpoint")
+                step(x[:8] * np.nan, y[:8])
+                checkpoint.restore(path).assert_consumed()
+                step(x[begin : begin + 8], y[begin : begin + 8])
+            windows.append(x[first : first + 16])
+        check(net.layers[0], windows)
+
+    def test_checkpoint_of_keras(self, data, tmp_path):
+        x, _ = data
+        of_keras, ours = make(keras.layers.BatchNormalization()), make()
+        of_keras(x, training=True)
+        path = tf.train.Checkpoint(net=of_keras).save(tmp_path / "checkpoint")
+        tf.train.Checkpoint(net=ours).restore(path).expect_partial()
+        for a, b in zip(of_keras.get_weights(), ours.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+    def test_fit_drops_a_window_that_was_loaded(self, data, tmp_path):
+        x, y = data
+        saved = wrapped(make(), accum_steps=3)
+        saved.train_on_batch(x[:8] * 100, y[:8])
+        saved.save_weights(tmp_path / "model.weights.h5")
+        loaded = wrapped(make(), accum_steps=3)
+        loaded.load_weights(tmp_path / "model.weights.h5")
+        fit(loaded, x, y)
+        check(loaded.model.layers[0], [x])
 
     def test_export(self, data, tmp_path):
         net = make()

@@ -320,3 +320,20 @@ def test_an_optimizer_that_was_built_for_more_variables(mode):
 
     for mine, plain in zip(train(accumulating), train(lambda net: net), strict=True):
         np.testing.assert_allclose(mine, plain, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["SGD with decay", "Adam", "Lion", "global_clipnorm", "moving averages"])
+def test_tensorflow_variables(mode, rng, name):
+    start = start_values(rng)
+    mine, theirs = ([tf.Variable(value) for value in start] for _ in range(2))
+    optimizer, plain = GradientAccumulateOptimizer(make(name), 2), make(name)
+    optimizer.build(mine)
+    plain.build(theirs)
+    assert optimizer.fused_update
+    apply = mode(lambda gradients: optimizer.apply(gradients, mine))
+    for _ in range(8):
+        halves = [[tf.constant(each) for each in start_values(rng)] for _ in range(2)]
+        for gradients in halves:
+            apply(gradients)
+        plain.apply([(a + b) / 2 for a, b in zip(*halves, strict=True)], theirs)
+    assert_close(mine, theirs, 1e-4 if name == "Lion" else 1e-5)

@@ -310,6 +310,54 @@ def test_subclassed_model_built_by_fit(rng):
 
 
 @pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_model_that_says_how_it_is_built(rng, mode, eager):
+    class Net(keras.Model):
+        def build(self, input_shape):
+            self.kernel = self.add_weight(shape=(input_shape[-1], 3))
+
+        def call(self, x):
+            return keras.ops.matmul(x, self.kernel)
+
+    problem = Problem(rng)
+    calls = {
+        "call": lambda model: model(problem.x[:48]),
+        "train_on_batch": lambda model: model.train_on_batch(problem.x[:48], problem.y[:48]),
+        "test_on_batch": lambda model: model.test_on_batch(problem.x[:48], problem.y[:48]),
+        "predict_on_batch": lambda model: model.predict_on_batch(problem.x[:48]),
+        "fit": lambda model: model.fit(problem.x, problem.y, verbose=0),
+    }
+    for call in calls.values():
+        model = GradientAccumulateModel(Net(), **MODES[mode])
+        model.compile("sgd", "mse", run_eagerly=eager)
+        call(model)
+        assert model.model.built
+        assert model.weights[0].shape == (5, 3)
+
+
+def test_compiled_by_position(rng):
+    problem = Problem(rng, samples=64)
+    arguments = ("sgd", "mse", None, ["mae"], ["mse"], True, 1, False, True)
+    plain, model = problem.model(), GradientAccumulateModel(problem.model(), micro_batch_size=16)
+    logs = []
+    for each in (plain, model):
+        each.compile(*arguments)
+        logs.append(each.fit(problem.x, problem.y, batch_size=64, verbose=0).history)
+        assert each.run_eagerly
+    assert set(logs[0]) == set(logs[1])
+    for name, values in logs[0].items():
+        np.testing.assert_allclose(logs[1][name], values, rtol=1e-5)
+
+
+def test_micro_batch_size_beyond_any_batch(rng):
+    problem = Problem(rng)
+    model = GradientAccumulateModel(problem.model(), micro_batch_size=1 << 40)
+    model.compile("sgd", "mse")
+    model.train_on_batch(problem.x[:20], problem.y[:20])
+    assert int(model.optimizer.iterations) == 1
+
+
+@pytest.mark.parametrize("mode", list(MODES))
 def test_saved_and_loaded_in_the_middle_of_training(rng, tmp_path, mode):
     """With `accum_steps` in the middle of a window: the same bits as without the save."""
     problem = Problem(rng)

@@ -435,6 +435,14 @@ class TestErrors:
             lambda: keras.optimizers.SGD(0.1, gradient_accumulation_steps=2),
             lambda: GradientAccumulateOptimizer(keras.optimizers.SGD(0.1), accum_steps=2),
             lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)),
+            pytest.param(
+                lambda: keras.optimizers.MultiOptimizer(
+                    keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2))
+                ),
+                marks=pytest.mark.skipif(
+                    not hasattr(keras.optimizers, "MultiOptimizer"), reason="this Keras has no MultiOptimizer"
+                ),
+            ),
         ],
     )
     def test_an_inner_optimizer_that_accumulates(self, inner):

@@ -160,6 +160,8 @@ ONES = tf.ones([3])
         (ValueError, "axis", lambda: ops.batch_norm(X, None, None, axis=3)),
         (ValueError, "axis", lambda: ops.batch_norm(X, None, None, axis=-4)),
         (ValueError, "axis", lambda: ops.batch_norm(tf.constant(1.0), None, None)),
+        (TypeError, "`axis` must be an int. Received: None", lambda: ops.batch_norm(X, None, None, axis=None)),
+        (TypeError, "`axis` must be an int", lambda: ops.batch_norm(X, None, None, axis=True)),
         (ValueError, "gamma", lambda: ops.batch_norm(X, tf.ones([2]), None)),
         (ValueError, "gamma", lambda: ops.batch_norm(X, 1.0, None)),
         (ValueError, "gamma", lambda: ops.batch_norm(X, tf.ones([1, 3]), None)),

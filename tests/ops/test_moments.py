@@ -194,6 +194,33 @@ def test_arguments_are_checked(backend, message, batch, variables):
         ops.merge_moments(batch, **variables)
 
 
+@pytest.mark.parametrize(
+    ("error", "message", "batch", "variables"),
+    [
+        (TypeError, "`batch` must be a BatchMoments", (1, 2, 3, 4), {"window": make_window(3)}),
+        (TypeError, "`window` must be a MomentsWindow", make_batch(3), {"window": (1, 2)}),
+        (TypeError, "`moving` must be a MovingStatistics", make_batch(3), {"moving": (1, 2, 0.5)}),
+        (
+            TypeError,
+            r"`moving\.mean` must be a tf\.Variable",
+            make_batch(3),
+            {"moving": make_moving(3)._replace(mean=tf.zeros([3]))},
+        ),
+        (
+            TypeError,
+            r"`window\.counters` must be a tf\.Variable",
+            make_batch(3),
+            {"window": make_window(3)._replace(counters=[0, 0, 1])},
+        ),
+        (ValueError, r"`moving\.momentum` must be from 0 to 1.*nan", make_batch(3), {"moving": make_moving(3, np.nan)}),
+        (ValueError, r"`moving\.momentum` must be from 0 to 1.*2", make_batch(3), {"moving": make_moving(3, 2)}),
+    ],
+)
+def test_kinds_of_arguments(backend, error, message, batch, variables):
+    with pytest.raises(error, match=message):
+        ops.merge_moments(batch, **variables)
+
+
 def raw(**changes):
     module, _ = library.load()
     if module is None:

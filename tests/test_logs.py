@@ -1,0 +1,67 @@
+"""The losses that `fit` logs are those of the data, however a batch is cut: plain Keras's where that is exact."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from problems import RUNS
+
+from accumops import GradientAccumulateModel
+
+
+@pytest.fixture
+def x(rng):
+    return rng.standard_normal((43, 6)).astype("float32")
+
+
+@pytest.fixture
+def y(rng):
+    """Later samples have larger losses, so that it shows who counts for how much."""
+    return (rng.standard_normal((43, 1)) * np.arange(1, 44)[:, None]).astype("float32")
+
+
+@pytest.mark.parametrize("run", list(RUNS))
+@pytest.mark.parametrize("mode", [{"accum_steps": 2}, {"micro_batch_size": 4}, {"micro_batch_size": 17}], ids=str)
+def test_losses_of_single_outputs(x, y, mode, run):
+    """In batches of 17, 17 and 9."""
+    inputs = keras.Input((6,))
+    net = keras.Model(inputs, [keras.layers.Dense(1, name=name)(inputs) for name in "ab"])
+    a, b = net.predict(x, verbose=0)
+    wanted = {"a_loss": np.mean((a - y) ** 2), "b_loss": np.mean(np.abs(b - y))}
+    wanted["loss"] = wanted["a_loss"] + wanted["b_loss"]
+    model = GradientAccumulateModel(net, **mode)
+    model.compile(keras.optimizers.SGD(0.0), ["mse", "mae"], **RUNS[run])
+    for _ in range(2):  # the second epoch's metrics start anew
+        logs = model.fit(x, [y, y], batch_size=17, verbose=0, shuffle=False).history
+        assert set(logs) == set(wanted)
+        for name, value in wanted.items():
+            np.testing.assert_allclose(logs[name][0], value, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("run", list(RUNS))
+def test_loss_that_divides_by_weights(x, y, run):
+    """Micro-batches of 4, 4, 4, 4 and 1, of batches of 17, count by their sums of weights."""
+    weights = np.arange(34.0) ** 2
+    logs = []
+    for wrap in (
+        lambda net: net,
+        lambda net: GradientAccumulateModel(net, micro_batch_size=4, normalization="weights"),
+    ):
+        keras.utils.set_random_seed(1)
+        model = wrap(keras.Sequential([keras.Input((6,)), keras.layers.Dense(1)]))
+        loss = keras.losses.MeanSquaredError(reduction="mean_with_sample_weight")
+        model.compile(keras.optimizers.SGD(0.01), loss, **RUNS[run])
+        history = model.fit(x[:34], y[:34], sample_weight=weights, batch_size=17, epochs=2, verbose=0, shuffle=False)
+        logs.append(history.history["loss"])
+    np.testing.assert_allclose(*logs, rtol=1e-5)
+
+
+def test_losses_that_a_step_computes_without_fit(x, y):
+    """What a loss is made of is made when it is first computed, in a step of one's own as well."""
+    inputs = keras.Input((6,))
+    net = keras.Model(inputs, [keras.layers.Dense(1, name=name)(inputs) for name in "ab"])
+    model = GradientAccumulateModel(net, micro_batch_size=4)
+    model.compile(keras.optimizers.SGD(0.0), ["mse", "mae"])
+    a, _ = net.predict(x, verbose=0)
+    step = tf.function(lambda: model.train_step((tf.constant(x), (tf.constant(y), tf.constant(y)))))
+    np.testing.assert_allclose(step()["a_loss"], np.mean((a - y) ** 2), rtol=1e-5)
