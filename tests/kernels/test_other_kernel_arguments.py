@@ -113,6 +113,7 @@ UPDATE_ERRORS = {
     ),
     "weight list": ({"weight": [1.0]}, TypeError, "weight " + NUMBER.format("list")),
     "decays too few": ({"decays": [True]}, ValueError, "decays has 1 items; it must have 2, one for each of values"),
+    "decays too many to copy": ({"decays": range(1 << 60)}, ValueError, "decays has 1152921504606846976 items"),
     "decays bool": ({"decays": True}, TypeError, "decays must be None or a sequence of bool, got bool"),
     "overwrite number": ({"overwrite": 1}, TypeError, "overwrite must be a bool"),
     "beta_1": ({"beta_1": "0.9"}, TypeError, "beta_1 must be a number, got str"),

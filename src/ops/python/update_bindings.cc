@@ -50,6 +50,9 @@ std::vector<bool> ToDecays(py::handle object, std::size_t count) {
   if (!PySequence_Check(object.ptr()) || PyUnicode_Check(object.ptr())) {
     WrongType("decays", "None or a sequence of bool", object);
   }
+  const Py_ssize_t length = PySequence_Size(object.ptr());  // which may be far too many to copy
+  if (length < 0) throw py::error_already_set();
+  RequireLength("decays", static_cast<std::size_t>(length), count, ", one for each of values");
   const auto items = py::reinterpret_steal<py::tuple>(PySequence_Tuple(object.ptr()));
   if (!items) throw py::error_already_set();
   RequireLength("decays", items.size(), count, ", one for each of values");
