@@ -728,8 +728,9 @@ def _as_gradient(
     sparse = isinstance(gradient, tf.IndexedSlices)
     values = tf.convert_to_tensor(gradient.values if sparse else gradient)
     added = (tf.float16, tf.bfloat16, tf.float32, tf.as_dtype(accumulator.dtype))
-    if values.dtype not in added and (values.dtype.is_floating or values.dtype.is_integer):
-        values = tf.cast(values, accumulator.dtype)
+    if values.dtype in added or not (values.dtype.is_floating or values.dtype.is_integer):
+        return gradient if sparse else values
+    values = tf.cast(values, accumulator.dtype)
     return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape) if sparse else values
 
 

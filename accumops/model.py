@@ -458,14 +458,14 @@ class GradientAccumulateModel(keras.Model):
                 loss = self.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
             scaled = self.optimizer.scale_loss(loss)
         self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
-        variables = self.trainable_variables
-        if not variables:
-            warnings.warn("The model does not have any trainable weights.", stacklevel=2)
-            return _Pass(None, 1.0, self._mean_loss(loss, samples), samples)
         weight = self._window_share(x, y, y_pred, sample_weight, samples)
         if self._mirroring is not None:
             # That of a replica without samples is nothing, whatever it is by the callable.
             weight = tf.where(samples > 0, tf.cast(weight, tf.float32), 0.0)
+        variables = self.trainable_variables
+        if not variables:
+            warnings.warn("The model does not have any trainable weights.", stacklevel=2)
+            return _Pass(None, weight, self._mean_loss(loss, samples), samples)
         return _Pass(tape.gradient(scaled, variables), weight, self._mean_loss(loss, samples), samples)
 
     @property

@@ -39,6 +39,16 @@ def test_losses_of_single_outputs(x, y, mode, run):
 
 
 @pytest.mark.parametrize("run", list(RUNS))
+def test_loss_where_everything_is_frozen(x, y, run):
+    """Micro-batches of 16, 16 and 11 count by their samples, though nothing is trained."""
+    net = keras.Sequential([keras.Input((6,)), keras.layers.Dense(1, trainable=False)])
+    model = GradientAccumulateModel(net, micro_batch_size=16)
+    model.compile("sgd", "mse", **RUNS[run])
+    logs = model.fit(x, y, batch_size=43, verbose=0).history
+    np.testing.assert_allclose(logs["loss"], [np.mean((net.predict(x, verbose=0) - y) ** 2)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("run", list(RUNS))
 def test_loss_that_divides_by_weights(x, y, run):
     """Micro-batches of 4, 4, 4, 4 and 1, of batches of 17, count by their sums of weights."""
     weights = np.arange(34.0) ** 2

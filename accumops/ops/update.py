@@ -94,6 +94,8 @@ def update(
     if rule not in SLOTS:
         raise ValueError(f"`rule` must be one of {', '.join(map(repr, SLOTS))}. Received: {rule!r}")
     targets = _variables("variables", variables)
+    if not isinstance(slots, Sequence):
+        raise TypeError(f"`slots` must be a list of lists of variables. Received: {slots!r}")
     kept = [_variables(f"slots[{i}]", slot) for i, slot in enumerate(slots)]
     if len(kept) != SLOTS[rule]:
         raise ValueError(f"The rule {rule!r} has {SLOTS[rule]} slots. Received: {len(kept)}")

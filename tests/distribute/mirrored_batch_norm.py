@@ -178,7 +178,8 @@ def test_synchronized_windows_with_empty_replicas():
 
 @pytest.mark.parametrize("synchronized", [False, True])
 @pytest.mark.parametrize("back", ["one device", "other replicas"])
-def test_saving_in_mid_window(tmp_path, back, synchronized):
+@pytest.mark.parametrize("how", ["keras", "checkpoint"])
+def test_saving_in_mid_window(tmp_path, how, back, synchronized):
     x, y, _ = (each[: BATCH * 2] for each in data())
     half = BATCH + BATCH // 2
 
@@ -191,10 +192,17 @@ def test_saving_in_mid_window(tmp_path, back, synchronized):
 
     _, model = make(mirrored(2))
     model.fit(x[:half], y[:half], batch_size=MICRO, shuffle=False, verbose=0)
-    model.save(tmp_path / "model.keras")
     strategy = tf.distribute.get_strategy() if back == "one device" else mirrored(4)
-    with strategy.scope():
-        model = keras.saving.load_model(tmp_path / "model.keras")
+    if how == "keras":
+        model.save(tmp_path / "model.keras")
+        with strategy.scope():
+            model = keras.saving.load_model(tmp_path / "model.keras")
+    else:
+        path = tf.train.Checkpoint(model=model).save(tmp_path / "checkpoint")
+        _, model = make(strategy)
+        with strategy.scope():
+            model.optimizer.build(model.trainable_variables)
+        tf.train.Checkpoint(model=model).restore(path)
     model.fit(x[half:], y[half:], batch_size=MICRO, shuffle=False, verbose=0)
     layer = model.model.layers[0]
     mean, variance = moved_by(whole(x))

@@ -245,6 +245,7 @@ WRONG = {
     "no gradients": (("sgd", ONE), {"accumulators": None}, ValueError, "give `accumulators`, or `latest`"),
     "no variable": (("sgd", [tf.zeros([3])]), {}, TypeError, r"`variables\[0\]` must be a tf.Variable"),
     "no list of variables": (("sgd", ONE[0]), {}, TypeError, "`variables` must be a list of variables"),
+    "no slots": (("sgd", ONE, None), {}, TypeError, "`slots` must be a list of lists"),
     "no list of slots": (("sgd", ONE, [None]), {}, TypeError, r"must be a list of variables. Received: None"),
     "a float64 variable": (("sgd", variables((3,), dtype=tf.float64)), {}, ValueError, "must be float32"),
     "too few accumulators": (("sgd", variables((3,), (3,))), {}, ValueError, "must have 2 items"),
