@@ -144,3 +144,31 @@ def test_a_metric_whose_result_is_its_variable():
         model.compile("sgd", "mse", metrics=[Last()])
     logs = model.fit(x, y, batch_size=MICRO, verbose=0).history
     assert logs["last"] == [BATCH / MICRO * 2]
+
+
+class AbsoluteError(keras.losses.Loss):
+    """A mean that is NaN of no samples, as those of Keras's losses are not."""
+
+    def __call__(self, y_true, y_pred, sample_weight=None):
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync  # by which Keras divides
+        return tf.reduce_mean(tf.abs(tf.cast(y_true, y_pred.dtype) - y_pred)) / replicas
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("mode", list(MODES))
+def test_losses_of_single_outputs(mode, eager):
+    """In training and evaluation: of batches of 17, 17 and 1, the last of which leaves a replica without samples."""
+    x, y, _ = (each[:35] for each in data())
+    y = y * np.arange(1, 36, dtype="float32")[:, None]
+    with mirrored(2).scope():
+        inputs = keras.Input(x.shape[1:])
+        net = keras.Model(inputs, [keras.layers.Dense(3, name=name)(inputs) for name in "ab"])
+        model = accumops.GradientAccumulateModel(net, **MODES[mode])
+        model.compile(keras.optimizers.SGD(0.0), loss=["mse", AbsoluteError()], run_eagerly=eager)
+    a, b = (layer(x).numpy() for layer in net.layers[1:])
+    wanted = {"a_loss": np.mean((a - y) ** 2), "b_loss": np.mean(np.abs(b - y))}
+    wanted["loss"] = wanted["a_loss"] + wanted["b_loss"]
+    trained = model.fit(x, [y, y], batch_size=17, shuffle=False, verbose=0).history
+    evaluated = model.evaluate(x, [y, y], batch_size=17, verbose=0, return_dict=True)
+    for name, value in wanted.items():
+        np.testing.assert_allclose([trained[name][0], evaluated[name]], value, rtol=1e-5, err_msg=name)
