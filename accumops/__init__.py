@@ -4,14 +4,14 @@ from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
 from accumops import ops
-from accumops.accumulator import GradientAccumulator
-from accumops.batch_norm import AccumBatchNormalization
-from accumops.callbacks import AccumStepsScheduler, EffectiveBatchSize, PartialWindow
-from accumops.clipping import AdaptiveGradientClipping
-from accumops.model import GradientAccumulateModel
+from accumops.normalization.layer import AccumBatchNormalization
+from accumops.normalization.replace import replace_batchnorm_layers, restore_batchnorm_layers
 from accumops.ops import LibraryError, build_info, get_backend, set_backend
-from accumops.optimizer import GradientAccumulateOptimizer
-from accumops.replace import replace_batchnorm_layers, restore_batchnorm_layers
+from accumops.optimizer.clipping import AdaptiveGradientClipping
+from accumops.optimizer.optimizer import GradientAccumulateOptimizer
+from accumops.training.callbacks import AccumStepsScheduler, EffectiveBatchSize, PartialWindow
+from accumops.training.model import GradientAccumulateModel
+from accumops.window.accumulator import GradientAccumulator
 
 try:
     __version__ = _version("accumops")

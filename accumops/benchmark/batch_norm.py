@@ -9,14 +9,14 @@ import keras
 import tensorflow as tf
 
 from accumops import ops
-from accumops.batch_norm import AccumBatchNormalization
 from accumops.benchmark import training
 from accumops.benchmark.bandwidth import Bandwidth
 from accumops.benchmark.contender import Contender, time_contenders
 from accumops.benchmark.models import PROBLEMS, convolutional_network
 from accumops.benchmark.result import Result, Row
-from accumops.model import GradientAccumulateModel
-from accumops.replace import replace_batchnorm_layers
+from accumops.normalization.layer import AccumBatchNormalization
+from accumops.normalization.replace import replace_batchnorm_layers
+from accumops.training.model import GradientAccumulateModel
 
 ROUNDS = 30
 WARMUP = 3

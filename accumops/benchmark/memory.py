@@ -13,7 +13,7 @@ from accumops.benchmark.child_process import ChildProcess, ChildProcessFailed
 from accumops.benchmark.models import PROBLEMS, Problem
 from accumops.benchmark.result import Result, Row
 from accumops.benchmark.timing import interleave
-from accumops.model import GradientAccumulateModel
+from accumops.training.model import GradientAccumulateModel
 
 ROUNDS = 3
 MODEL = "convolutional network"

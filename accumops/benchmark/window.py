@@ -14,8 +14,8 @@ from accumops.benchmark.bandwidth import Bandwidth
 from accumops.benchmark.contender import Contender, repeated, time_contenders
 from accumops.benchmark.models import PROBLEMS, Problem
 from accumops.benchmark.result import Result, Row
-from accumops.model import GradientAccumulateModel
-from accumops.optimizer import GradientAccumulateOptimizer
+from accumops.optimizer.optimizer import GradientAccumulateOptimizer
+from accumops.training.model import GradientAccumulateModel
 from accumops.verification import backend
 
 ROUNDS = 30

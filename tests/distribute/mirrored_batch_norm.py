@@ -19,7 +19,7 @@ from replicas import (
 )
 
 import accumops
-from accumops import pooling
+from accumops.normalization import replica_moments
 
 MOMENTUM = 0.8
 
@@ -250,7 +250,9 @@ def test_pooling_is_exact_where_means_are_large():
 
     held = strategy.experimental_distribute_values_from_function(values)
     pooled = tf.function(
-        lambda held: strategy.run(lambda held: pooling.pool([(held[0], *tf.unstack(held[1]))])[0], args=(held,)),
+        lambda held: strategy.run(
+            lambda held: replica_moments.pool([(held[0], *tf.unstack(held[1]))])[0], args=(held,)
+        ),
         autograph=False,
     )(held)
     together = np.concatenate(parts)

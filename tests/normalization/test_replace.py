@@ -6,9 +6,9 @@ import pytest
 import tensorflow as tf
 from keras import layers, ops
 
-from accumops.batch_norm import AccumBatchNormalization
-from accumops.model import GradientAccumulateModel
-from accumops.replace import replace_batchnorm_layers, restore_batchnorm_layers
+from accumops.normalization.layer import AccumBatchNormalization
+from accumops.normalization.replace import replace_batchnorm_layers, restore_batchnorm_layers
+from accumops.training.model import GradientAccumulateModel
 
 BatchNormalization = layers.BatchNormalization
 SHIFT = 2.0

@@ -9,12 +9,13 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from accumops import distribution, fused_update, row_update
-from accumops.accumulator import GradientAccumulator
+from accumops.adapters.overriding import LOCK, overriding
 from accumops.arguments import Schedule, check_accum_steps, check_bool, check_variables
-from accumops.fused_update import FusedUpdate
-from accumops.overriding import LOCK, overriding
-from accumops.window import CountedMicroBatch, Window
+from accumops.optimizer import fused, rows
+from accumops.optimizer.fused import FusedUpdate
+from accumops.window import replicas
+from accumops.window.accumulator import GradientAccumulator
+from accumops.window.handover import CountedMicroBatch, Window
 
 Gradients = Sequence[tf.Tensor | tf.IndexedSlices | None]
 Clipping = Callable[[Gradients, Sequence[keras.Variable]], Gradients]
@@ -122,7 +123,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         variables = list(variables)
         if self.built and (self._trainable_variables or not variables):
             return
-        strategy = distribution.strategy_of(variables, type(self).__name__)
+        strategy = replicas.strategy_of(variables, type(self).__name__)
         if strategy is not None:
             self._check_goes_with(strategy)
         for variable in variables:
@@ -200,7 +201,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
             accumulator._add(batch)
         elif accumulator.strategy is not None:
             accumulator._add(batch)
-            distribution.across_replicas(
+            replicas.across_replicas(
                 accumulator.strategy,
                 lambda: keras.ops.cond(accumulator.ready, lambda: self._update(positions), lambda: None),
             )
@@ -249,7 +250,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         if strategy is None:
             keras.ops.cond(self._accumulator.open, self.close, lambda: None)
             return
-        distribution.across_replicas(
+        replicas.across_replicas(
             strategy, lambda: keras.ops.cond(self._accumulator.open, lambda: self._update([]), lambda: None)
         )
 
@@ -354,13 +355,13 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         if self.gradient_clipping is not None and self.lazy_sparse:
             return FusedUpdate(None, "`gradient_clipping` goes over rows with `lazy_sparse=True`")
         with LOCK:
-            return fused_update.describe(self.inner_optimizer, self._trainable_variables if self.built else [])
+            return fused.describe(self.inner_optimizer, self._trainable_variables if self.built else [])
 
     def _folds(self) -> bool:
         """Whether a window's last gradients can go straight into the update."""
         if self._accumulator.strategy is not None:
             return False  # they are summed over replicas first
-        needs_all = self.gradient_clipping is not None or fused_update.needs_norms(self.inner_optimizer)
+        needs_all = self.gradient_clipping is not None or fused.needs_norms(self.inner_optimizer)
         return not needs_all and bool(self.fused_update)
 
     def _update_with(self, batch: CountedMicroBatch, positions: list[int]) -> None:
@@ -375,7 +376,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         """
         strategy = self._accumulator.strategy
         if strategy is not None:
-            distribution.across_replicas(strategy, lambda: self._update_across(strategy, positions))
+            replicas.across_replicas(strategy, lambda: self._update_across(strategy, positions))
             return
         with LOCK, self._accumulator._ending() as window:
             if not self.fused_update:
@@ -395,7 +396,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
                 def overwrite(variables: Sequence[keras.Variable]) -> None:
                     averages = innermost._model_variables_moving_average
                     for variable, average in zip(variables, averages, strict=True):
-                        distribution.own(variable).assign(distribution.own(average))
+                        replicas.own(variable).assign(replicas.own(average))
 
                 # Keras's would sum the gradients over the replicas once more, and overwrite variables with their moving
                 # averages on all replicas at once within a condition of one.
@@ -404,15 +405,15 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
                     "_overwrite_model_variables_with_average_value": overwrite,
                 }
                 with overriding(innermost, **own):
-                    distribution.on_each_replica(
-                        strategy, lambda: self._apply_unfused(windows[distribution.local_replica()], positions)
+                    replicas.on_each_replica(
+                        strategy, lambda: self._apply_unfused(windows[replicas.local_replica()], positions)
                     )
                 return
             if clip is not None:
-                windows = distribution.on_each_replica(
-                    strategy, lambda: self._clipped(windows[distribution.local_replica()], clip)
+                windows = replicas.on_each_replica(
+                    strategy, lambda: self._clipped(windows[replicas.local_replica()], clip)
                 )
-            fused_update.apply(self.inner_optimizer, windows, self._trainable_variables, positions, lazy=False)
+            fused.apply(self.inner_optimizer, windows, self._trainable_variables, positions, lazy=False)
 
     def _clipped(self, window: Window, clip: Clipping) -> Window:
         """The window with its gradients clipped, for a fused update."""
@@ -431,11 +432,11 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
                     and window.touched_rows(i) is not None
                 ]
             )
-        fused_update.apply(self.inner_optimizer, [window], self._trainable_variables, positions, lazy=self.lazy_sparse)
+        fused.apply(self.inner_optimizer, [window], self._trainable_variables, positions, lazy=self.lazy_sparse)
 
     def _apply_unfused(self, window: Window, positions: list[int]) -> None:
         innermost = _innermost(self.inner_optimizer)
-        rows_suffice = row_update.leaves_other_rows(innermost) and innermost.loss_scale_factor is None
+        rows_suffice = rows.leaves_other_rows(innermost) and innermost.loss_scale_factor is None
         if self.lazy_sparse:
             _check_lazy(self.inner_optimizer)
         sparse = self.lazy_sparse or rows_suffice
@@ -443,7 +444,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         closed = window.means(sparse=sparse)
         sparse_ones = {i: g.indices for i, g in enumerate(closed) if isinstance(g, tf.IndexedSlices)}
         # The wrapped optimizer may have been built for more variables, or in another order.
-        rows = {innermost._get_variable_index(variables[i]): indices for i, indices in sparse_ones.items()}
+        touched = {innermost._get_variable_index(variables[i]): indices for i, indices in sparse_ones.items()}
         if self.lazy_sparse:
             _check_no_constraints([variables[i] for i in sparse_ones])
         gradients = closed if self.gradient_clipping is None else self._clip(closed, self.gradient_clipping)
@@ -452,7 +453,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
             for i, (gradient, variable) in enumerate(zip(gradients, variables, strict=True))
             if gradient is not None or i in positions
         ]
-        with row_update.updating_rows(innermost, rows, self.lazy_sparse) if rows else contextlib.nullcontext():
+        with rows.updating_rows(innermost, touched, self.lazy_sparse) if touched else contextlib.nullcontext():
             self.inner_optimizer.apply([gradient for gradient, _ in pairs], [variable for _, variable in pairs])
 
     def _clip(self, gradients: Gradients, clip: Clipping) -> Gradients:
@@ -611,9 +612,9 @@ def _innermost(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimi
 
 def _check_lazy(optimizer: keras.optimizers.Optimizer) -> None:
     innermost = _innermost(optimizer)
-    if row_update.rule_of(innermost) is None:
+    if rows.rule_of(innermost) is None:
         raise ValueError(
-            f"`lazy_sparse=True` knows the updates of {', '.join(row_update.names_of_optimizers())}. "
+            f"`lazy_sparse=True` knows the updates of {', '.join(rows.names_of_optimizers())}. "
             f"Received: {type(innermost).__name__}"
         )
     if innermost.use_ema:

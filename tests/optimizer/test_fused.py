@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import accumops
 from accumops import GradientAccumulateOptimizer
-from accumops.clipping import AdaptiveGradientClipping
+from accumops.optimizer.clipping import AdaptiveGradientClipping
 
 SHAPES = [(3, 4), (4,), (5, 2, 3), ()]
 SCHEDULE = keras.optimizers.schedules.CosineDecay(0.01, 150, warmup_target=0.02, warmup_steps=20)

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from accumops.arguments import check_accum_steps
-from accumops.optimizer import GradientAccumulateOptimizer
+from accumops.optimizer.optimizer import GradientAccumulateOptimizer
 
 PARTIAL_WINDOWS = ("flush", "carry", "drop")
 

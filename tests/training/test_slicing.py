@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from accumops.slicing import fold_slices
+from accumops.training.slicing import fold_slices
 
 SIZE = 4
 

@@ -29,11 +29,12 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 
-from accumops import distribution, ops
+from accumops import ops
 from accumops.arguments import Schedule, as_weight, check_accum_steps, check_bool, check_variables, is_variable, name_of
 from accumops.ops.variables import tf_variable
-from accumops.recording import Recording
-from accumops.window import CountedMicroBatch, MicroBatch, Window
+from accumops.window import replicas
+from accumops.window.handover import CountedMicroBatch, MicroBatch, Window
+from accumops.window.recording import Recording
 
 
 class WindowMember(Protocol):
@@ -148,7 +149,7 @@ class GradientAccumulator(tf.Module):
             member.check_window(self._accum_steps)
         if iterations is not None and not (is_variable(iterations) and tf.as_dtype(iterations.dtype).is_integer):
             raise TypeError(f"`iterations` must be an integer variable. Received: {iterations!r}")
-        self._setting.strategy = strategy = distribution.strategy_of(variables, self.name)
+        self._setting.strategy = strategy = replicas.strategy_of(variables, self.name)
         with contextlib.nullcontext() if strategy is None else strategy.scope():
             self._create_state(variables, iterations, jit_compile, track_all_rows)
         self.built = True
@@ -328,7 +329,7 @@ class GradientAccumulator(tf.Module):
     ) -> MicroBatch:
         """Checks a micro-batch of which somebody else knows whether it is the window's first."""
         if self.strategy is not None:
-            distribution.check_in_replica(self.strategy, f"`accumulate` of {self.name}")
+            replicas.check_in_replica(self.strategy, f"`accumulate` of {self.name}")
         gradients = list(gradients)
         self._check_gradients(gradients)
         gradients = list(map(_as_gradient, gradients, self._accumulators))
@@ -388,7 +389,7 @@ class GradientAccumulator(tf.Module):
         )
 
     def _sum_on_replica(self, strategy: tf.distribute.Strategy, batch: MicroBatch) -> None:
-        accumulators = [distribution.own(accumulator) for accumulator in self._accumulators]
+        accumulators = [replicas.own(accumulator) for accumulator in self._accumulators]
         nothing = [_no_change(accumulator) for accumulator in accumulators]
         given = [
             none if gradient is None else gradient for none, gradient in zip(nothing, batch.gradients, strict=True)
@@ -444,7 +445,7 @@ class GradientAccumulator(tf.Module):
     def _close_on_replica(
         self, strategy: tf.distribute.Strategy, keep_sparse: bool, reduce: bool
     ) -> list[tf.Tensor | None]:
-        distribution.check_in_replica(strategy, f"`close` of {self.name}")
+        replicas.check_in_replica(strategy, f"`close` of {self.name}")
         if keep_sparse:
             raise ValueError(
                 f"Under {type(strategy).__name__} gradients of a window are dense: `keep_sparse=True` needs one device."
@@ -452,7 +453,7 @@ class GradientAccumulator(tf.Module):
         with self._ending() as window:
             held = [None if each is None else tf.convert_to_tensor(each) for each in window.accumulators]
             present = [each for each in held if each is not None] if reduce else []
-            weight, *sums = distribution.sum_over_replicas([window.weight, *present])
+            weight, *sums = replicas.sum_over_replicas([window.weight, *present])
             if reduce:
                 reduced = iter(sums)
                 held = [None if each is None else next(reduced) for each in held]
@@ -484,10 +485,10 @@ class GradientAccumulator(tf.Module):
 
             def reduce() -> list[tf.Tensor]:
                 parts = [self._weight, *(self._accumulators[i] for i in held)]
-                return distribution.sum_over_replicas([tf.convert_to_tensor(each) for each in parts])
+                return replicas.sum_over_replicas([tf.convert_to_tensor(each) for each in parts])
 
             windows = []
-            for replica, (weight, *sums) in enumerate(distribution.on_each_replica(strategy, reduce)):
+            for replica, (weight, *sums) in enumerate(replicas.on_each_replica(strategy, reduce)):
                 latest = dict(zip(held, sums, strict=True))
                 windows.append(Window(window.accumulators, weight, _no_rows, latest, 1.0, True, replica))
             yield windows
@@ -531,7 +532,7 @@ class GradientAccumulator(tf.Module):
                 kind.close_windows([member for member in members if type(member) is kind])
 
         if self.strategy is not None and tf.distribute.in_cross_replica_context() and self._setting.members:
-            distribution.on_each_replica(self.strategy, close_members)
+            replicas.on_each_replica(self.strategy, close_members)
         else:
             close_members()
 

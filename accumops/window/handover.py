@@ -7,7 +7,7 @@ from collections.abc import Callable
 import keras
 import tensorflow as tf
 
-from accumops import distribution
+from accumops.window import replicas
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Window:
 
     def own(self, variable: keras.Variable) -> tf.Variable | keras.Variable:
         """What of a variable this window updates."""
-        return variable if self.replica is None else distribution.own(variable, self.replica)
+        return variable if self.replica is None else replicas.own(variable, self.replica)
 
     def place(self, beside: keras.Variable) -> contextlib.AbstractContextManager[None]:
         """Where the update of a variable runs."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from accumops.clipping import AdaptiveGradientClipping
+from accumops.optimizer.clipping import AdaptiveGradientClipping
 
 SHAPES = [(), (5,), (7, 4), (3, 2, 4), (3, 3, 2, 6), (1, 1), (4, 1), (1, 4)]
 DTYPES = ["float16", "bfloat16", "float32", "float64"]

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 import keras
 import tensorflow as tf
 
+from accumops.adapters.overriding import overriding
 from accumops.ops.variables import tf_variable
-from accumops.overriding import overriding
 
 
 class _Rows:

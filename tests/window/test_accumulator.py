@@ -10,7 +10,7 @@ import tensorflow as tf
 
 import accumops
 from accumops import GradientAccumulator
-from accumops import accumulator as accumulator_module
+from accumops.window import accumulator as accumulator_module
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from accumops import GradientAccumulateModel
-from accumops.model_function import train_function
+from accumops.training.train_function import train_function
 
 
 def network():

@@ -14,11 +14,11 @@ import keras
 import tensorflow as tf
 
 from accumops import ops
+from accumops.adapters.overriding import overriding
 from accumops.ops import library
 from accumops.ops.variables import tf_variable
-from accumops.overriding import overriding
-from accumops.recording import Recording
-from accumops.window import Window
+from accumops.window.handover import Window
+from accumops.window.recording import Recording
 
 
 @dataclasses.dataclass(frozen=True)

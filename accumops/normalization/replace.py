@@ -13,8 +13,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from accumops.batch_norm import AccumBatchNormalization
-from accumops.model import GradientAccumulateModel
+from accumops.normalization.layer import AccumBatchNormalization
+from accumops.training.model import GradientAccumulateModel
 
 # What Keras runs of a model: a class that overrides one of them is not to be lost silently.
 _RUN_METHODS = ("call", "train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from accumops import distribution
 from accumops.ops import BatchMoments
 from accumops.ops.reference import statistics_dtype
+from accumops.window import replicas
 
 
 def pool(moments: Sequence[tuple[tf.Tensor, tf.Tensor, tf.Tensor]]) -> list[BatchMoments]:
@@ -50,7 +50,7 @@ def pool_arrays(windows: Sequence[Sequence[np.ndarray]]) -> tuple[np.ndarray, np
 
 
 def _sums(vectors: list[tf.Tensor]) -> list[tf.Tensor]:
-    together = distribution.sum_over_replicas([tf.concat(vectors, 0)])[0]
+    together = replicas.sum_over_replicas([tf.concat(vectors, 0)])[0]
     return tf.split(together, [vector.shape[0] for vector in vectors])
 
 
@@ -74,10 +74,10 @@ def batch_norm(
         return tf.reshape(channels, [-1 if i == axis else 1 for i in range(x.shape.rank)])
 
     own = tf.size(x) // tf.shape(x)[axis] if mask is None else tf.reduce_sum(tf.cast(mask, tf.int32))
-    count, sums = distribution.sum_over_replicas([tf.cast(own, dtype), total(values)])
+    count, sums = replicas.sum_over_replicas([tf.cast(own, dtype), total(values)])
     mean = tf.math.divide_no_nan(sums, count)
     distance = values - spread(mean)
-    variance = tf.math.divide_no_nan(distribution.sum_over_replicas([total(distance**2)])[0], count)
+    variance = tf.math.divide_no_nan(replicas.sum_over_replicas([total(distance**2)])[0], count)
     scale = tf.math.rsqrt(variance + tf.constant(epsilon, dtype))
     if gamma is not None:
         scale *= tf.cast(gamma, dtype)

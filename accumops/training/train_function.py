@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import keras
 import tensorflow as tf
 
-from accumops import distribution
+from accumops.window import replicas
 
 if TYPE_CHECKING:
-    from accumops.model import GradientAccumulateModel
+    from accumops.training.model import GradientAccumulateModel
 
 Logs = dict[str, Any]
 
@@ -35,7 +35,7 @@ def train_function(
         model: The model, compiled.
         for_other_iterators: What to call with what is no `tf.data.Iterator`.
     """
-    strategy = distribution.mirroring(model.distribute_strategy)
+    strategy = replicas.mirroring(model.distribute_strategy)
 
     def step(ends: bool | None, iterator: Any) -> tuple[Logs, list[tf.Tensor]]:
         accumulator = model.optimizer.accumulator
@@ -167,7 +167,7 @@ def _run(step: Callable[[Any], Logs], strategy: tf.distribute.Strategy | None, d
         with tf.control_dependencies(_tensors(share)):
             return step(_without_optionals(share))
 
-    return distribution.run(strategy, run_share, data)
+    return replicas.run(strategy, run_share, data)
 
 
 def _tensors(data: Any) -> list[tf.Tensor]:

@@ -22,9 +22,11 @@ import numpy as np
 import tensorflow as tf
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
-from accumops import distribution, ops, pooling
-from accumops.accumulator import GradientAccumulator, register_member
+from accumops import ops
 from accumops.arguments import check_accum_steps
+from accumops.normalization import replica_moments
+from accumops.window import replicas
+from accumops.window.accumulator import GradientAccumulator, register_member
 
 # A number of calls that is never reached: the window is somebody else's to end.
 _NEVER = 1 << 62
@@ -155,8 +157,8 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
             inputs = tf.cast(inputs, tf.float32)
         settings = {"axis": axis, "epsilon": self.epsilon}
         if training and self.trainable:
-            together = self.synchronized and distribution.running() is not None
-            normalize = pooling.batch_norm if together else ops.batch_norm
+            together = self.synchronized and replicas.running() is not None
+            normalize = replica_moments.batch_norm if together else ops.batch_norm
             outputs, moments = normalize(inputs, self.gamma, self.beta, mask=mask, **settings)
             self._add(moments, pooled=together)
         else:
@@ -179,7 +181,7 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
             ValueError: If the layer was made with another number, or is `synchronized` under a mirroring strategy with
                 `micro_batch_size`.
         """
-        if micro_batch_size is not None and self.synchronized and distribution.spreads(self):
+        if micro_batch_size is not None and self.synchronized and replicas.spreads(self):
             raise ValueError(
                 f"The layer '{self.name}' has synchronized=True, and with `micro_batch_size` replicas cannot "
                 "communicate between micro-batches: use `accum_steps`."
@@ -239,7 +241,7 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
             members: The layers.
         """
         layers = [layer for layer in members if layer.built]
-        if distribution.running() is None:
+        if replicas.running() is None:
             for layer in layers:
                 for window, moving in layer._parts():
                     ops.merge_moments(None, window=window, moving=moving)
@@ -252,7 +254,7 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
     @staticmethod
     def _pool(layers: Sequence["AccumBatchNormalization"]) -> list[ops.BatchMoments]:
         windows = [layer._parts()[0][0] for layer in layers]
-        return pooling.pool([(window.counters[0], window.moments[0], window.moments[1]) for window in windows])
+        return replica_moments.pool([(window.counters[0], window.moments[0], window.moments[1]) for window in windows])
 
     def drop_window(self) -> None:
         """Ends the window without a trace."""
@@ -273,7 +275,7 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
         variables = (*self._state.window, self.moving_mean, self.moving_variance)
         return [
             (ops.MomentsWindow(counters, moments), ops.MovingStatistics(mean, variance, self.momentum))
-            for counters, moments, mean, variance in distribution.components(*variables)
+            for counters, moments, mean, variance in replicas.components(*variables)
         ]
 
     def _add(self, moments: ops.BatchMoments, pooled: bool) -> None:
@@ -293,7 +295,7 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
             return
         self._called_alone()
         alone = self.accum_steps == 1 or (self.accum_steps is None and tf.executing_eagerly())
-        strategy = distribution.running()
+        strategy = replicas.running()
         if strategy is not None:
             if self.accum_steps not in (None, 1):
                 raise ValueError(
@@ -306,7 +308,7 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
                 count, mean, rest, variance = moments
                 centred = tf.cast(variance, tf.float64) * tf.cast(count, tf.float64)
                 exact = tf.cast(mean, tf.float64) + tf.cast(rest, tf.float64)
-                (moments,) = pooling.pool([(count, exact, centred)])
+                (moments,) = replica_moments.pool([(count, exact, centred)])
         for window, moving in self._parts():
             # Else by variables: it may join an optimizer that is built later in the function that is being traced.
             ops.merge_moments(moments, window=None if alone else window, moving=moving)
@@ -344,13 +346,13 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
 
     def _saved_window(self) -> tuple[np.ndarray, np.ndarray]:
         """The window, and of one that a strategy's replicas have the moments of all together."""
-        strategy = distribution.strategy_of_variable(self._state.window.counters)
+        strategy = replicas.strategy_of_variable(self._state.window.counters)
         parts = [[each.numpy() for each in window] for window, _ in self._parts()]
         counters, moments = parts[0]
         if strategy is None or counters[1] == 0:  # as many calls on all replicas
             return counters, moments
-        if not distribution.spans_processes(strategy):
-            return pooling.pool_arrays(parts)
+        if not replicas.spans_processes(strategy):
+            return replica_moments.pool_arrays(parts)
 
         def pooled() -> tuple[tf.Tensor, tf.Tensor]:
             (moments,) = self._pool([self])
@@ -373,9 +375,9 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
     def _load_window(self, counters: Any, moments: Any) -> None:
         """Makes what was saved the window, but how many calls are one: that is the layer's own."""
         (values, calls), saved = counters, np.array(moments)
-        strategy = distribution.strategy_of_variable(self._state.window.counters)
-        ids = [0] if strategy is None else distribution.replica_ids(strategy)
-        for replica, (own, held) in zip(ids, distribution.components(*self._state.window), strict=True):
+        strategy = replicas.strategy_of_variable(self._state.window.counters)
+        ids = [0] if strategy is None else replicas.replica_ids(strategy)
+        for replica, (own, held) in zip(ids, replicas.components(*self._state.window), strict=True):
             # What was saved is of all replicas: one has it.
             own.assign([values if replica == 0 else 0, calls, own.numpy()[2]])
             held.assign(saved if replica == 0 else np.zeros_like(saved))

@@ -16,13 +16,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from accumops import distribution, output_losses
+from accumops.adapters import keras_losses
 from accumops.arguments import Schedule, check_accum_steps, check_bool
-from accumops.batch_norm import AccumBatchNormalization, owning_windows
-from accumops.callbacks import PARTIAL_WINDOWS, AccumStepsScheduler, PartialWindow
-from accumops.model_function import function_of_workers, train_function
-from accumops.optimizer import Clipping, GradientAccumulateOptimizer, check_gradient_clipping
-from accumops.slicing import Carried, fold_slices
+from accumops.normalization.layer import AccumBatchNormalization, owning_windows
+from accumops.optimizer.optimizer import Clipping, GradientAccumulateOptimizer, check_gradient_clipping
+from accumops.training.callbacks import PARTIAL_WINDOWS, AccumStepsScheduler, PartialWindow
+from accumops.training.slicing import Carried, fold_slices
+from accumops.training.train_function import function_of_workers, train_function
+from accumops.window import replicas
 
 _CONVOLUTIONS = (
     keras.layers.Conv1D,
@@ -304,7 +305,7 @@ class GradientAccumulateModel(keras.Model):
         if tf.executing_eagerly() and int(samples) == 0:
             return self.get_metrics_result()
         y_pred = self(x, training=False)
-        with output_losses.weighted_by(samples, self):
+        with keras_losses.weighted_by(samples, self):
             loss = self.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=False)
         self._loss_tracker.update_state(self._mean_loss(loss, samples), sample_weight=samples)
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
@@ -336,7 +337,7 @@ class GradientAccumulateModel(keras.Model):
                 self.jit_compile = jit_compile
             made = getattr(self, "train_function")  # noqa: B009 - Keras's, of a type that is not known
             plain = not self.run_eagerly and (passes or not jit_compile) and self.steps_per_execution == 1
-            if distribution.spans_processes(self.distribute_strategy):
+            if replicas.spans_processes(self.distribute_strategy):
                 made = self.train_function = self._function_of_workers(self.train_step)
             if plain:
                 made = self.train_function = train_function(self, made)
@@ -351,7 +352,7 @@ class GradientAccumulateModel(keras.Model):
         made: Callable[[Any], dict[str, Any]] | None = getattr(self, "test_function", None)
         if made is not None and not force:
             return made
-        if distribution.spans_processes(self.distribute_strategy):
+        if replicas.spans_processes(self.distribute_strategy):
             made = self.test_function = self._function_of_workers(self.test_step)
             return made
         super().make_test_function(force=True)
@@ -365,14 +366,14 @@ class GradientAccumulateModel(keras.Model):
         strategy = self._mirroring
         if strategy is not None and iterator is not None:
             for _, _, batches in iterator:
-                data_batch = distribution.first_share(strategy, next(batches))
+                data_batch = replicas.first_share(strategy, next(batches))
                 break
             iterator = None
         super()._maybe_symbolic_build(iterator, data_batch)
 
     @property
     def _mirroring(self) -> tf.distribute.Strategy | None:
-        return distribution.mirroring(self._distribute_strategy)
+        return replicas.mirroring(self._distribute_strategy)
 
     @contextlib.contextmanager
     def window_that(self, ends: bool | None) -> Iterator[None]:
@@ -454,7 +455,7 @@ class GradientAccumulateModel(keras.Model):
         samples = _count_samples(x)
         with tf.GradientTape() as tape:
             y_pred = self(x, training=True)
-            with output_losses.weighted_by(samples, self):
+            with keras_losses.weighted_by(samples, self):
                 loss = self.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
             scaled = self.optimizer.scale_loss(loss)
         self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
@@ -597,12 +598,12 @@ class _PartialWindow(PartialWindow):
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         super().on_epoch_begin(epoch, logs)
         strategy = self.model.distribute_strategy
-        if distribution.spans_processes(strategy) and self.model.optimizer.accumulator.built:
+        if replicas.spans_processes(strategy) and self.model.optimizer.accumulator.built:
             # Each has restored what it found.
             updates = int(self.model.optimizer.iterations.numpy())
             step = int(self.model.optimizer.accumulator.step)
             numbers = {"epoch": epoch, "updates": updates, "micro-batches in the window": step}
-            distribution.check_agreement(strategy, numbers)
+            replicas.check_agreement(strategy, numbers)
 
     def _flush(self) -> None:
         self.model.flush()

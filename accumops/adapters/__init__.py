@@ -1,0 +1,1 @@
+"""The only rooms that name a private member of Keras or TensorFlow."""

@@ -1,0 +1,1 @@
+"""Batch normalization whose statistics move once a window; models with such layers and back."""

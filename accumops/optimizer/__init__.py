@@ -1,0 +1,1 @@
+"""An optimizer that accumulates, how it ends a window, and what makes the update."""

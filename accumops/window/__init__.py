@@ -1,0 +1,1 @@
+"""Windows of micro-batches: their state machine and gradients. Knows no optimizer, layer or model."""
