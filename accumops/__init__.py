@@ -9,8 +9,9 @@ from accumops.normalization.replace import replace_batchnorm_layers, restore_bat
 from accumops.ops import LibraryError, build_info, get_backend, set_backend
 from accumops.optimizer.clipping import AdaptiveGradientClipping
 from accumops.optimizer.optimizer import GradientAccumulateOptimizer
-from accumops.training.callbacks import AccumStepsScheduler, EffectiveBatchSize, PartialWindow
+from accumops.training.callbacks import AccumStepsScheduler, EffectiveBatchSize
 from accumops.training.model import GradientAccumulateModel
+from accumops.training.partial_window import PartialWindow
 from accumops.window.accumulator import GradientAccumulator
 
 try:

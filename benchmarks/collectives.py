@@ -124,7 +124,7 @@ def traced(case: Case, strategy: tf.distribute.Strategy) -> Functions:
             if ends is None:
                 strategy.run(model.train_step, args=(batch,))
             else:
-                with model.window_that(ends):
+                with model.window_ends(ends):
                     strategy.run(model.train_step, args=(batch,))
 
         return run

@@ -1,6 +1,11 @@
-"""The means of single outputs' losses, weighted as that of the total.
+"""Logged losses of single outputs, weighted like the total loss.
 
-Keras takes for the weight of a batch its size, where the graph knows it, and else 1.
+Keras weights each batch by its size only if the graph knows the size, else by 1: a ragged last batch then counts like a
+full one. So the means in which Keras keeps these losses get an `update_state` that takes the number of samples from a
+block around the loss, `weighted_by`, and does what Keras's does outside of such a block.
+
+The replacement stays: it cannot be put back at the end of a block. Replicas of a strategy have a thread each, and one
+may be in its block while another leaves its own. So the number of samples is a context variable, one for each thread.
 """
 
 import contextlib
@@ -11,21 +16,34 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-# Of each replica's thread its own, as replicas take turns where they communicate.
+from accumops.adapters.upstream import relies_on, sample
+
 _SAMPLES: contextvars.ContextVar[tf.Tensor | None] = contextvars.ContextVar("samples", default=None)
+
+
+@sample("<a compiled model>")
+def _compiled_model() -> Any:
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile(loss="mse")
+    return model
+
+
+@sample("<a compiled model's losses>")
+def _compiled_losses() -> Any:
+    return _compiled_model()._compile_loss
 
 
 @contextlib.contextmanager
 def weighted_by(samples: tf.Tensor, model: keras.Model) -> Iterator[None]:
-    """Has the losses that `model.compute_loss` reports of its outputs count as a number of samples.
+    """Weights the losses of single outputs that `model.compute_loss` logs by a number of samples.
 
     Args:
-        samples: How many there are, a scalar. What is reported of none counts as nothing, whatever it is.
+        samples: How many samples there are, a scalar. A loss of no samples counts as nothing, whatever it is.
         model: The model, compiled.
     """
-    losses = getattr(model, "_compile_loss", None)
+    losses = _losses_of(model)
     if losses is not None:
-        _replace_updates(losses)
+        _heed_samples(losses)
     token = _SAMPLES.set(samples)
     try:
         yield
@@ -33,13 +51,25 @@ def weighted_by(samples: tf.Tensor, model: keras.Model) -> Iterator[None]:
         _SAMPLES.reset(token)
 
 
-def _replace_updates(losses: Any) -> None:
-    """Does so once, beside what Keras tracks; the metrics are made when a loss is first computed."""
+@relies_on("<a compiled model>._compile_loss", feature="logged losses of single outputs")
+def _losses_of(model: keras.Model) -> Any:
+    return model._compile_loss
+
+
+@relies_on(
+    "<a compiled model's losses>.metrics",
+    "<a compiled model's losses>.build(y_true, y_pred)",
+    "<a compiled model's losses>.built",
+    feature="logged losses of single outputs",
+)
+def _heed_samples(losses: Any) -> None:
+    """Replaces the `update_state` of the metrics, once. Keras makes the metrics when it first computes a loss."""
 
     def build(*structures: Any) -> None:
         type(losses).build(losses, *structures)
-        _replace_updates(losses)
+        _heed_samples(losses)
 
+    # Straight into `__dict__`: Keras does not track what stands there.
     if not losses.built:
         vars(losses).setdefault("build", build)
     for metric in losses.metrics:

@@ -1,18 +1,18 @@
 """Batch normalization whose running statistics are those of a window, pooled over its micro-batches.
 
-A window's moments are its count, mean and centred sum of squares for each channel, to which each call in training adds
-those of its batch; a window without values is a new one. It belongs to who ends it:
+A window's moments are its count, mean and centred sum of squares for each channel. Each call in training adds the
+moments of its batch. Who ends the window is found anew at each call, in this order:
 
-- a `GradientAccumulateModel` that has the layer, in its steps;
-- a `GradientAccumulator`, of an optimizer or a loop of one's own, that is built for the layer's gamma or beta: the
-  layer joins it;
-- nobody else: then the layer counts its calls, and ends a window after `accum_steps` of them.
+ended by                       when                                                          counts calls itself
+a GradientAccumulateModel      its step is running or being traced (`owning_windows`)        no
+a GradientAccumulator          it was built for the layer's gamma or beta, on its own or     no
+                               for an optimizer (`join_window`)
+the layer                      otherwise: after `accum_steps` calls                          yes
 """
 
 import contextlib
 import contextvars
 import json
-import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,67 +20,71 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from accumops import ops
+from accumops.adapters.keras_layer import ExtraCheckpointState, in_stateless_scope
+from accumops.adapters.tensorflow import enclosing_functions
+from accumops.adapters.tracking import Untracked
 from accumops.arguments import check_accum_steps
 from accumops.normalization import replica_moments
 from accumops.window import replicas
-from accumops.window.accumulator import GradientAccumulator, register_member
+from accumops.window.accumulator import GradientAccumulator
+from accumops.window.members import register_member
 
-# A number of calls that is never reached: the window is somebody else's to end.
+# A number of calls that is never reached, for a window that something else ends.
 _NEVER = 1 << 62
-# Whose step runs or is traced: of each replica's thread its own, as replicas take turns where they communicate.
-_OWNER: contextvars.ContextVar["Callable[[AccumBatchNormalization], None] | None"] = contextvars.ContextVar(
-    "owner", default=None
+# Called with each layer by the model whose step is running or being traced. A context variable, since each replica has
+# a thread and threads switch at every collective.
+_ADOPT: contextvars.ContextVar["Callable[[AccumBatchNormalization], None] | None"] = contextvars.ContextVar(
+    "adopt", default=None
 )
 
 
 @contextlib.contextmanager
 def owning_windows(adopt: "Callable[[AccumBatchNormalization], None]") -> Iterator[None]:
-    """For as long as a step runs or is traced, windows of all layers that it calls are its owner's to end.
+    """Leaves it to a model to end the windows of all layers that are called while the block runs or is traced.
 
     Args:
-        adopt: Called with each layer, before it gathers anything, each time.
+        adopt: Called with a layer each time it is called, before it adds moments to its window.
     """
-    token = _OWNER.set(adopt)
+    token = _ADOPT.set(adopt)
     try:
         yield
     finally:
-        _OWNER.reset(token)
+        _ADOPT.reset(token)
 
 
 @keras.saving.register_keras_serializable(package="accumops")
-class AccumBatchNormalization(keras.layers.BatchNormalization):
+class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalization):
     """Batch normalization that is fused, and moves its running statistics once a window.
 
-    A drop-in for `keras.layers.BatchNormalization`. Each micro-batch is normalized with its own moments, so the forward
-    pass is not that of the large batch; what equals the large batch are the running statistics, which move once a
-    window, by the moments of all its micro-batches together: the variance between micro-batches counts as well.
+    A drop-in for `keras.layers.BatchNormalization`. Each micro-batch is normalized by its own moments, so the forward
+    pass differs from that of the large batch. The running statistics equal those of the large batch: they move once a
+    window, by the moments of all its micro-batches together, and so count the variance between micro-batches as well.
     Statistics are float32 in half precision, and no float32 copy of the activations is made or kept.
 
-    Where a `GradientAccumulateModel`, a `GradientAccumulateOptimizer` or a `GradientAccumulator` trains the layer, the
-    windows are that one's, partial windows and a number of micro-batches that changes included, and `accum_steps` need
-    not be given. `replace_batchnorm_layers` puts such layers into a model that has Keras's.
+    A `GradientAccumulateModel`, `GradientAccumulateOptimizer` or `GradientAccumulator` that trains the layer ends its
+    windows, partial windows included; `accum_steps` need not be given then, and may change. `replace_batchnorm_layers`
+    puts such layers into a model that has Keras's.
 
     Under MirroredStrategy and MultiWorkerMirroredStrategy the running statistics move by the moments of all replicas,
-    which they exchange where a window ends, for all layers of a model together; without accumulation at each call. With
-    `synchronized=True` micro-batches are normalized by the moments of all replicas as well, in plain TensorFlow; that
-    takes an exchange a layer, which cannot be made within `micro_batch_size`'s loop.
+    which they exchange where a window ends, for all layers of a model together; without accumulation, at each call.
+    With `synchronized=True` micro-batches are normalized by the moments of all replicas as well, in plain TensorFlow.
+    This takes an exchange for each layer, which cannot be made within `micro_batch_size`'s loop.
 
     An open window is saved with the layer, by Keras and by `tf.train.Checkpoint`; a checkpoint of Keras's layer has
-    none, and is restored with `expect_partial()`. The fused ops have no gradients of second order, such as a gradient
-    penalty takes, in training or not: use `accumops.set_backend("reference")`.
+    none, and is restored with `expect_partial()`. The fused ops have no gradients of second order, which a gradient
+    penalty needs, in training or inference: use `accumops.set_backend("reference")` for it.
 
-    An optimizer or accumulator finds the layer by gamma or beta, when it is built: executing eagerly, build it before
-    the first step, and for a layer with `center=False` and `scale=False` call `join_window`. What trains the layer
-    after that without accumulation needs `leave_window`.
+    An optimizer or accumulator finds the layer by its gamma or beta when it is built. When executing eagerly, build it
+    before the first step. For a layer with `center=False` and `scale=False`, call `join_window`. To train the layer
+    without accumulation after that, call `leave_window`.
 
     Args:
         *args: As for `keras.layers.BatchNormalization`.
-        accum_steps: Calls in training that make a window, where nothing else ends windows: an int of at least 1. By
-            default 1, or what the layer is trained by says; it is an error if that says another number.
-        **kwargs: All other arguments of `keras.layers.BatchNormalization` but `renorm`, whose corrections are made from
+        accum_steps: Calls in training that make a window if nothing else ends windows: an int of at least 1, by default
+            1. If the layer is trained with another number, that is an error; by default it takes any.
+        **kwargs: All other arguments of `keras.layers.BatchNormalization` except `renorm`, whose corrections come from
             statistics that move with each batch.
 
     Raises:
@@ -109,11 +113,12 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
             raise ValueError("AccumBatchNormalization does not do batch renormalization.")
         check_accum_steps(accum_steps)
         self.accum_steps = None if accum_steps is None else int(accum_steps)
-        # In a namespace, where Keras does not find it: the window is saved apart from the weights.
-        self._state = types.SimpleNamespace(accumulator=None, alone_in=None)
+        # Untracked, as the window is saved apart from the weights. `accumulator` is what the layer has joined, and
+        # `alone_in` the function in which the layer ended windows itself: 0 if that was eagerly, None if it did not.
+        self._state = Untracked(accumulator=None, alone_in=None)
 
     def build(self, input_shape: Any) -> None:
-        """Creates the variables: those of Keras's layer, and the window's."""
+        """Creates the variables of Keras's layer, and those of the window."""
         super().build(input_shape)
         channels = input_shape[self.axis]
         limit = self.accum_steps or 1 if self._state.accumulator is None else _NEVER
@@ -121,7 +126,7 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
             _window_variable("counters", [0, 0, limit], "int64"),
             _window_variable("moments", np.zeros([2, channels]), "float64"),
         )
-        self._window_in_checkpoints = _WindowInCheckpoints(self)
+        self.checkpoint_state = _WindowInCheckpoints(self)
         for variable in (self.gamma, self.beta):
             if variable is not None:
                 register_member(variable, self)
@@ -168,18 +173,15 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
         return tf.cast(outputs, self.compute_dtype)
 
     def check_window(self, accum_steps: Any, micro_batch_size: int | None = None) -> None:
-        """Raises if windows of `accum_steps` micro-batches are not those of this layer.
-
-        And if micro-batches that a step loops over would have to be normalized together with those of other replicas,
-        which cannot communicate within a loop.
+        """Raises if the layer cannot be trained with windows of `accum_steps` micro-batches.
 
         Args:
-            accum_steps: What trains the layer has as its `accum_steps`.
-            micro_batch_size: Or else as its `micro_batch_size`, for the message.
+            accum_steps: The `accum_steps` of what trains the layer.
+            micro_batch_size: Its `micro_batch_size`, if it loops over micro-batches within a step.
 
         Raises:
-            ValueError: If the layer was made with another number, or is `synchronized` under a mirroring strategy with
-                `micro_batch_size`.
+            ValueError: If the layer was made with another `accum_steps`. With `micro_batch_size` also if it is
+                `synchronized` under a mirroring strategy, whose replicas cannot communicate within a loop.
         """
         if micro_batch_size is not None and self.synchronized and replicas.spreads(self):
             raise ValueError(
@@ -195,16 +197,18 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
         )
 
     def join_window(self, accumulator: GradientAccumulator) -> None:
-        """Leaves it to `accumulator` to say when a window ends; accumops calls it where it can.
+        """Leaves it to `accumulator` to end the layer's windows. An accumulator that finds the layer calls this.
 
         Args:
-            accumulator: What sums the gradients of the layer's model.
+            accumulator: The accumulator that sums the gradients of the layer's model.
 
         Raises:
-            ValueError: If it has another number of micro-batches than the layer's own `accum_steps`.
+            ValueError: If its `accum_steps` is another than the layer's own.
         """
         self.check_window(accumulator.accum_steps)
-        if self._state.alone_in is not None and (self._state.alone_in == 0 or self._state.alone_in not in _graphs()):
+        if self._state.alone_in is not None and (
+            self._state.alone_in == 0 or self._state.alone_in not in enclosing_functions()
+        ):
             warnings.warn(
                 f"The layer '{self.name}' has been called in training before the optimizer or accumulator was built: "
                 "its running statistics have moved by those micro-batches alone. Build it first.",
@@ -212,14 +216,14 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
             )
         self.leave_window()
         self._state.accumulator = accumulator
-        accumulator.add_member(self)
+        accumulator.state.add_member(self)
         self._set_limit(_NEVER)
 
     def leave_window(self) -> None:
-        """Undoes `join_window`: the layer counts its calls again."""
+        """Undoes `join_window`: the layer counts its calls again, and ends windows itself."""
         accumulator, self._state.accumulator = self._state.accumulator, None
         if accumulator is not None:
-            accumulator.remove_member(self)
+            accumulator.state.remove_member(self)
         self._state.alone_in = None
         self._set_limit(self.accum_steps or 1)
 
@@ -229,13 +233,13 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
                 self._state.window.counters.assign([0, 0, limit])
 
     def _joined(self) -> bool:
-        return self._state.accumulator is not None or _OWNER.get() is not None
+        return self._state.accumulator is not None or _ADOPT.get() is not None
 
     @classmethod
     def close_windows(cls, members: Sequence["AccumBatchNormalization"]) -> None:
-        """Ends the windows of layers, full or not: running statistics move by their moments, if there are any.
+        """Ends the windows of layers, full or not: running statistics move by the window's moments, if it has any.
 
-        On the replicas of a strategy they move by those of all replicas, which all have to call this.
+        On a replica of a strategy they move by the moments of all replicas. All replicas have to call this.
 
         Args:
             members: The layers.
@@ -243,35 +247,35 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
         layers = [layer for layer in members if layer.built]
         if replicas.running() is None:
             for layer in layers:
-                for window, moving in layer._parts():
+                for window, moving in layer.window_parts():
                     ops.merge_moments(None, window=window, moving=moving)
         elif layers:
             for layer, pooled in zip(layers, cls._pool(layers), strict=True):
-                ((_, moving),) = layer._parts()
+                ((_, moving),) = layer.window_parts()
                 ops.merge_moments(pooled, moving=moving)
                 layer.drop_window()
 
     @staticmethod
     def _pool(layers: Sequence["AccumBatchNormalization"]) -> list[ops.BatchMoments]:
-        windows = [layer._parts()[0][0] for layer in layers]
+        windows = [layer.window_parts()[0][0] for layer in layers]
         return replica_moments.pool([(window.counters[0], window.moments[0], window.moments[1]) for window in windows])
 
     def drop_window(self) -> None:
-        """Ends the window without a trace."""
+        """Drops the window: its moments never reach the running statistics."""
         if self.built:
-            for window, _ in self._parts():
+            for window, _ in self.window_parts():
                 window.counters.assign(window.counters * [0, 0, 1])
 
     def forget_window(self) -> None:
-        """Drops what the layer has gathered by itself, now; for who is to say when its windows end."""
+        """Drops the window now, even while a function is traced: what takes over the layer starts with a new window."""
         if self.built:
             with tf.init_scope():
-                # Not yet initialized in a function that is being traced for the first time.
+                # The variables are not initialized while a function is traced for the first time.
                 if self._state.window.counters.value.is_initialized():
                     self.drop_window()
 
-    def _parts(self) -> list[tuple[ops.MomentsWindow, ops.MovingStatistics]]:
-        """The variables of the replica that runs, or else of each of this process's replicas."""
+    def window_parts(self) -> list[tuple[ops.MomentsWindow, ops.MovingStatistics]]:
+        """The variables on the replica that runs; outside of replicas, on each of this process's replicas."""
         variables = (*self._state.window, self.moving_mean, self.moving_variance)
         return [
             (ops.MomentsWindow(counters, moments), ops.MovingStatistics(mean, variance, self.momentum))
@@ -283,14 +287,14 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
             self._called_alone()
             self._move_stateless(moments)
             return
-        owner = _OWNER.get()
-        if owner is not None:
-            owner(self)
+        adopt = _ADOPT.get()
+        if adopt is not None:
+            adopt(self)
         if self._joined():
-            if pooled:  # of all replicas: one holds them
+            if pooled:  # they count the values of all replicas, so that only one replica adds them
                 first = tf.distribute.get_replica_context().replica_id_in_sync_group == 0
                 moments = moments._replace(count=tf.where(first, moments.count, 0))
-            for window, _ in self._parts():
+            for window, _ in self.window_parts():
                 ops.merge_moments(moments, window=window)
             return
         self._called_alone()
@@ -309,47 +313,41 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
                 centred = tf.cast(variance, tf.float64) * tf.cast(count, tf.float64)
                 exact = tf.cast(mean, tf.float64) + tf.cast(rest, tf.float64)
                 (moments,) = replica_moments.pool([(count, exact, centred)])
-        for window, moving in self._parts():
-            # Else by variables: it may join an optimizer that is built later in the function that is being traced.
+        for window, moving in self.window_parts():
+            # Unless the layer is certainly alone, the window's variables decide: an optimizer that is built later in
+            # the function that is being traced may still take the layer in.
             ops.merge_moments(moments, window=None if alone else window, moving=moving)
 
     def _move_stateless(self, moments: ops.BatchMoments) -> None:
-        """Moves what the scope holds instead of the variables."""
+        """Moves the values that a `keras.StatelessScope` holds instead of the variables."""
         for moving, value in ((self.moving_mean, moments.mean), (self.moving_variance, moments.variance)):
             old = tf.convert_to_tensor(moving)
             new = tf.cast(old, value.dtype) * self.momentum + value * (1.0 - self.momentum)
             moving.assign(tf.where(moments.count > 0, tf.cast(new, old.dtype), old))
 
     def _called_alone(self) -> None:
-        """Remembers where, for who joins too late to make that call part of a window."""
+        """Notes the function that is running or being traced, so that `join_window` can warn if it comes too late."""
         if self.accum_steps is None:
-            self._state.alone_in = _graphs()[0]
+            self._state.alone_in = enclosing_functions()[0]
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments to make this layer again, without its state."""
         return {**super().get_config(), "accum_steps": self.accum_steps}
 
     def save_own_variables(self, store: dict[str, Any]) -> None:
-        """Saves the variables, and the window's if one is open."""
+        """Saves the variables, and the window if one is open."""
         super().save_own_variables(store)
         if self.built:
-            counters, moments = self._saved_window()
+            counters, moments = self.saved_window()
             if counters[0] > 0:
                 store["window_counters"], store["window_moments"] = counters[:2], moments
 
-    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
-        """What TensorFlow saves: in checkpoints the window as well."""
-        children: dict[str, Any] = super()._trackable_children(save_type, **kwargs)
-        if save_type != "checkpoint":
-            children.pop("_window_in_checkpoints", None)
-        return children
-
-    def _saved_window(self) -> tuple[np.ndarray, np.ndarray]:
-        """The window, and of one that a strategy's replicas have the moments of all together."""
+    def saved_window(self) -> tuple[np.ndarray, np.ndarray]:
+        """The counters and moments of the window; under a strategy, the moments of all replicas together."""
         strategy = replicas.strategy_of_variable(self._state.window.counters)
-        parts = [[each.numpy() for each in window] for window, _ in self._parts()]
+        parts = [[each.numpy() for each in window] for window, _ in self.window_parts()]
         counters, moments = parts[0]
-        if strategy is None or counters[1] == 0:  # as many calls on all replicas
+        if strategy is None or counters[1] == 0:  # all replicas have made as many calls
             return counters, moments
         if not replicas.spans_processes(strategy):
             return replica_moments.pool_arrays(parts)
@@ -364,27 +362,27 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
         return np.array([count, *counters[1:]]), moments
 
     def load_own_variables(self, store: Mapping[str, Any]) -> None:
-        """Loads what `save_own_variables` stored, or what Keras's layer did, without a window."""
+        """Loads what `save_own_variables` stored, or what Keras's layer stored, which has no window."""
         keys = set(store.keys())
         super().load_own_variables({key: store[key] for key in keys if not key.startswith("window_")})
         if self.built and "window_counters" in keys:
-            self._load_window(store["window_counters"], store["window_moments"])
+            self.load_window(store["window_counters"], store["window_moments"])
         elif self.built:
-            self._load_window([0, 0], np.zeros(self._state.window.moments.shape))
+            self.load_window([0, 0], np.zeros(self._state.window.moments.shape))
 
-    def _load_window(self, counters: Any, moments: Any) -> None:
-        """Makes what was saved the window, but how many calls are one: that is the layer's own."""
+    def load_window(self, counters: Any, moments: Any) -> None:
+        """Restores a saved window, except for the number of calls that make one full: this is the layer's own."""
         (values, calls), saved = counters, np.array(moments)
         strategy = replicas.strategy_of_variable(self._state.window.counters)
         ids = [0] if strategy is None else replicas.replica_ids(strategy)
         for replica, (own, held) in zip(ids, replicas.components(*self._state.window), strict=True):
-            # What was saved is of all replicas: one has it.
+            # The saved moments are those of all replicas together: one replica takes them, the others start empty.
             own.assign([values if replica == 0 else 0, calls, own.numpy()[2]])
             held.assign(saved if replica == 0 else np.zeros_like(saved))
 
 
 class _WindowInCheckpoints(tf.train.experimental.PythonState):
-    """A layer's window, as `tf.train.Checkpoint` saves it."""
+    """Saves a layer's window in a `tf.train.Checkpoint`."""
 
     def __init__(self, layer: AccumBatchNormalization) -> None:
         super().__init__()
@@ -392,12 +390,12 @@ class _WindowInCheckpoints(tf.train.experimental.PythonState):
 
     def serialize(self) -> str:
         """Returns the window as text, which is exact."""
-        counters, moments = self._layer._saved_window()
+        counters, moments = self._layer.saved_window()
         return json.dumps([np.array(counters[:2]).tolist(), np.array(moments).tolist()])
 
     def deserialize(self, string_value: str) -> None:
         """Restores what `serialize` returned."""
-        self._layer._load_window(*json.loads(string_value))
+        self._layer.load_window(*json.loads(string_value))
 
 
 def _window_variable(name: str, value: Any, dtype: str) -> keras.Variable:
@@ -410,13 +408,3 @@ def _window_variable(name: str, value: Any, dtype: str) -> keras.Variable:
         autocast=False,
         name=f"window_{name}",
     )
-
-
-def _graphs() -> list[int]:
-    """The function that is being traced, by its identity, and those that it is traced within; 0 when eager."""
-    graphs = []
-    graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-    while graph is not None:
-        graphs.append(id(graph))
-        graph = getattr(graph, "outer_graph", None)
-    return [*graphs, 0] if graphs else [0]

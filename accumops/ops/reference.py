@@ -108,7 +108,7 @@ def update(
             gradient = tf.clip_by_value(gradient, -clip, clip)
         before = [tf.convert_to_tensor(each) for each in (variable, *(slot[i] for slot in slots))]
         value = before[0] - before[0] * decay if decays[i] else before[0]
-        after = _step(rule, value, before[1:], gradient, rate, beta_1, beta_2, epsilon)
+        after = step(rule, value, before[1:], gradient, rate, beta_1, beta_2, epsilon)
         rows = touched_rows[i]
         for target, old, new in zip((variable, *(slot[i] for slot in slots)), before, after, strict=True):
             if rows is not None:
@@ -116,7 +116,7 @@ def update(
             target.assign(new)
 
 
-def _step(
+def step(
     rule: str,
     value: tf.Tensor,
     slots: Sequence[tf.Tensor],

@@ -1,28 +1,51 @@
-"""An optimizer that accumulates gradients over several calls and lets the one it wraps apply them as one update."""
+"""`GradientAccumulateOptimizer`: a Keras optimizer that makes one update of several calls."""
 
 import contextlib
 import copy
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from accumops.adapters.overriding import LOCK, overriding
+from accumops.adapters.keras_optimizer import SharesAverages
+from accumops.adapters.tracking import Untracked
 from accumops.arguments import Schedule, check_accum_steps, check_bool, check_variables
-from accumops.optimizer import fused, rows
+from accumops.optimizer.checks import (
+    check_goes_with_lazy_rows,
+    check_goes_with_strategy,
+    check_gradient_clipping,
+    check_inner_optimizer,
+    check_variables_of_optimizer,
+)
+from accumops.optimizer.ending import Clipping, Ending, Gradients
 from accumops.optimizer.fused import FusedUpdate
+from accumops.optimizer.known_variables import KnownVariables
+from accumops.optimizer.wrapped import innermost
 from accumops.window import replicas
 from accumops.window.accumulator import GradientAccumulator
-from accumops.window.handover import CountedMicroBatch, Window
 
-Gradients = Sequence[tf.Tensor | tf.IndexedSlices | None]
-Clipping = Callable[[Gradients, Sequence[keras.Variable]], Gradients]
+
+class _OfInnermost:
+    """A setting of the innermost optimizer, which Keras and its callbacks look up on the optimizer that they are given.
+
+    It acts once a window, where the innermost optimizer makes the update.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+        self.__doc__ = f"The wrapped optimizer's `{name}`."
+
+    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+        return self if optimizer is None else getattr(innermost(optimizer.inner_optimizer), self._name)
+
+    def __set__(self, optimizer: Any, value: Any) -> None:
+        if hasattr(optimizer, "inner_optimizer"):  # not yet in the base class's constructor
+            setattr(innermost(optimizer.inner_optimizer), self._name, value)
 
 
 @keras.saving.register_keras_serializable(package="accumops")
-class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
+class GradientAccumulateOptimizer(SharesAverages, keras.optimizers.Optimizer):
     """Wraps a Keras optimizer so that every `accum_steps` calls of `apply` make one update.
 
     The wrapped optimizer sees one gradient a window, the mean over its micro-batches, and nothing in between: its
@@ -31,28 +54,28 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
 
     Under `tf.distribute` (MirroredStrategy, MultiWorkerMirroredStrategy) create and build it within `strategy.scope()`,
     and call `apply` in a function that `strategy.run` calls, with no `tf.cond` or loop around it. Replicas communicate
-    where a window ends, and nowhere else. As with any optimizer there, gradients are summed over the replicas, and are
-    those of losses that are divided by their number R, as Keras's trainer does: the wrapped optimizer sees
+    where a window ends, and nowhere else. As with any optimizer there, gradients are summed over the replicas, and come
+    from losses that are divided by the number R of replicas, as in Keras's trainer: the wrapped optimizer sees
     `R * sum(weight * gradient) / sum(weight)` over the micro-batches of all replicas. A micro-batch of weight 0, such
     as one without samples, counts as nothing, whatever its gradients are. `flush` can be called anywhere.
 
     Args:
         inner_optimizer: Any `keras.optimizers.Optimizer`, or a string or config that `keras.optimizers.get` knows.
-        accum_steps: Micro-batches an update, an int of at least 1; or a callable that gives it for the count of updates
-            so far, an int64 scalar; or None: then only `flush` makes an update. An int can be changed, by setting the
-            attribute or with the callback `AccumStepsScheduler`, and holds from the next window on.
+        accum_steps: Micro-batches an update, an int of at least 1; or a callable that returns it for the count of
+            updates so far, an int64 scalar; or None: then only `flush` makes an update. An int can be changed by
+            setting the attribute or with the callback `AccumStepsScheduler`, for the next window on.
         gradient_clipping: What clips the window's gradient before the wrapped optimizer's own clipping, such as
             `AdaptiveGradientClipping()`: a callable `(gradients, variables) -> gradients`.
         lazy_sparse: Whether rows of variables with sparse gradients (`tf.IndexedSlices`, from embeddings) stay as they
             are in a window that has no gradient for them: no momentum moves them, no weight decay, and their momentums
             do not decay either. The update then costs what the touched rows cost. It is another algorithm than dense
-            training, and known for SGD, Adam, AdamW, RMSprop, Adagrad and Lion. Rows are kept apart without it too
-            where that changes nothing: for SGD without momentum and for Adagrad, in tables of at least 1024 rows and
-            65,536 values.
+            training, and known for SGD, Adam, AdamW, RMSprop, Adagrad and Lion. For SGD without momentum and for
+            Adagrad it changes nothing, so in tables of at least 1024 rows and 65,536 values their updates touch only
+            these rows without it too.
         name: The name of this optimizer.
 
     Raises:
-        TypeError: If `accum_steps` is not an int, and no callable that returns one, or `gradient_clipping` is not
+        TypeError: If `accum_steps` is neither an int nor a callable that returns one, or `gradient_clipping` is not
             callable.
         ValueError: If `accum_steps` is less than 1, `inner_optimizer` accumulates gradients itself, or it does not
             go with `lazy_sparse`.
@@ -67,6 +90,15 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
     2
     """
 
+    built: bool
+    weight_decay = _OfInnermost()
+    clipnorm = _OfInnermost()
+    clipvalue = _OfInnermost()
+    global_clipnorm = _OfInnermost()
+    use_ema = _OfInnermost()
+    ema_momentum = _OfInnermost()
+    ema_overwrite_frequency = _OfInnermost()
+
     def __init__(
         self,
         inner_optimizer: keras.optimizers.Optimizer | str | dict[str, Any],
@@ -77,24 +109,24 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         lazy_sparse: bool = False,
     ) -> None:
         accum_steps = check_accum_steps(accum_steps)
-        inner_optimizer = _check_inner_optimizer(keras.optimizers.get(inner_optimizer))
+        inner_optimizer = check_inner_optimizer(keras.optimizers.get(inner_optimizer))
         check_gradient_clipping(gradient_clipping)
         if check_bool("lazy_sparse", lazy_sparse):
-            _check_lazy(inner_optimizer)
+            check_goes_with_lazy_rows(inner_optimizer)
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = inner_optimizer
         self.gradient_clipping = gradient_clipping
         self.lazy_sparse = lazy_sparse
-        self._averages_elsewhere = False
-        self._scaled_around = False  # by a LossScaleOptimizer
-        # Whether XLA compiles the step, where that is known before a step is traced; see GradientAccumulator.build.
         self.jit_compile: bool | None = None
+        """Whether XLA will compile the step; see `GradientAccumulator.build`. None if that is not known yet."""
         self._accumulator = GradientAccumulator(accum_steps, name=f"{self.name}_accumulator")
+        self._untracked = Untracked(known=KnownVariables(()), scaled_around=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # All that a LossScaleOptimizer tells of itself to what it wraps; Keras does not set what is the same.
-        if name == "loss_scale_factor" and value is None:
-            self._scaled_around = True
+        # A LossScaleOptimizer around this one announces itself in one way only: it sets `loss_scale_factor = None`. The
+        # property's setter would not see that, as Keras does not set an attribute to what it is already.
+        if name == "loss_scale_factor" and value is None and hasattr(self, "_untracked"):
+            self._untracked.scaled_around = True
         super().__setattr__(name, value)
 
     @property
@@ -121,56 +153,32 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
             ValueError: If a variable cannot be accumulated for, or under a mirroring `tf.distribute` strategy.
         """
         variables = list(variables)
-        if self.built and (self._trainable_variables or not variables):
+        if self.built and (self._known.variables or not variables):
             return
         strategy = replicas.strategy_of(variables, type(self).__name__)
+        inner = self.inner_optimizer
         if strategy is not None:
-            self._check_goes_with(strategy)
-        for variable in variables:
-            if self._overwrite_variable_with_gradient(variable):
-                raise ValueError(
-                    f"The variable '{variable.path}' is overwritten with its gradient, as float8 training does: such "
-                    "gradients cannot be accumulated."
-                )
+            check_goes_with_strategy(
+                strategy,
+                [self, inner, innermost(inner)],
+                lazy_sparse=self.lazy_sparse,
+                scaled_around=self._untracked.scaled_around,
+            )
+        check_variables_of_optimizer(variables)
         if variables:
             check_variables(variables)
         with contextlib.nullcontext() if strategy is None else strategy.scope():
-            self.inner_optimizer.build(variables)
+            inner.build(variables)
             if variables:
                 self._accumulator.build(
                     variables,
-                    iterations=self.inner_optimizer.iterations,
+                    iterations=inner.iterations,
                     jit_compile=self.jit_compile,
                     track_all_rows=self.lazy_sparse,
                 )
-            # Moving averages are the wrapped optimizer's; the base class would make others, and give it those.
-            self._averages_elsewhere = True
-            try:
-                super().build(variables)
-            finally:
-                self._averages_elsewhere = False
-
-    def _check_goes_with(self, strategy: tf.distribute.Strategy) -> None:
-        name = type(strategy).__name__
-        for optimizer in (self, self.inner_optimizer, _innermost(self.inner_optimizer)):
-            if optimizer._distribution_strategy is not strategy:
-                raise ValueError(
-                    f"The {type(optimizer).__name__} was created outside of the {name} of its variables: create model "
-                    "and optimizer within one `strategy.scope()`."
-                )
-        if self.lazy_sparse:
-            raise ValueError(f"`lazy_sparse=True` does not work under {name}, where a window's gradients are dense.")
-        if self._scaled_around and strategy.num_replicas_in_sync > 1:
-            raise ValueError(
-                f"Under {name} a LossScaleOptimizer around a GradientAccumulateOptimizer would look at the gradients "
-                "of one replica only. Put it inside: GradientAccumulateOptimizer(LossScaleOptimizer(optimizer), "
-                "accum_steps), and `compile(auto_scale_loss=False)`."
-            )
-        if not hasattr(_innermost(self.inner_optimizer), "_all_reduce_sum_gradients"):
-            raise ValueError(
-                f"Under {name} the gradients are summed over replicas once a window, and not again by Keras's "
-                f"optimizer; that of Keras {keras.__version__} has no `_all_reduce_sum_gradients` to replace."
-            )
+        # Not the base class's `build`: it would make moving averages, which the wrapped optimizer has made.
+        self._untracked.known = KnownVariables(variables)
+        self.built = True
 
     @tf.autograph.experimental.do_not_convert
     def apply(
@@ -193,23 +201,25 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
             ValueError: If it is not built and `trainable_variables` is not given, a variable is not known, or a
                 gradient does not fit its variable.
         """
-        batch = self._prepare(grads, trainable_variables, weight)
-        if batch is None:
+        gradients = self._in_order(grads, trainable_variables)
+        if gradients is None:
             return
-        accumulator, positions = self._accumulator, self._positions(trainable_variables)
+        state, ending, given = self._accumulator.state, self._ending, self._known.positions(trainable_variables)
+        batch = state.prepare(gradients, weight)
         if self.accum_steps is None:
-            accumulator._add(batch)
-        elif accumulator.strategy is not None:
-            accumulator._add(batch)
+            state.add(batch)
+        elif state.strategy is not None:
+            state.add(batch)
+            # Replicas cannot communicate inside a condition, but the condition can be inside of what they do together.
             replicas.across_replicas(
-                accumulator.strategy,
-                lambda: keras.ops.cond(accumulator.ready, lambda: self._update(positions), lambda: None),
+                state.strategy,
+                lambda: keras.ops.cond(state.counters.ready, lambda: ending.end(given), lambda: None),
             )
-        elif self._folds():
-            keras.ops.cond(batch.fills, lambda: self._update_with(batch, positions), lambda: accumulator._add(batch))
+        elif ending.folds:
+            keras.ops.cond(batch.fills, lambda: ending.end_with(batch, given), lambda: state.add(batch))
         else:
-            accumulator._add(batch)
-            keras.ops.cond(accumulator.ready, lambda: self._update(positions), lambda: None)
+            state.add(batch)
+            keras.ops.cond(state.counters.ready, lambda: ending.end(given), lambda: None)
 
     @tf.autograph.experimental.do_not_convert
     def accumulate(
@@ -229,9 +239,37 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         Raises:
             ValueError: As `apply` does.
         """
-        batch = self._prepare(grads, trainable_variables, weight)
-        if batch is not None:
-            self._accumulator._add(batch)
+        gradients = self._in_order(grads, trainable_variables)
+        if gradients is not None:
+            state = self._accumulator.state
+            state.add(state.prepare(gradients, weight))
+
+    @tf.autograph.experimental.do_not_convert
+    def accumulate_slice(
+        self,
+        grads: Gradients,
+        trainable_variables: Sequence[keras.Variable],
+        *,
+        weight: float | tf.Tensor,
+        starts: tf.Tensor | bool,
+    ) -> None:
+        """Accumulates one of the micro-batches that a step splits its batch into, without counting it; not public.
+
+        When all have been accumulated, the step counts them with `accumulator.state.count`, and calls `close`.
+
+        Args:
+            grads: As for `apply`.
+            trainable_variables: As for `apply`.
+            weight: As for `apply`.
+            starts: Whether it is the first micro-batch of its window, a bool or a bool scalar.
+
+        Raises:
+            ValueError: As `apply` does.
+        """
+        gradients = self._in_order(grads, trainable_variables)
+        if gradients is not None:
+            state = self._accumulator.state
+            state.add_slice(state.prepare_slice(gradients, weight, starts))
 
     @tf.autograph.experimental.do_not_convert
     def flush(self) -> None:
@@ -246,12 +284,12 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
             )
         if not self._accumulator.built:
             return
-        strategy = self._accumulator.strategy
-        if strategy is None:
-            keras.ops.cond(self._accumulator.open, self.close, lambda: None)
+        ending, counters = self._ending, self._accumulator.state.counters
+        if self._accumulator.strategy is None:
+            keras.ops.cond(counters.open, ending.end, lambda: None)
             return
         replicas.across_replicas(
-            strategy, lambda: keras.ops.cond(self._accumulator.open, lambda: self._update([]), lambda: None)
+            self._accumulator.strategy, lambda: keras.ops.cond(counters.open, ending.end, lambda: None)
         )
 
     @tf.autograph.experimental.do_not_convert
@@ -274,44 +312,27 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
                 that is `tf.errors.InvalidArgumentError`, which a function that XLA compiles does not check.
         """
         if grads is None:
-            self._update([])
+            self._ending.end()
             return
-        batch = self._prepare(grads, trainable_variables, weight)
-        if batch is None:
-            return
-        positions = self._positions(trainable_variables)
-        if self._folds():
-            self._update_with(batch, positions)
-        else:
-            self._accumulator._add(batch)
-            self._update(positions)
-
-    def _prepare(
-        self,
-        grads: Gradients,
-        trainable_variables: Sequence[keras.Variable] | None,
-        weight: float | tf.Tensor,
-    ) -> CountedMicroBatch | None:
-        gradients = self._in_order(grads, trainable_variables)
-        return None if gradients is None else self._accumulator._prepare(gradients, None, weight)
-
-    def _add_slice(
-        self,
-        grads: Gradients,
-        trainable_variables: Sequence[keras.Variable],
-        *,
-        weight: float | tf.Tensor,
-        starts: tf.Tensor | bool,
-    ) -> None:
-        """Accumulates gradients of a window that is counted when it holds all, with `_count` of the accumulator."""
         gradients = self._in_order(grads, trainable_variables)
         if gradients is not None:
-            self._accumulator._add_slice(self._accumulator._prepare_slice(gradients, weight, starts))
+            batch = self._accumulator.state.prepare(gradients, weight)
+            self._ending.end_with(batch, self._known.positions(trainable_variables))
+
+    @property
+    def _ending(self) -> Ending:
+        return Ending(
+            self.inner_optimizer,
+            self._accumulator.state,
+            self._known.variables,
+            self.gradient_clipping,
+            self.lazy_sparse,
+        )
 
     def _in_order(
         self, grads: Gradients, trainable_variables: Sequence[keras.Variable] | None
     ) -> list[tf.Tensor | tf.IndexedSlices | None] | None:
-        """Checks gradients and variables, and returns a gradient or None for each of `build`'s variables."""
+        """Returns a gradient or None for each of `build`'s variables; None if `grads` is empty, as Keras allows."""
         grads = list(grads)
         if not grads:
             return None
@@ -321,163 +342,26 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
                     "`apply` without `trainable_variables` needs an optimizer that is built: call "
                     "`optimizer.build(trainable_variables)` first."
                 )
-            trainable_variables = self._trainable_variables
+            return self._known.in_order(grads, self._known.variables)
         trainable_variables = list(trainable_variables)
-        if len(grads) != len(trainable_variables):
-            raise ValueError(
-                "There must be one gradient for each variable. "
-                f"Received: {len(grads)} gradients for {len(trainable_variables)} variables."
-            )
-        if not self.built:
+        if not self.built and len(grads) == len(trainable_variables):
             with keras.name_scope(self.name, caller=self):
                 self.build(trainable_variables)
-        self._check_variables_are_known(trainable_variables)
-        positions = self._positions(trainable_variables)
-        if len(set(positions)) < len(positions):
-            raise ValueError("A variable is given twice. Give each variable once, and its gradients summed.")
-        given = dict(zip(positions, grads, strict=True))
-        return [given.get(i) for i in range(len(self._trainable_variables))]
+        return self._known.in_order(grads, trainable_variables)
 
-    def _positions(self, variables: Sequence[keras.Variable] | None) -> list[int]:
-        """Where these variables stand among those of `build`."""
-        if variables is None:
-            return list(range(len(self._trainable_variables)))
-        return [self._get_variable_index(variable) for variable in variables]
+    @property
+    def _known(self) -> KnownVariables:
+        return self._untracked.known
 
     @property
     def fused_update(self) -> FusedUpdate:
         """Whether the update is one fused op over all variables, by which rule, and if it is not, why: print it.
 
-        It is where the wrapped optimizer is Keras's SGD, Adam, AdamW or Lion, or a LossScaleOptimizer around one, with
-        float32 variables, and the compiled ops can run. Else the wrapped optimizer's own `apply` makes the update.
-        Both keep their state in the wrapped optimizer's variables.
+        It is one if the wrapped optimizer is Keras's SGD, Adam, AdamW or Lion, or a LossScaleOptimizer around one, the
+        variables are float32, and the compiled ops can run. Otherwise the wrapped optimizer's own `apply` makes the
+        update. Both keep their state in the wrapped optimizer's variables.
         """
-        if self.gradient_clipping is not None and self.lazy_sparse:
-            return FusedUpdate(None, "`gradient_clipping` goes over rows with `lazy_sparse=True`")
-        with LOCK:
-            return fused.describe(self.inner_optimizer, self._trainable_variables if self.built else [])
-
-    def _folds(self) -> bool:
-        """Whether a window's last gradients can go straight into the update."""
-        if self._accumulator.strategy is not None:
-            return False  # they are summed over replicas first
-        needs_all = self.gradient_clipping is not None or fused.needs_norms(self.inner_optimizer)
-        return not needs_all and bool(self.fused_update)
-
-    def _update_with(self, batch: CountedMicroBatch, positions: list[int]) -> None:
-        """Ends the window with a micro-batch that it does not hold yet, and applies its gradient."""
-        with LOCK, self._accumulator._ending_with(batch) as window:
-            self._apply_fused(window, positions)
-
-    def _update(self, positions: list[int]) -> None:
-        """Closes the window and applies its gradient to all variables that have one.
-
-        Those of `positions` that have none go along, for the wrapped optimizer to warn of.
-        """
-        strategy = self._accumulator.strategy
-        if strategy is not None:
-            replicas.across_replicas(strategy, lambda: self._update_across(strategy, positions))
-            return
-        with LOCK, self._accumulator._ending() as window:
-            if not self.fused_update:
-                self._apply_unfused(window, positions)
-            elif self.gradient_clipping is None:
-                self._apply_fused(window, positions)
-            else:
-                self._apply_fused(self._clipped(window, self.gradient_clipping), positions)
-
-    def _update_across(self, strategy: tf.distribute.Strategy, positions: list[int]) -> None:
-        """As `_update`, for all replicas of this process, which make the same update."""
-        with LOCK, self._accumulator._ending_across(strategy) as windows:
-            clip = self.gradient_clipping
-            if not self.fused_update:
-                innermost = _innermost(self.inner_optimizer)
-
-                def overwrite(variables: Sequence[keras.Variable]) -> None:
-                    averages = innermost._model_variables_moving_average
-                    for variable, average in zip(variables, averages, strict=True):
-                        replicas.own(variable).assign(replicas.own(average))
-
-                # Keras's would sum the gradients over the replicas once more, and overwrite variables with their moving
-                # averages on all replicas at once within a condition of one.
-                own = {
-                    "_all_reduce_sum_gradients": lambda pairs: pairs,
-                    "_overwrite_model_variables_with_average_value": overwrite,
-                }
-                with overriding(innermost, **own):
-                    replicas.on_each_replica(
-                        strategy, lambda: self._apply_unfused(windows[replicas.local_replica()], positions)
-                    )
-                return
-            if clip is not None:
-                windows = replicas.on_each_replica(
-                    strategy, lambda: self._clipped(windows[replicas.local_replica()], clip)
-                )
-            fused.apply(self.inner_optimizer, windows, self._trainable_variables, positions, lazy=False)
-
-    def _clipped(self, window: Window, clip: Clipping) -> Window:
-        """The window with its gradients clipped, for a fused update."""
-        clipped = self._clip(window.means(sparse=False), clip)
-        latest = {i: tf.cast(each, tf.float32) for i, each in enumerate(clipped) if each is not None}
-        return dataclasses.replace(window, weight=tf.constant(1.0), latest=latest, latest_weight=1.0, starts=True)
-
-    def _apply_fused(self, window: Window, positions: list[int]) -> None:
-        if self.lazy_sparse:
-            _check_no_constraints(
-                [
-                    variable
-                    for i, variable in enumerate(self._trainable_variables)
-                    if i not in window.latest
-                    and window.accumulators[i] is not None
-                    and window.touched_rows(i) is not None
-                ]
-            )
-        fused.apply(self.inner_optimizer, [window], self._trainable_variables, positions, lazy=self.lazy_sparse)
-
-    def _apply_unfused(self, window: Window, positions: list[int]) -> None:
-        innermost = _innermost(self.inner_optimizer)
-        rows_suffice = rows.leaves_other_rows(innermost) and innermost.loss_scale_factor is None
-        if self.lazy_sparse:
-            _check_lazy(self.inner_optimizer)
-        sparse = self.lazy_sparse or rows_suffice
-        variables = self._trainable_variables
-        closed = window.means(sparse=sparse)
-        sparse_ones = {i: g.indices for i, g in enumerate(closed) if isinstance(g, tf.IndexedSlices)}
-        # The wrapped optimizer may have been built for more variables, or in another order.
-        touched = {innermost._get_variable_index(variables[i]): indices for i, indices in sparse_ones.items()}
-        if self.lazy_sparse:
-            _check_no_constraints([variables[i] for i in sparse_ones])
-        gradients = closed if self.gradient_clipping is None else self._clip(closed, self.gradient_clipping)
-        pairs = [
-            (gradient, variable)
-            for i, (gradient, variable) in enumerate(zip(gradients, variables, strict=True))
-            if gradient is not None or i in positions
-        ]
-        with rows.updating_rows(innermost, touched, self.lazy_sparse) if touched else contextlib.nullcontext():
-            self.inner_optimizer.apply([gradient for gradient, _ in pairs], [variable for _, variable in pairs])
-
-    def _clip(self, gradients: Gradients, clip: Clipping) -> Gradients:
-        """Clips the gradients of the loss itself, where the wrapped optimizer is to scale them back."""
-        inner, scale = self.inner_optimizer, None
-        if isinstance(inner, keras.optimizers.LossScaleOptimizer):
-            scale = tf.convert_to_tensor(inner.dynamic_scale)
-        elif inner.loss_scale_factor is not None:
-            scale = tf.constant(inner.loss_scale_factor, tf.float32)
-        if scale is not None:
-            gradients = [_times(gradient, 1 / scale) for gradient in gradients]
-        clipped = clip(gradients, self._trainable_variables)
-        if not isinstance(clipped, list | tuple) or len(clipped) != len(gradients):
-            raise ValueError(
-                f"`gradient_clipping` must return a list of one gradient for each of {len(gradients)} variables. "
-                f"Received: {len(clipped) if isinstance(clipped, list | tuple) else clipped!r}"
-            )
-        for before, after, variable in zip(gradients, clipped, self._trainable_variables, strict=True):
-            if isinstance(after, tf.IndexedSlices) and after.indices is not getattr(before, "indices", None):
-                raise ValueError(
-                    f"`gradient_clipping` must keep the indices of tf.IndexedSlices. For '{variable.path}' it returned "
-                    "others."
-                )
-        return clipped if scale is None else [_times(gradient, scale) for gradient in clipped]
+        return self._ending.fused_update
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, keras.Variable]]) -> keras.Variable:
         """Calls `apply` with pairs of gradient and variable, and returns `iterations`."""
@@ -527,7 +411,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
 
     def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
         """Has the wrapped optimizer exclude variables from weight decay."""
-        _innermost(self.inner_optimizer).exclude_from_weight_decay(var_list=var_list, var_names=var_names)
+        innermost(self.inner_optimizer).exclude_from_weight_decay(var_list=var_list, var_names=var_names)
 
     def scale_loss(self, loss: tf.Tensor) -> tf.Tensor:
         """Scales the loss as the wrapped optimizer wants it, which takes the scale back out of the gradients."""
@@ -575,92 +459,3 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
 
     def __repr__(self) -> str:
         return f"<GradientAccumulateOptimizer {type(self.inner_optimizer).__name__}, accum_steps={self.accum_steps}>"
-
-
-def _delegated(name: str) -> property:
-    def read(self: GradientAccumulateOptimizer) -> Any:
-        if name == "use_ema" and self._averages_elsewhere:
-            return False
-        return getattr(_innermost(self.inner_optimizer), name)
-
-    def write(self: GradientAccumulateOptimizer, value: Any) -> None:
-        if hasattr(self, "inner_optimizer"):  # not yet in the base class's constructor
-            setattr(_innermost(self.inner_optimizer), name, value)
-
-    return property(read, write, doc=f"The wrapped optimizer's `{name}`.")
-
-
-# What Keras and its callbacks look up on an optimizer, and what acts once a window: the wrapped one's.
-for _setting in (
-    "weight_decay",
-    "clipnorm",
-    "clipvalue",
-    "global_clipnorm",
-    "use_ema",
-    "ema_momentum",
-    "ema_overwrite_frequency",
-    "_model_variables_moving_average",
-):
-    setattr(GradientAccumulateOptimizer, _setting, _delegated(_setting))
-
-
-def _innermost(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    while hasattr(optimizer, "inner_optimizer"):
-        optimizer = optimizer.inner_optimizer
-    return optimizer
-
-
-def _check_lazy(optimizer: keras.optimizers.Optimizer) -> None:
-    innermost = _innermost(optimizer)
-    if rows.rule_of(innermost) is None:
-        raise ValueError(
-            f"`lazy_sparse=True` knows the updates of {', '.join(rows.names_of_optimizers())}. "
-            f"Received: {type(innermost).__name__}"
-        )
-    if innermost.use_ema:
-        raise ValueError("`lazy_sparse=True` does not go with `use_ema=True`, whose averages are of all rows.")
-    if innermost.loss_scale_factor is not None:
-        raise ValueError(
-            "`lazy_sparse=True` does not go with `loss_scale_factor`, which Keras does not take out of sparse "
-            "gradients. Use a keras.optimizers.LossScaleOptimizer."
-        )
-
-
-def _check_no_constraints(variables: Sequence[keras.Variable]) -> None:
-    for variable in variables:
-        if variable.constraint is not None:
-            raise ValueError(
-                f"`lazy_sparse=True` cannot update '{variable.path}', whose constraint is for all of its rows: "
-                f"{variable.constraint}."
-            )
-
-
-def _times(gradient: tf.Tensor | tf.IndexedSlices | None, factor: tf.Tensor) -> tf.Tensor | tf.IndexedSlices | None:
-    if isinstance(gradient, tf.IndexedSlices):
-        return tf.IndexedSlices(_times(gradient.values, factor), gradient.indices, gradient.dense_shape)
-    return None if gradient is None else gradient * tf.cast(factor, gradient.dtype)
-
-
-def check_gradient_clipping(gradient_clipping: Clipping | None) -> None:
-    """Raises what the user should read if it is not one."""
-    if gradient_clipping is None or (callable(gradient_clipping) and not isinstance(gradient_clipping, type)):
-        return
-    raise TypeError(
-        "`gradient_clipping` must be a callable `(gradients, variables) -> gradients`, such as "
-        f"`AdaptiveGradientClipping()`, or None. Received: {gradient_clipping!r}"
-    )
-
-
-def _check_inner_optimizer(optimizer: keras.optimizers.Optimizer | None) -> keras.optimizers.Optimizer:
-    if optimizer is None:
-        raise ValueError("An optimizer is needed, that makes the updates. Received: None")
-    if isinstance(optimizer, GradientAccumulateOptimizer) or optimizer.gradient_accumulation_steps:
-        own = "accum_steps" if isinstance(optimizer, GradientAccumulateOptimizer) else "gradient_accumulation_steps"
-        raise ValueError(
-            f"`inner_optimizer` must not accumulate gradients itself. Received: {type(optimizer).__name__} with {own}."
-        )
-    # Those of a LossScaleOptimizer and of a MultiOptimizer.
-    for inner in (getattr(optimizer, "inner_optimizer", None), *getattr(optimizer, "optimizers", ())):
-        if inner is not None:
-            _check_inner_optimizer(inner)
-    return optimizer

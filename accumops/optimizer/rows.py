@@ -1,22 +1,84 @@
-"""Updates of the rows of tables that have gradients, and of no others, by the mathematics of Keras's optimizers.
+"""Updates of the touched rows of tables, such as embeddings, and of no other rows, by the wrapped optimizer's rule.
 
-Keras's own update of a variable with a sparse gradient reads and writes all of it, and all of its momentums. For SGD
-without momentum and for Adagrad a row without gradient stays what it is, and updating the others is the whole update.
-For the others it is another algorithm, the lazy one: a row's momentums decay only when it has a gradient.
+Keras's own update of a variable with a sparse gradient reads and writes all of the variable and of its slots. For SGD
+without momentum and for Adagrad a row without gradient stays what it is, so updating the touched rows is the whole
+update. For the others it is another algorithm, the lazy one: the slots of a row decay only when it has a gradient.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Mapping
 
 import keras
 import tensorflow as tf
 
-from accumops.adapters.overriding import overriding
+from accumops import ops
+from accumops.adapters.keras_optimizer import (
+    Rule,
+    index_of,
+    rule_of,
+    slots_of_rmsprop,
+    stepping_by,
+    steps_like,
+    sums_of_adagrad,
+)
 from accumops.ops.variables import tf_variable
 
 
+def knows(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Whether rows can be updated by the optimizer's rule."""
+    return _step_of(optimizer) is not None
+
+
+def known_optimizers() -> list[str]:
+    """The names of the optimizers whose rules are known."""
+    return ["Adagrad", "Adam", "AdamW", "Lion", "RMSprop", "SGD"]
+
+
+def leaves_other_rows(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Whether a row without gradient stays what it is in the optimizer's own update."""
+    if steps_like(optimizer, keras.optimizers.Adagrad):
+        return True
+    return steps_like(optimizer, keras.optimizers.SGD) and optimizer.momentum == 0
+
+
+def updating_rows(
+    optimizer: keras.optimizers.Optimizer, rows: Mapping[int, tf.Tensor], *, lazy_weight_decay: bool
+) -> contextlib.AbstractContextManager[None]:
+    """Has the optimizer's `apply` update only these rows of these variables.
+
+    Args:
+        optimizer: An optimizer that `knows` accepts.
+        rows: Indices of rows by the variable's position in the optimizer, each row once. The variable's gradient has
+            these rows, in this order.
+        lazy_weight_decay: Whether the weights of other rows do not decay.
+    """
+    step_rows = _step_of(optimizer)
+    assert step_rows is not None, "checked by `knows`"
+
+    def step(
+        gradient: tf.Tensor | tf.IndexedSlices, variable: tf.Variable, learning_rate: tf.Tensor, decays: bool
+    ) -> bool:
+        i = index_of(optimizer, variable)
+        if i not in rows:
+            return False
+        touched = _Rows(rows[i])
+        values = touched.read(variable)
+        rate = tf.cast(learning_rate, variable.dtype)
+        if lazy_weight_decay and optimizer.weight_decay is not None and decays:
+            values -= values * tf.cast(optimizer.weight_decay, variable.dtype) * rate
+        gradient = tf.cast(touched.of(gradient), variable.dtype)
+        touched.write(variable, step_rows(i, touched, values, gradient, rate))
+        return True
+
+    def decays_as_a_whole(variable: tf.Variable) -> bool:
+        return not (lazy_weight_decay and index_of(optimizer, variable) in rows)
+
+    return stepping_by(optimizer, step, decays_as_a_whole)
+
+
 class _Rows:
-    """Some rows, each once, of a variable and of the optimizer's variables beside it."""
+    """Some rows, each once, of a variable and of its slots."""
 
     def __init__(self, indices: tf.Tensor) -> None:
         self._indices = indices
@@ -29,29 +91,39 @@ class _Rows:
         return values
 
     def of(self, gradient: tf.Tensor | tf.IndexedSlices) -> tf.Tensor:
-        # Clipping by value makes it dense, and nothing changes the order of its rows.
+        # Clipping by value makes a gradient dense. Nothing changes the order of a sparse gradient's rows.
         return gradient.values if isinstance(gradient, tf.IndexedSlices) else tf.gather(gradient, self._indices)
 
 
-# What `update_step` does, on rows: (optimizer, position of the variable, rows, its rows, their gradient, learning rate)
-# to the rows' next values. Written beside that of each optimizer in Keras.
-_Rule = Callable[[keras.optimizers.Optimizer, int, _Rows, tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]
+# Takes the position of a variable, its rows, their values, their gradient and the learning rate. Returns the next
+# values of the rows, and moves the rows of the slots.
+_Step = Callable[[int, _Rows, tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]
 
 
-def _sgd(
-    optimizer: keras.optimizers.SGD, i: int, rows: _Rows, values: tf.Tensor, gradient: tf.Tensor, rate: tf.Tensor
-) -> tf.Tensor:
-    if optimizer.momentum == 0:
-        return values - rate * gradient
-    momentum = rows.read(optimizer.momentums[i]) * optimizer.momentum - rate * gradient
-    rows.write(optimizer.momentums[i], momentum)
-    return values + (momentum * optimizer.momentum - rate * gradient if optimizer.nesterov else momentum)
+def _step_of(optimizer: keras.optimizers.Optimizer) -> _Step | None:
+    """How the optimizer updates rows; None if that is not known."""
+    if steps_like(optimizer, keras.optimizers.Adagrad):
+        return functools.partial(_adagrad, optimizer)
+    if steps_like(optimizer, keras.optimizers.RMSprop):
+        return functools.partial(_rmsprop, optimizer)
+    rule = rule_of(optimizer)
+    return None if rule is None else functools.partial(_by_rule, rule)
+
+
+def _by_rule(rule: Rule, i: int, rows: _Rows, values: tf.Tensor, gradient: tf.Tensor, rate: tf.Tensor) -> tf.Tensor:
+    slots = [slot[i] for slot in rule.slots]
+    before = [rows.read(slot) for slot in slots]
+    settings = {"beta_1": 0.0, "beta_2": 0.0, "epsilon": 0.0, **rule.settings}
+    value, *after = ops.reference.step(rule.name, values, before, gradient, rule.rate(rate), **settings)
+    for slot, moved in zip(slots, after, strict=True):
+        rows.write(slot, moved)
+    return value
 
 
 def _adagrad(
     optimizer: keras.optimizers.Adagrad, i: int, rows: _Rows, values: tf.Tensor, gradient: tf.Tensor, rate: tf.Tensor
 ) -> tf.Tensor:
-    sums = optimizer._accumulators[i]
+    sums = sums_of_adagrad(optimizer)[i]
     total = rows.write(sums, rows.read(sums) + gradient**2)
     return values - rate * gradient / tf.sqrt(total + optimizer.epsilon)
 
@@ -59,106 +131,15 @@ def _adagrad(
 def _rmsprop(
     optimizer: keras.optimizers.RMSprop, i: int, rows: _Rows, values: tf.Tensor, gradient: tf.Tensor, rate: tf.Tensor
 ) -> tf.Tensor:
+    squares, means, momentums = slots_of_rmsprop(optimizer)
+
     def average(variable: keras.Variable, value: tf.Tensor) -> tf.Tensor:
         return rows.write(variable, optimizer.rho * rows.read(variable) + (1 - optimizer.rho) * value)
 
-    variance = average(optimizer._velocities[i], gradient**2)
+    variance = average(squares[i], gradient**2)
     if optimizer.centered:
-        variance -= average(optimizer._average_gradients[i], gradient) ** 2
+        variance -= average(means[i], gradient) ** 2
     increment = rate * gradient / tf.sqrt(variance + optimizer.epsilon)
     if optimizer.momentum > 0:
-        momentums = optimizer._momentums[i]
-        increment = rows.write(momentums, optimizer.momentum * rows.read(momentums) + increment)
+        increment = rows.write(momentums[i], optimizer.momentum * rows.read(momentums[i]) + increment)
     return values - increment
-
-
-def _adam(
-    optimizer: keras.optimizers.Adam, i: int, rows: _Rows, values: tf.Tensor, gradient: tf.Tensor, rate: tf.Tensor
-) -> tf.Tensor:
-    step = tf.cast(optimizer.iterations + 1, values.dtype)
-    correction = tf.sqrt(1 - tf.cast(optimizer.beta_2, values.dtype) ** step) / (
-        1 - tf.cast(optimizer.beta_1, values.dtype) ** step
-    )
-
-    def average(variable: keras.Variable, value: tf.Tensor, beta: float) -> tf.Tensor:
-        before = rows.read(variable)
-        return rows.write(variable, before + (value - before) * (1 - beta))
-
-    momentum = average(optimizer._momentums[i], gradient, optimizer.beta_1)
-    variance = average(optimizer._velocities[i], gradient**2, optimizer.beta_2)
-    if optimizer.amsgrad:
-        largest = optimizer._velocity_hats[i]
-        variance = rows.write(largest, tf.maximum(rows.read(largest), variance))
-    return values - momentum * (rate * correction) / (tf.sqrt(variance) + optimizer.epsilon)
-
-
-def _lion(
-    optimizer: keras.optimizers.Lion, i: int, rows: _Rows, values: tf.Tensor, gradient: tf.Tensor, rate: tf.Tensor
-) -> tf.Tensor:
-    momentum = rows.read(optimizer._momentums[i])
-    rows.write(optimizer._momentums[i], momentum * optimizer.beta_2 + gradient * (1 - optimizer.beta_2))
-    return values - rate * tf.sign(momentum * optimizer.beta_1 + gradient * (1 - optimizer.beta_1))
-
-
-# Adam's is AdamW's too; a subclass with an `update_step` of its own has none.
-_RULES: dict[type[keras.optimizers.Optimizer], _Rule] = {
-    keras.optimizers.SGD: _sgd,
-    keras.optimizers.Adagrad: _adagrad,
-    keras.optimizers.RMSprop: _rmsprop,
-    keras.optimizers.Adam: _adam,
-    keras.optimizers.Lion: _lion,
-}
-
-
-def rule_of(optimizer: keras.optimizers.Optimizer) -> _Rule | None:
-    """How the optimizer updates rows, or None where that is not known."""
-    if "update_step" in vars(optimizer):
-        return None
-    return next((rule for kind, rule in _RULES.items() if type(optimizer).update_step is kind.update_step), None)
-
-
-def names_of_optimizers() -> list[str]:
-    """The names of the optimizers that have a rule."""
-    return sorted([kind.__name__ for kind in _RULES] + [keras.optimizers.AdamW.__name__])
-
-
-def leaves_other_rows(optimizer: keras.optimizers.Optimizer) -> bool:
-    """Whether a row without gradient stays what it is in the optimizer's own update."""
-    rule = rule_of(optimizer)
-    return rule is _adagrad or (rule is _sgd and optimizer.momentum == 0)
-
-
-@contextlib.contextmanager
-def updating_rows(
-    optimizer: keras.optimizers.Optimizer, rows: Mapping[int, tf.Tensor], lazy_weight_decay: bool
-) -> Iterator[None]:
-    """Has the optimizer's `apply` update only these rows of these variables.
-
-    Args:
-        optimizer: The optimizer, one that has a rule.
-        rows: Indices of rows by the variable's position, each once; the gradients are of these rows, in this order.
-        lazy_weight_decay: Whether the weights of other rows do not decay.
-    """
-    rule = rule_of(optimizer)
-    decays = optimizer._use_weight_decay
-    update_step = optimizer.update_step
-
-    def update(gradient: tf.Tensor | tf.IndexedSlices, variable: tf.Variable, learning_rate: tf.Tensor) -> None:
-        i = optimizer._get_variable_index(variable)
-        if rule is None or i not in rows:
-            update_step(gradient, variable, learning_rate)
-            return
-        touched = _Rows(rows[i])
-        values = touched.read(variable)
-        rate = tf.cast(learning_rate, variable.dtype)
-        if lazy_weight_decay and optimizer.weight_decay is not None and decays(variable):
-            values -= values * tf.cast(optimizer.weight_decay, variable.dtype) * rate
-        values = rule(optimizer, i, touched, values, tf.cast(touched.of(gradient), variable.dtype), rate)
-        touched.write(variable, values)
-
-    def decays_as_a_whole(variable: tf.Variable) -> bool:
-        in_rows = lazy_weight_decay and optimizer._get_variable_index(variable) in rows
-        return not in_rows and decays(variable)
-
-    with overriding(optimizer, update_step=update, _use_weight_decay=decays_as_a_whole):
-        yield

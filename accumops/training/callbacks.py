@@ -1,4 +1,4 @@
-"""Callbacks for `fit`: a K that changes, open windows at the end of an epoch, the effective batch size in the logs."""
+"""Callbacks for `fit`: a K that changes, and the effective batch size in the logs."""
 
 import numbers
 from collections.abc import Callable
@@ -6,17 +6,21 @@ from typing import Any
 
 import keras
 
+from accumops.adapters.keras_model import loss_tracker
 from accumops.arguments import check_accum_steps
 from accumops.optimizer.optimizer import GradientAccumulateOptimizer
 
-PARTIAL_WINDOWS = ("flush", "carry", "drop")
 
-
-class _WindowCallback(keras.callbacks.Callback):
-    """A callback that finds the optimizer which accumulates."""
+class WindowCallback(keras.callbacks.Callback):
+    """A callback that finds the optimizer that accumulates, also within a LossScaleOptimizer."""
 
     @property
-    def _optimizer(self) -> GradientAccumulateOptimizer:
+    def optimizer(self) -> GradientAccumulateOptimizer:
+        """The optimizer that accumulates.
+
+        Raises:
+            ValueError: If the model has none.
+        """
         optimizer = getattr(self.model, "optimizer", None)
         while optimizer is not None and not isinstance(optimizer, GradientAccumulateOptimizer):
             optimizer = getattr(optimizer, "inner_optimizer", None)
@@ -29,14 +33,14 @@ class _WindowCallback(keras.callbacks.Callback):
         return optimizer
 
 
-class AccumStepsScheduler(_WindowCallback):
-    """Sets `accum_steps` at the start of each epoch; it is in the logs as `accum_steps`.
+class AccumStepsScheduler(WindowCallback):
+    """Sets `accum_steps` at the start of each epoch, and logs it as `accum_steps`.
 
     A window that is open then goes on with the number it started with.
 
     Args:
-        schedule: A dict of epochs, counted from 0, to the number of micro-batches a window from this epoch on, with an
-            entry for epoch 0; or a callable `(epoch, accum_steps) -> accum_steps`.
+        schedule: The number of micro-batches a window: a dict from epochs, counted from 0, to the number from this
+            epoch on, with an entry for epoch 0; or a callable `(epoch, accum_steps) -> accum_steps`.
         verbose: 1 prints the number where it changes.
 
     Raises:
@@ -72,7 +76,7 @@ class AccumStepsScheduler(_WindowCallback):
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Sets the number of micro-batches."""
-        optimizer = self._optimizer
+        optimizer = self.optimizer
         before = optimizer.accum_steps
         optimizer.accum_steps = self._schedule(epoch, before)
         if self.verbose and optimizer.accum_steps != before:
@@ -81,85 +85,18 @@ class AccumStepsScheduler(_WindowCallback):
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Adds the number to the logs."""
         if logs is not None:
-            logs["accum_steps"] = self._optimizer.accum_steps
+            logs["accum_steps"] = self.optimizer.accum_steps
 
 
-class PartialWindow(_WindowCallback):
-    """Settles the window that an epoch's end leaves open, for a model compiled with a GradientAccumulateOptimizer.
-
-    Before the epoch's validation. Without it the window goes on in the next epoch; a `GradientAccumulateModel` settles
-    its windows itself. Give it as the first callback: others are to see, or to save, what it leaves.
-
-    Args:
-        policy: `"flush"`: an update, correctly weighted; `"drop"`; or `"carry"`: the window goes on in the next epoch.
-            A window that was open before `fit` starts is dropped, unless it is carried.
-
-    Raises:
-        ValueError: If `policy` is another; in `fit`, if nothing accumulates.
-
-    Example:
-
-    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
-    >>> model.compile(accumops.GradientAccumulateOptimizer("sgd", accum_steps=4), loss="mse")
-    >>> x, y = tf.ones([48, 3]), tf.ones([48, 1])
-    >>> history = model.fit(x, y, batch_size=8, callbacks=[accumops.PartialWindow("flush")], verbose=0)
-    >>> int(model.optimizer.iterations)
-    2
-    """
-
-    def __init__(self, policy: str = "flush") -> None:
-        super().__init__()
-        if policy not in PARTIAL_WINDOWS:
-            raise ValueError(f"`policy` must be one of {PARTIAL_WINDOWS}. Received: {policy!r}")
-        self.policy = policy
-
-        self._in_epoch = False
-
-    def on_train_begin(self, logs: Any = None) -> None:
-        """Drops what an interrupted training has left open."""
-        if self.policy != "carry":
-            self._drop()
-
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Tells an epoch's validation from `evaluate`."""
-        self._in_epoch = True
-
-    def on_test_begin(self, logs: Any = None) -> None:
-        """Settles the window before the validation of an epoch."""
-        if self._in_epoch:
-            self._settle()
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Settles the window of an epoch without validation."""
-        self._settle()
-        self._in_epoch = False
-
-    def _flush(self) -> None:
-        optimizer = self._optimizer
-        if optimizer.accumulator.built:
-            optimizer.flush()
-
-    def _settle(self) -> None:
-        if self.policy == "flush":
-            self._flush()
-        elif self.policy == "drop":
-            self._drop()
-
-    def _drop(self) -> None:
-        accumulator = self._optimizer.accumulator
-        if accumulator.built:
-            accumulator.reset()
-
-
-class EffectiveBatchSize(_WindowCallback):
+class EffectiveBatchSize(WindowCallback):
     """Adds `effective_batch_size` to the logs of each epoch: samples an update, on average over the epoch.
 
-    It is `nan` in an epoch without an update. Samples of a window that is dropped count, and an update counts that a
-    `PartialWindow` before it in the list has made.
+    It is `nan` in an epoch without an update. Samples of a window that is dropped count. An update that a
+    `PartialWindow` makes counts if that callback comes earlier in the list.
 
     Raises:
-        ValueError: In `fit`, if nothing accumulates, or the model has a `train_step` of its own, whose samples nobody
-            counts.
+        ValueError: In `fit`, if nothing accumulates, or if the model has a `train_step` of its own, whose samples are
+            not counted.
 
     Example:
 
@@ -189,22 +126,22 @@ class EffectiveBatchSize(_WindowCallback):
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Starts to count."""
         self._samples = None
-        self._updates = int(self._optimizer.iterations.numpy())
+        self._updates = int(self.optimizer.iterations.numpy())
 
     def on_test_begin(self, logs: Any = None) -> None:
-        """Keeps the count, which validation sets back."""
+        """Keeps the count of samples before the epoch's validation resets it."""
         self._samples = self._seen()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Adds the effective batch size to the logs."""
         if logs is not None:
-            updates = int(self._optimizer.iterations.numpy()) - self._updates
+            updates = int(self.optimizer.iterations.numpy()) - self._updates
             samples = self._seen() if self._samples is None else self._samples
             logs["effective_batch_size"] = samples / updates if updates else float("nan")
 
     def _seen(self) -> float:
         # Keras weighs the mean of the losses by the batches' sizes.
-        return float(self.model._loss_tracker.count.numpy())
+        return float(loss_tracker(self.model).count.numpy())
 
 
 def _check_epochs(schedule: dict[int, int]) -> None:

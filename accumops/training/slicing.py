@@ -1,4 +1,4 @@
-"""A batch in slices: what runs on each of them, one after another, in a loop of one graph."""
+"""A batch in slices: runs a function on each of them, one after another, in a loop of one graph."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ import tensorflow as tf
 
 Carried = Sequence[tf.Tensor]
 
-# Sizes are counted in int32, and a slice may end behind its batch.
+# Sizes are counted in int32, and the end of the last slice may lie behind its batch.
 _LARGEST = 1 << 30
 
 
@@ -24,21 +24,21 @@ def fold_slices(
 ) -> tuple[int | tf.Tensor, Carried]:
     """Calls `run` with slices of a batch, one after another, each with what the one before has returned.
 
-    In a graph one body serves all slices, or one `at_once` of them, which then may run side by side, as far as what
-    `run` does depends on no state, and another one the rest.
+    In a graph the body of one loop serves all slices. With `at_once` it holds that many slices, and a second loop has
+    the rest. TensorFlow runs side by side what depends on no state in the slices of one body.
 
     Args:
-        data: The batch, a structure of tensors, None where there is none.
+        data: The batch, a structure of tensors, with None for parts that it lacks.
         size: Samples a slice; the last one is smaller where it has to be.
-        run: Takes a slice, whether it is the first, and scalars that go from slice to slice; returns these.
+        run: Takes a slice, whether it is the first, and scalars that go from slice to slice; returns the scalars.
         carried: The scalars that the first slice is given.
-        static_sizes: Whether the sizes of slices have to be known to the graph, as XLA needs it: a remainder then has a
-            body of its own.
+        static_sizes: Whether the graph has to know the sizes of slices, as XLA needs it: a remainder then has a body of
+            its own.
         at_once: How many slices may run side by side.
         empty: Whether a batch without samples is one slice, instead of an error.
 
     Returns:
-        The number of slices, and what the last one has returned.
+        The number of slices, and the scalars that the last one has returned.
 
     Raises:
         ValueError: If the batch has no samples, in a graph `tf.errors.InvalidArgumentError`, or cannot be split.

@@ -1,24 +1,30 @@
-"""What `fit` calls once a step, where XLA is not in play: functions that know where a window ends.
+"""The functions that `fit` calls once a step, where XLA does not compile the step.
 
-A call of a `tf.function` takes microseconds for each variable that it uses, and so does a condition. So a step that
-cannot end its window gets a function that knows nothing of the update, and one that does a function without condition.
-Of the steps before each says how many are missing. If that has become wrong, because somebody else has used the window
-meanwhile, the function that ends it does nothing, and the variables are asked; and where one that does not end it has
-filled it, the update follows at once.
+A call of a `tf.function` takes microseconds for each variable that it uses, and so does a condition. A condition that
+ends a window uses all variables of the update. So there are three functions of one step:
+
+function   used when                                         contains
+False      the window still needs more than one micro-batch  no update
+True       this step ends the window                         the update, without condition; an assertion comes first
+None       this is not known                                 the update, in a condition
+
+Each False step returns how many micro-batches the window still needs. If something else used the window since, that
+count is stale: the True function then refuses to run, before it has fetched any data, and the counters are read again.
+If a False step turns out to have filled the window, the update runs right after it.
 """
 
 import functools
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import keras
 import tensorflow as tf
 
+from accumops.adapters.tensorflow import bound_call
+from accumops.optimizer.optimizer import GradientAccumulateOptimizer
 from accumops.window import replicas
-
-if TYPE_CHECKING:
-    from accumops.training.model import GradientAccumulateModel
 
 Logs = dict[str, Any]
 
@@ -26,14 +32,31 @@ _ITERATORS = (tf.data.Iterator, tf.distribute.DistributedIterator)
 _NOT_THE_END = "The window does not end with this step."
 
 
-def train_function(
-    model: "GradientAccumulateModel", for_other_iterators: Callable[[Any], Logs]
-) -> Callable[[Any], Logs]:
+class TrainedModel(Protocol):
+    """What a train function needs of its model, a `GradientAccumulateModel`."""
+
+    model: keras.Model
+    optimizer: GradientAccumulateOptimizer
+    micro_batch_size: int | None
+    trainable_variables: list[keras.Variable]
+    distribute_strategy: tf.distribute.Strategy | None
+
+    def train_step(self, data: Any) -> Logs:
+        """Trains on a batch."""
+
+    def window_ends(self, ends: bool | None) -> AbstractContextManager[None]:
+        """Says whether the steps of a block end their window."""
+
+    def flush(self) -> None:
+        """Ends the open window."""
+
+
+def train_function(model: TrainedModel, for_other_iterators: Callable[[Any], Logs]) -> Callable[[Any], Logs]:
     """Makes a model's train function.
 
     Args:
         model: The model, compiled.
-        for_other_iterators: What to call with what is no `tf.data.Iterator`.
+        for_other_iterators: Is called with an iterator that is neither `tf.data`'s nor a strategy's.
     """
     strategy = replicas.mirroring(model.distribute_strategy)
 
@@ -46,8 +69,8 @@ def train_function(
         with tf.control_dependencies(checks):
             data = iterator.get_next()
         data, tensors = (data, _tensors(data)) if strategy is not None else _together(data)
-        # At the data's end nothing else has run, what needs no data included.
-        with tf.control_dependencies(tensors), model.window_that(ends):
+        # All operations wait for the data, so that at the data's end none of them has run.
+        with tf.control_dependencies(tensors), model.window_ends(ends):
             logs = _run(model.train_step, strategy, data)
             return logs, [accumulator.remaining] if ends is False else []
 
@@ -55,11 +78,11 @@ def train_function(
         ends: _FunctionOfIterators(functools.partial(step, ends), fixed=strategy is None)
         for ends in (None, False, True)
     }
-    missing: int | None = None  # how many micro-batches the window needs, if nobody else has used it since
+    missing: int | None = None  # how many micro-batches the window needs, if nothing else has used it since
 
     def function(iterator: Any) -> Logs:
         nonlocal missing
-        known, missing = missing, None  # what an error leaves
+        known, missing = missing, None  # an error leaves it unknown
         if not isinstance(iterator, _ITERATORS):
             return for_other_iterators(iterator)
         if model.model.built and not model.optimizer.built:
@@ -79,28 +102,30 @@ def train_function(
                 logs, remaining = functions[ends](iterator)
         except tf.errors.OutOfRangeError as error:
             raise StopIteration from error
+        steps = accumulator.accum_steps
+        of_next = steps if isinstance(steps, int) else None
         if ends:
-            missing = accumulator.accum_steps
+            missing = of_next
         elif remaining:
             missing = int(remaining[0])
             if missing < 1:
                 model.flush()
-                missing = accumulator.accum_steps
+                missing = of_next
         return logs
 
     return function
 
 
 class _FunctionOfIterators:
-    """As `tf.function(run)` of an iterator, and quicker to call again with the same one.
+    """A `tf.function` of an iterator that is quick to call again with the same iterator.
 
-    To find the function for an iterator and to bind its arguments takes TensorFlow about as long as to call it. So that
-    is done once for each.
+    TensorFlow takes about as long to find the function for an iterator, and to bind its arguments, as to call it. So
+    this is done once for each iterator.
     """
 
     def __init__(self, run: Callable[[Any], Any], *, fixed: bool) -> None:
         self._run = run
-        self._fixed = fixed  # whether what the function captures stays the same, as without a strategy
+        self._fixed = fixed  # whether the function captures the same tensors at each call, as without a strategy
         self._function: Any = None
         # Weak, as an iterator keeps its dataset alive.
         self._calls: weakref.WeakKeyDictionary[Any, Callable[[], Any]] = weakref.WeakKeyDictionary()
@@ -117,22 +142,22 @@ class _FunctionOfIterators:
         if first or not self._fixed:  # it may make variables
             return self._function(iterator)
         concrete = self._function.get_concrete_function(iterator)
-        if not hasattr(concrete, "_call_flat"):
+        call = bound_call(concrete, iterator)
+        if call is None:
             return concrete(iterator)
-        parts = tf.nest.flatten(iterator, expand_composites=True)
-        call = self._calls[iterator] = functools.partial(concrete._call_flat, parts, list(concrete.captured_inputs))
+        self._calls[iterator] = call
         return call()
 
 
 def function_of_workers(
     step: Callable[[Any], Logs], strategy: tf.distribute.Strategy, run_eagerly: bool
 ) -> Callable[[Any], Logs]:
-    """Makes a function that runs a step with an iterator's next batch where the replicas are of several processes.
+    """Makes a function that runs a step with an iterator's next batch, for a strategy that spans several processes.
 
-    Keras's would average what a step returns over all of them, which fails for scalars.
+    Keras's function would average the logs of a step over all processes, which fails for scalars.
 
     Args:
-        step: What a replica does with its share.
+        step: Is run by each replica with its part of the batch.
         strategy: The strategy.
         run_eagerly: Whether nothing is to be traced.
     """
@@ -163,7 +188,7 @@ def _run(step: Callable[[Any], Logs], strategy: tf.distribute.Strategy | None, d
         return step(_without_optionals(data))
 
     def run_share(share: Any) -> Logs:
-        # Dependencies from outside do not hold for what a replica does.
+        # Control dependencies from outside do not reach the operations of a replica.
         with tf.control_dependencies(_tensors(share)):
             return step(_without_optionals(share))
 
@@ -175,10 +200,10 @@ def _tensors(data: Any) -> list[tf.Tensor]:
 
 
 def _together(data: Any) -> tuple[Any, list[tf.Tensor]]:
-    """The same data, and its tensors, from one operation.
+    """Returns the same data, and its tensors, from one operation.
 
-    All that waits for a tensor of a dataset TensorFlow hands to other threads, each operation by itself. So one does,
-    and the rest waits for it.
+    TensorFlow hands each operation that waits for a dataset's tensor to another thread. So one operation waits for all
+    of them, and the rest waits for that one.
     """
     tensors = _tensors(data)
     if tf.executing_eagerly():
@@ -191,5 +216,5 @@ def _together(data: Any) -> tuple[Any, list[tf.Tensor]]:
 
 
 def _without_optionals(data: Any) -> Any:
-    """As Keras does for what a dataset may lack."""
+    """Returns None for optional parts that a dataset lacks, as Keras does."""
     return keras.tree.map_structure(lambda leaf: None if isinstance(leaf, tf.experimental.Optional) else leaf, data)

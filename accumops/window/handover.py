@@ -1,4 +1,4 @@
-"""What passes between the window's state machine and who makes the update."""
+"""What passes between a window's state and the optimizer that makes the update: micro-batches in, the window out."""
 
 import contextlib
 import dataclasses
@@ -15,47 +15,64 @@ class MicroBatch:
     """The gradients of a micro-batch on their way into a window."""
 
     gradients: list[tf.Tensor | tf.IndexedSlices | None]
-    present: list[int]  # the positions of those that are not None
+    present: list[int]
+    """The positions of the gradients that are not None."""
     touched_rows: list[keras.Variable | None]
+    """For each gradient the flags of the rows that it touches, if it relies on flags."""
     weight: tf.Tensor
-    starts: tf.Tensor | bool  # whether it is the window's first
+    """The share: what the micro-batch counts for in its window."""
+    starts: tf.Tensor | bool
+    """Whether it is the window's first."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CountedMicroBatch(MicroBatch):
-    """One that is counted by itself, and what the counters become with it."""
+    """A micro-batch that is counted by itself, with the values of the counters after it."""
 
-    fills: tf.Tensor  # whether it is the window's last
+    fills: tf.Tensor
+    """Whether it makes the window full."""
     limit: tf.Tensor
-    total: tf.Tensor  # of the weights
+    """The micro-batches of a full window."""
+    total: tf.Tensor
+    """The sum of shares, its own included."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """What a window has come to where it ends.
+    """A window's sums, where it ends.
 
-    The sum of a variable's weighted gradients is what its accumulator holds; for those in `latest` it is
-    `(0 if starts else accumulator) + latest_weight * latest`.
+    The sum of a variable's weighted gradients is in its accumulator. For variables in `latest` the last micro-batch is
+    not in there yet, and the sum is `(0 if starts else accumulator) + latest_weight * latest`.
     """
 
-    accumulators: list[keras.Variable | None]  # None for a variable without gradient
+    accumulators: list[keras.Variable | None]
+    """None for a variable without gradient."""
     weight: tf.Tensor
+    """The sum of shares, which turns sums into means."""
     touched_rows: Callable[[int], keras.Variable | None]
+    """Gives the flags of touched rows of the accumulator at a position, or None if they are not known."""
     latest: dict[int, tf.Tensor] = dataclasses.field(default_factory=dict)
+    """Gradients by position."""
     latest_weight: tf.Tensor | float = 1.0
     starts: tf.Tensor | bool = False
-    replica: int | None = None  # under a strategy: whose window it is, of this process's replicas
+    """Whether the accumulators of `latest` hold nothing of this window."""
+    replica: int | None = None
+    """Under a strategy, the number of the window's replica among those of this process."""
 
     def own(self, variable: keras.Variable) -> tf.Variable | keras.Variable:
-        """What of a variable this window updates."""
+        """The component of a variable that this window updates."""
         return variable if self.replica is None else replicas.own(variable, self.replica)
 
     def place(self, beside: keras.Variable) -> contextlib.AbstractContextManager[None]:
-        """Where the update of a variable runs."""
+        """The device on which a variable is updated."""
         return contextlib.nullcontext() if self.replica is None else tf.device(self.own(beside).device)
 
     def means(self, *, sparse: bool) -> list[tf.Tensor | tf.IndexedSlices | None]:
-        """The weighted mean of each variable's gradients; with `sparse` of its touched rows, where these are known."""
+        """Returns the weighted mean of each variable's gradients.
+
+        Args:
+            sparse: Whether a table whose touched rows are known gives the mean of these rows only.
+        """
         return [
             None if accumulator is None else self._mean(i, accumulator, self.touched_rows(i) if sparse else None)
             for i, accumulator in enumerate(self.accumulators)

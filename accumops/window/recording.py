@@ -1,10 +1,10 @@
-"""What a block of code adds to the graph that is being traced, for what has to wait for it."""
+"""The operations that a block of code adds to the graph that is being traced, so that others can wait for them."""
 
 import tensorflow as tf
 
 
 class Recording:
-    """The operations that a block adds to the graph that is being traced; none when executing eagerly."""
+    """Records the operations that a block adds to the graph that is being traced; none when executing eagerly."""
 
     def __init__(self) -> None:
         self.operations: list[tf.Operation] = []
@@ -20,5 +20,5 @@ class Recording:
 
     @property
     def effects(self) -> list[tf.Operation]:
-        """Those that may change something."""
+        """The recorded operations that may change something."""
         return [each for each in self.operations if each.op_def.is_stateful and each.type != "ReadVariableOp"]

@@ -1,8 +1,9 @@
-"""What `tf.distribute` makes of a window: each replica sums gradients of its own, and where the window ends they are
-summed over the replicas, once.
+"""Windows under a mirroring strategy of `tf.distribute`.
 
-Under a mirroring strategy a condition cannot hold what replicas do together, but what they do together can hold a
-condition: a window's end is entered first (`across_replicas`), and decided there.
+Each replica sums its own gradients. Where a window ends, the sums are added up over the replicas, once.
+
+Replicas cannot communicate inside a `tf.cond`, but a `tf.cond` can run inside a merge call. So every step enters the
+merge call (`across_replicas`), and decides there whether the window ends.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 import keras
 import tensorflow as tf
 
+from accumops.adapters.tensorflow import components_of, distribution_of, replicas_cannot_merge
 from accumops.arguments import name_of
 from accumops.ops.variables import tf_variable
 
@@ -20,14 +22,14 @@ _MIRRORING = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredS
 
 
 def strategy_of(variables: Sequence[tf.Variable | keras.Variable], who: str) -> tf.distribute.Strategy | None:
-    """Returns the mirroring strategy of variables, or None where they are on one device.
+    """Returns the mirroring strategy that distributes variables, or None if they are on one device.
 
     Args:
         variables: The variables.
-        who: What asks, for messages.
+        who: The name of what asks, for messages.
 
     Raises:
-        ValueError: Under a strategy that is not known to work, where not all variables are of the same one, and in a
+        ValueError: If the strategy is not known to work, if it does not distribute all of the variables, or in a
             function that `strategy.run` calls, where nothing can be created.
     """
     current = tf.distribute.get_strategy() if tf.distribute.has_strategy() else None
@@ -65,7 +67,7 @@ def mirroring(strategy: tf.distribute.Strategy | None) -> tf.distribute.Strategy
 
 
 def running() -> tf.distribute.Strategy | None:
-    """The mirroring strategy of whose replicas, two at least, one runs; None elsewhere."""
+    """The mirroring strategy of the replica that runs; None outside of replicas, and if there is only one."""
     if not tf.distribute.has_strategy() or tf.distribute.in_cross_replica_context():
         return None
     strategy = mirroring(tf.distribute.get_strategy())
@@ -73,7 +75,7 @@ def running() -> tf.distribute.Strategy | None:
 
 
 def spreads(layer: keras.layers.Layer) -> bool:
-    """Whether a layer is, or if it is not built now would be, on several replicas of a mirroring strategy."""
+    """Whether a layer is on several replicas of a mirroring strategy, or would be if it were built now."""
     strategy = tf.distribute.get_strategy()
     if layer.variables:
         strategy = strategy_of_variable(layer.variables[0])
@@ -81,11 +83,13 @@ def spreads(layer: keras.layers.Layer) -> bool:
 
 
 def components(*variables: tf.Variable | keras.Variable) -> list[list[tf.Variable]]:
-    """Of variables those of the replica that runs; outside of replicas those of each of this process's replicas."""
+    """The components of variables on the replica that runs; outside of replicas, on each of this process's replicas.
+
+    Returns:
+        For each of these replicas, the components of all variables.
+    """
     values = [tf_variable(variable) for variable in variables]
-    count = max(
-        (len(value.values) for value in values if isinstance(value, tf.distribute.DistributedValues)), default=1
-    )
+    count = max((len(components_of(value)) for value in values), default=1)
     replicas = range(count) if running() is None else [local_replica()]
     return [[own(value, replica) for value in values] for replica in replicas]
 
@@ -98,7 +102,10 @@ def spans_processes(strategy: tf.distribute.Strategy | None) -> bool:
 
 
 def run(strategy: tf.distribute.Strategy, step: Callable[[Any], dict[str, Any]], data: Any) -> dict[str, Any]:
-    """Runs a step on each replica; its logs are means over this process's replicas, without communication."""
+    """Runs a step on each replica, and returns the means of its logs over this process's replicas.
+
+    The replicas do not communicate for it.
+    """
 
     def mean(value: Any) -> tf.Tensor:
         return tf.reduce_mean(tf.stack(strategy.experimental_local_results(value)), axis=0)
@@ -114,7 +121,7 @@ def check_agreement(strategy: tf.distribute.Strategy, what: dict[str, int]) -> N
 
     Args:
         strategy: The strategy.
-        what: The numbers of this process, by what they are in the message.
+        what: The numbers of this process, by their names in the message.
     """
     mine = tf.constant([list(what.values())], tf.int64)
 
@@ -132,14 +139,13 @@ def check_agreement(strategy: tf.distribute.Strategy, what: dict[str, int]) -> N
 
 
 def first_share(strategy: tf.distribute.Strategy, batch: Any) -> Any:
-    """What the first of this process's replicas gets of a batch."""
+    """The part of a batch that the first of this process's replicas gets."""
     return keras.tree.map_structure(lambda leaf: strategy.experimental_local_results(leaf)[0], batch)
 
 
 def strategy_of_variable(variable: tf.Variable | keras.Variable) -> tf.distribute.Strategy | None:
-    """The strategy that a variable is spread by, or None."""
-    value = tf_variable(variable)
-    return value.distribute_strategy if isinstance(value, tf.distribute.DistributedValues) else None
+    """The strategy that distributes a variable, or None."""
+    return distribution_of(tf_variable(variable))
 
 
 def check_in_replica(strategy: tf.distribute.Strategy, what: str) -> None:
@@ -152,7 +158,7 @@ def check_in_replica(strategy: tf.distribute.Strategy, what: str) -> None:
 
 
 def across_replicas(strategy: tf.distribute.Strategy, function: Callable[[], Any]) -> None:
-    """Calls a function once, outside of the replicas; in a function that all replicas run, for all of them together.
+    """Calls a function once, outside of the replicas. Where all replicas call this, they wait for it together.
 
     Raises:
         ValueError: Under another strategy, or where XLA compiles what a replica runs.
@@ -169,7 +175,7 @@ def across_replicas(strategy: tf.distribute.Strategy, function: Callable[[], Any
     if tf.distribute.in_cross_replica_context():
         function()
         return
-    if tf.__internal__.distribute.strategy_supports_no_merge_call():
+    if replicas_cannot_merge():
         raise ValueError(
             f"Under {type(strategy).__name__} a window cannot end in a function that XLA compiles: use "
             "`jit_compile=False`."
@@ -180,7 +186,8 @@ def across_replicas(strategy: tf.distribute.Strategy, function: Callable[[], Any
 def on_each_replica(strategy: tf.distribute.Strategy, function: Callable[[], Result]) -> list[Result]:
     """Calls a function on each of this process's replicas, and returns what each returned.
 
-    Threads take turns, so that what a function does to Python's state it does alone until it communicates.
+    Each replica has a thread. Threads take turns, and switch only where the function communicates: until then it is
+    alone with Python's state.
     """
     results: dict[int, Result] = {}
 
@@ -192,7 +199,7 @@ def on_each_replica(strategy: tf.distribute.Strategy, function: Callable[[], Res
 
 
 def local_replica() -> int:
-    """Which of this process's replicas runs."""
+    """The number of the replica that runs, among those of this process."""
     context = tf.distribute.get_replica_context()
     replica = int(tf.get_static_value(context.replica_id_in_sync_group))
     return replica % len(context.strategy.extended.worker_devices)
@@ -221,11 +228,11 @@ def sum_over_replicas(tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
 
 
 def own(variable: tf.Variable | keras.Variable, replica: int | None = None) -> tf.Variable:
-    """A variable's component on one of this process's replicas, by default the one that runs.
+    """Returns a variable's component on one of this process's replicas, by default the one that runs.
 
-    A variable of no mirroring strategy is its own.
+    A variable that no mirroring strategy distributes is returned as it is.
     """
     value = tf_variable(variable)
     if not isinstance(value, tf.distribute.DistributedValues):
         return value
-    return value.values[local_replica() if replica is None else replica]
+    return components_of(value)[local_replica() if replica is None else replica]

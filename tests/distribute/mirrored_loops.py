@@ -137,7 +137,7 @@ def test_the_model_communicates_where_windows_end():
 
     def traced(ends):
         def step(batch):
-            with model.window_that(ends):
+            with model.window_ends(ends):
                 strategy.run(model.train_step, args=(batch,))
 
         return tf.function(step, autograph=False).get_concrete_function(batch)

@@ -139,7 +139,7 @@ def test_tensors_of_the_size_of_the_table(name, lazy, as_large_as_the_table):
     @tf.function(input_signature=[tf.TensorSpec([None], tf.int64), tf.TensorSpec([None, WIDTH])])
     def window(indices, values):
         optimizer.accumulate([tf.IndexedSlices(values, indices)], [variable])
-        optimizer._update([])
+        optimizer.close()
 
     graph = window.get_concrete_function().graph
     large = [t.op for op in graph.get_operations() for t in op.outputs if t.shape.rank == 2 and t.shape[0] == ROWS]

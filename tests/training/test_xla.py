@@ -78,13 +78,14 @@ def test_what_is_compiled(network, mode, passes):
     """Forward and backward alone where a condition, convolutions in a loop or dense gradients of tables would cost."""
     model = make(network, mode)
     compiled = []
-    original = model.optimizer.accumulator._prepare_slice
+    state = model.optimizer.accumulator.state
+    original = state.prepare_slice
 
     def spy(*arguments):
         compiled.append(control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
         return original(*arguments)
 
-    model.optimizer.accumulator._prepare_slice = spy
+    state.prepare_slice = spy
     if network not in (dense, convolutional):
         model.fit(np.zeros((32, 12)), np.zeros((32, 3)), batch_size=32, verbose=0)
     else:
@@ -99,7 +100,7 @@ def test_nothing_calls_back_to_the_host():
         fit(model, mode)
         batch = tuple(tf.constant(each[: 8 if mode == "accum_steps" else 32]) for each in data())
         step = (
-            model._functions.forward_and_backward
+            model._untracked.step.compiled_pass
             if mode == "accum_steps"
             else tf.function(model.train_step, jit_compile=True)
         )

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 import accumops
 from accumops import GradientAccumulator
-from accumops.window import accumulator as accumulator_module
+from accumops.window import touched_rows
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_accumulators_are_wide():
 @pytest.fixture
 def tables_of_any_size(monkeypatch):
     """Small tables have flags for their rows too."""
-    monkeypatch.setattr(accumulator_module, "_may_be_table", lambda accumulator: len(accumulator.shape) >= 2)
+    monkeypatch.setattr(touched_rows, "is_table", lambda accumulator: len(accumulator.shape) >= 2)
 
 
 @pytest.mark.parametrize("first", ["s", "d"])
@@ -456,7 +456,7 @@ def test_a_close_that_is_traced_first_keeps_dense_gradients(backend):
 def test_a_failure_between_leaves_the_window_open(variables):
     accumulator = GradientAccumulator(accum_steps=1)
     accumulator.accumulate(gradients(2), variables)
-    with pytest.raises(RuntimeError), accumulator._ending():
+    with pytest.raises(RuntimeError), accumulator.state.ending():
         raise RuntimeError
     assert accumulator.ready
     np.testing.assert_array_equal(accumulator.close()[0], np.full([2, 3], 2.0))

@@ -1,0 +1,82 @@
+"""What accumops uses of Keras's models beyond their public interface."""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from accumops.adapters import keras_losses  # noqa: F401  has the samples
+from accumops.adapters.upstream import relies_on
+
+
+@relies_on("<a compiled model>._loss_tracker", feature="the mean of the loss in the logs, and EffectiveBatchSize")
+def loss_tracker(model: keras.Model) -> keras.metrics.Mean:
+    """The metric that keeps the mean of the loss, of a compiled model."""
+    return model._loss_tracker
+
+
+@relies_on("<a compiled model>._metrics", feature="the error for models with metrics of their own")
+def own_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
+    """The metrics that are attributes of a model itself."""
+    return list(model._metrics)
+
+
+def mask_of(tensor: tf.Tensor) -> tf.Tensor | None:
+    """The mask that Keras's layers have given a tensor, or None.
+
+    A tensor without mask need not have the attribute, so there is nothing to ask the installed Keras for.
+    """
+    return getattr(tensor, "_keras_mask", None)
+
+
+@relies_on(
+    "<a compiled model>._convert_input_args",
+    "<a compiled model>._allow_non_tensor_positional_args",
+    feature="inputs that reach a wrapped model as they are",
+)
+def pass_inputs_on(model: keras.Model) -> None:
+    """Has a model give its inputs to `call` as they are: it converts no arrays, and takes what is no tensor."""
+    model._convert_input_args = False
+    model._allow_non_tensor_positional_args = True
+
+
+@relies_on("<a compiled model>._build_shapes_dict", feature="saving a wrapped model that was built before")
+def mark_built(model: keras.Model, like: keras.Model) -> None:
+    """Makes a model count as built, with the input shapes that another was built for."""
+    model.built = True
+    model._build_shapes_dict = getattr(like, "_build_shapes_dict", None)
+
+
+@relies_on(
+    "keras.Model._maybe_symbolic_build(iterator=, data_batch=)",
+    "<a compiled model>._default_save_signature",
+    feature="models that wrap a model",
+)
+def _declare_hooks() -> None:
+    """Declares what `WrapperModel` overrides."""
+
+
+class WrapperModel(keras.Model):
+    """A base class for models that wrap another, as `model`, with the private hooks that Keras calls."""
+
+    model: keras.Model
+
+    def batch_to_build_with(self, iterator: Any, data_batch: Any) -> tuple[Any, Any]:
+        """May replace what Keras builds the model with.
+
+        Args:
+            iterator: An iterator over batches, of which Keras would take the first, or None.
+            data_batch: The batch otherwise.
+
+        Returns:
+            Both, replaced or not.
+        """
+        return iterator, data_batch
+
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        super()._maybe_symbolic_build(*self.batch_to_build_with(iterator, data_batch))
+
+    @property
+    def _default_save_signature(self) -> Any:
+        """What `tf.saved_model.save` takes: the wrapped model knows the shapes and dtypes of its inputs."""
+        return self.model._default_save_signature

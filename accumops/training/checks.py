@@ -1,0 +1,91 @@
+"""Models and arguments that a `GradientAccumulateModel` refuses, and the errors that say why."""
+
+import numbers
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from accumops.adapters.keras_model import own_metrics
+from accumops.arguments import Schedule
+from accumops.training.callbacks import AccumStepsScheduler
+
+
+def check_model(model: keras.Model | None, inputs: Any, outputs: Any) -> keras.Model:
+    """Returns the model to wrap, made of `inputs` and `outputs` if these are given instead."""
+    if model is None:
+        if inputs is None or outputs is None:
+            raise ValueError("Give either a model, or both `inputs` and `outputs`.")
+        return keras.Model(inputs=inputs, outputs=outputs)
+    if inputs is not None or outputs is not None:
+        raise ValueError("Give either a model, or `inputs` and `outputs`, not both.")
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"`model` must be a keras.Model. Received: {model!r}")
+    for method in ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics"):
+        if getattr(type(model), method) is not getattr(keras.Model, method):
+            raise ValueError(
+                f"{type(model).__name__} has a `{method}` of its own, which would not be called. Compile it with a "
+                "GradientAccumulateOptimizer instead."
+            )
+    if own_metrics(model):
+        raise ValueError(
+            f"{type(model).__name__} has metrics of its own, which would not be reset. Give them to `compile`, or have "
+            "a GradientAccumulateOptimizer in its own `compile` instead."
+        )
+    return model
+
+
+def check_mode(
+    accum_steps: int | dict[int, int] | Schedule | None, micro_batch_size: int | None, parallel_micro_batches: int
+) -> None:
+    """Raises unless exactly one mode is chosen, with numbers that fit it."""
+    if (accum_steps is None) == (micro_batch_size is None):
+        raise ValueError(
+            "Give exactly one of `accum_steps` and `micro_batch_size`. "
+            f"Received: accum_steps={accum_steps}, micro_batch_size={micro_batch_size}"
+        )
+    if isinstance(accum_steps, dict):
+        AccumStepsScheduler(accum_steps)
+    _check_count("parallel_micro_batches", parallel_micro_batches, "a number of micro-batches")
+    if micro_batch_size is not None:
+        _check_count("micro_batch_size", micro_batch_size, "a number of samples")
+    elif parallel_micro_batches != 1:
+        raise ValueError(
+            "`parallel_micro_batches` needs `micro_batch_size`: with `accum_steps` each step is one micro-batch. "
+            f"Received: {parallel_micro_batches}"
+        )
+
+
+def check_batch_size(
+    micro_batch_size: int | None, x: Any, batch_size: int | None, steps_per_epoch: int | None, replicas: int
+) -> None:
+    """Raises if micro-batches are larger than the batches that `fit` will split, where these are known.
+
+    Args:
+        micro_batch_size: Samples a micro-batch, or None if batches are not split.
+        x: The data given to `fit`.
+        batch_size: The batch size given to `fit`.
+        steps_per_epoch: The steps given to `fit`.
+        replicas: How many replicas split the batch first.
+    """
+    if isinstance(x, tf.data.Dataset):
+        shapes = [getattr(spec, "shape", None) for spec in keras.tree.flatten(x.element_spec)]
+        batch_size = next((shape[0] for shape in shapes if shape is not None and shape.rank), None)
+    elif batch_size is None and steps_per_epoch is None and isinstance(x, np.ndarray | tf.Tensor | dict | list | tuple):
+        batch_size = 32  # Keras's default for arrays
+    if micro_batch_size is None or batch_size is None:
+        return
+    share = -(-batch_size // replicas)
+    if micro_batch_size > share:
+        of = "the batch size" if replicas == 1 else f"what each of {replicas} replicas gets of {batch_size} samples"
+        raise ValueError(
+            f"A batch is split into micro-batches: micro_batch_size={micro_batch_size} is larger than {of}, {share}."
+        )
+
+
+def _check_count(name: str, value: int, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"`{name}` must be an int, {what}. Received: {value!r}")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1. Received: {value}")

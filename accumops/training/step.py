@@ -1,0 +1,177 @@
+"""One training step of a `GradientAccumulateModel`.
+
+    accum_steps        a batch is one micro-batch: pass, then `optimizer.apply`, which ends the window if it is full
+    micro_batch_size   a batch is a window: for each slice a pass and `optimizer.accumulate_slice`, then
+                       `optimizer.close`
+
+A pass goes forward and backward over a micro-batch, updates the metrics, and weighs the micro-batch. The mean of the
+loss in the logs is weighed like the gradients' mean.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from accumops.adapters.keras_losses import weighted_by
+from accumops.adapters.keras_model import loss_tracker
+from accumops.training.slicing import Carried, fold_slices
+from accumops.training.weighting import count_samples, share_of
+
+
+class Pass(NamedTuple):
+    """What forward and backward over a micro-batch give."""
+
+    gradients: list[Any] | None
+    """None of a model that has nothing to train."""
+    share: float | tf.Tensor
+    """What the micro-batch counts for in its window."""
+    loss: float | tf.Tensor
+    """The mean over its samples."""
+    samples: int | tf.Tensor
+
+
+class TrainingStep:
+    """Steps of a model.
+
+    Args:
+        model: The `GradientAccumulateModel`, compiled.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._compiled_pass: Callable[[Any], Pass] | None = None
+
+    def compile_passes(self, compiled: bool) -> None:
+        """Has XLA compile each pass by itself, or no longer."""
+        self._compiled_pass = (
+            tf.function(self._forward_and_backward, jit_compile=True, reduce_retracing=True, autograph=False)
+            if compiled
+            else None
+        )
+
+    @property
+    def compiled_pass(self) -> Callable[[Any], Pass] | None:
+        """The function that XLA compiles for each pass, or None."""
+        return self._compiled_pass
+
+    def train(self, data: Any, ends_window: bool | None) -> None:
+        """Trains on a batch.
+
+        Args:
+            data: The batch.
+            ends_window: With `accum_steps`, whether the step ends its window; None leaves it to the counters.
+        """
+        if self._model.micro_batch_size is not None:
+            self._train_on_slices(data, self._model.micro_batch_size)
+        else:
+            self._train_on_micro_batch(data, ends_window)
+
+    def evaluate(self, data: Any) -> None:
+        """Evaluates a batch on one replica of a strategy, whose part of it may have no samples."""
+        model = self._model
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        samples = count_samples(x)
+        if tf.executing_eagerly() and int(samples) == 0:
+            return
+        y_pred = model(x, training=False)
+        with weighted_by(samples, model):
+            loss = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=False)
+        loss_tracker(model).update_state(self._mean_loss(loss, samples), sample_weight=samples)
+        model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def _train_on_micro_batch(self, data: Any, ends_window: bool | None) -> None:
+        model, optimizer = self._model, self._model.optimizer
+        passed = self._pass(data)
+        if passed.gradients is not None:
+            take = {None: optimizer.apply, False: optimizer.accumulate, True: optimizer.close}[ends_window]
+            take(passed.gradients, model.trainable_variables, weight=passed.share)
+        loss_tracker(model).update_state(passed.loss, sample_weight=passed.samples)
+
+    def _train_on_slices(self, data: Any, size: int) -> None:
+        model, optimizer = self._model, self._model.optimizer
+        if optimizer.accumulator.built:
+            optimizer.accumulator.reset()  # a step that failed may have left a window open
+        tracker = loss_tracker(model)
+        # The tracker's dtype may be a half precision, in which sums over many slices are far off.
+        wide = "float64" if tracker.dtype == "float64" else "float32"
+        none = tf.zeros([], wide)
+        slices, (total, losses, seen) = fold_slices(
+            data,
+            size,
+            self.train_on_slice,
+            [none, none, none],
+            static_sizes=bool(model.jit_compile) and not model.compiles_passes,
+            at_once=model.parallel_micro_batches,
+            empty=model.mirroring is not None,
+        )
+        # The window and the mean of the losses are counted when all micro-batches have run.
+        if optimizer.accumulator.built and model.trainable_variables:
+            optimizer.accumulator.state.count(slices, tf.cast(total, tf.float32))
+            optimizer.close()
+        mean = tf.cast(tf.math.divide_no_nan(losses, total), tracker.dtype)
+        tracker.update_state(mean, sample_weight=seen)
+
+    def train_on_slice(self, data: Any, first: tf.Tensor | bool, carried: Carried) -> Carried:
+        """Trains on one of the micro-batches of a batch.
+
+        Args:
+            data: The micro-batch.
+            first: Whether it is the first of its batch.
+            carried: The sums of shares, of losses times shares, and of samples, before it.
+
+        Returns:
+            The sums with it.
+        """
+        model = self._model
+        total, losses, seen = carried
+        passed = self._pass(data)
+        if passed.gradients is not None:
+            model.optimizer.accumulate_slice(
+                passed.gradients, model.trainable_variables, weight=passed.share, starts=first
+            )
+        share = tf.cast(passed.share, total.dtype)
+        losses += tf.cast(passed.loss, losses.dtype) * share
+        return total + share, losses, seen + tf.cast(passed.samples, seen.dtype)
+
+    def _pass(self, data: Any) -> Pass:
+        model = self._model
+        if model.mirroring is not None and tf.executing_eagerly() and int(count_samples(data)) == 0:
+            # Keras's losses of no samples are no scalars. The replica takes part in the window all the same.
+            return Pass([tf.zeros_like(each) for each in model.trainable_variables], 0.0, 0.0, 0)
+        return (self._compiled_pass or self._forward_and_backward)(data)
+
+    def _forward_and_backward(self, data: Any) -> Pass:
+        model = self._model
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        samples = count_samples(x)
+        with tf.GradientTape() as tape:
+            y_pred = model(x, training=True)
+            with weighted_by(samples, model):
+                loss = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+            scaled = model.optimizer.scale_loss(loss)
+        model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        share = share_of(
+            model.normalization,
+            model.loss,
+            x=x,
+            y=y,
+            y_pred=y_pred,
+            sample_weight=sample_weight,
+            on_replica=model.mirroring is not None,
+        )
+        mean_loss = self._mean_loss(loss, samples)
+        variables = model.trainable_variables
+        if not variables:
+            warnings.warn("The model does not have any trainable weights.", stacklevel=2)
+            return Pass(None, share, mean_loss, samples)
+        return Pass(tape.gradient(scaled, variables), share, mean_loss, samples)
+
+    def _mean_loss(self, loss: tf.Tensor, samples: tf.Tensor) -> tf.Tensor:
+        """The mean over a replica's samples: Keras divides losses by the number of replicas."""
+        strategy = self._model.mirroring
+        if strategy is None:
+            return loss
+        return tf.where(samples > 0, loss * strategy.num_replicas_in_sync, tf.zeros_like(loss))

@@ -1,0 +1,324 @@
+"""The window's state, and the verbs that move it.
+
+A window opens with the first micro-batch after the last close, whose gradients overwrite the accumulators:
+
+                add (overwrites; limit = K)                         add
+    EMPTY  step = 0 ────────────────────▶ OPEN  0 < step < limit ─────────────▶ FULL  step = limit, `ready`
+      ▲                                     │                                     │
+      └─────────────────────────────────────┴──── ending, ending_with, reset ─────┘
+
+The state is one accumulator for each variable, the counters `step` and `limit`, the sum of shares `weight`, which
+variables have had a gradient, and which rows of tables were touched. Closing only sets `step` back: what the
+accumulators hold between windows has no influence, and nothing clears it.
+
+Under a mirroring `tf.distribute` strategy each replica has a state of its own. Accumulators and `weight` count, and are
+saved, as their sum over the replicas; all other variables are the same on all replicas.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import keras
+import tensorflow as tf
+
+from accumops import ops
+from accumops.adapters.tracking import Untracked
+from accumops.arguments import Schedule, as_weight, name_of
+from accumops.window import replicas
+from accumops.window.connections import Connections
+from accumops.window.counters import Counters
+from accumops.window.handover import CountedMicroBatch, MicroBatch, Window
+from accumops.window.members import WindowMember
+from accumops.window.recording import Recording
+from accumops.window.state_variables import PER_REPLICA, new_accumulator, new_variable
+from accumops.window.touched_rows import TouchedRows
+
+
+class WindowState(tf.Module):
+    """The state of a window over a list of variables.
+
+    Args:
+        accum_steps: Micro-batches a window, a callable that gives them for a count of updates, or None.
+        owner: What the state belongs to, for messages.
+    """
+
+    def __init__(self, accum_steps: int | Schedule | None, owner: str) -> None:
+        super().__init__(name="window_state")
+        self.counters = Counters(accum_steps)
+        self.built = False
+        self._owner = owner
+        self._untracked = Untracked(members=[], strategy=None)
+
+    def build(
+        self,
+        variables: Sequence[tf.Variable | keras.Variable],
+        *,
+        strategy: tf.distribute.Strategy | None,
+        iterations: tf.Variable | None,
+        jit_compile: bool | None,
+        track_all_rows: bool,
+    ) -> None:
+        """Creates the state for variables, under the mirroring strategy that distributes them, if one does."""
+        self._untracked.strategy = strategy
+        mirrored = strategy is not None
+        same, summed = (PER_REPLICA["same"], PER_REPLICA["summed"]) if mirrored else ({}, {})
+        self._names = [name_of(variable) for variable in variables]
+        with contextlib.nullcontext() if strategy is None else strategy.scope():
+            self.accumulators = [new_accumulator(variable, mirrored) for variable in variables]
+            self.counters.build(iterations, jit_compile, **same)
+            self.weight = new_variable("weight", (), "float32", **summed)
+            self.connections = Connections(self._names, self._owner, self.counters.step, **same)
+            self.touched_rows = TouchedRows(variables, self.accumulators, track_all=track_all_rows, mirrored=mirrored)
+        self.built = True
+
+    @property
+    def strategy(self) -> tf.distribute.Strategy | None:
+        """The mirroring strategy that the state was built under, or None."""
+        return self._untracked.strategy
+
+    @property
+    def saved_variables(self) -> list[keras.Variable]:
+        """What has to be saved to go on with the open window, in the order of Keras's files."""
+        counters = self.counters
+        limits = [counters.limit] if counters.closed is None else [counters.limit, counters.closed]
+        flags = [self.connections.connected, *self.touched_rows.flags]
+        return [counters.step, self.weight, *limits, *flags, *self.accumulators]
+
+    # A micro-batch on its way in
+
+    def prepare(
+        self, gradients: Sequence[tf.Tensor | tf.IndexedSlices | None], weight: float | tf.Tensor
+    ) -> CountedMicroBatch:
+        """Checks a micro-batch, and says what it does to the counters. Changes no variable."""
+        starts = self.counters.starts
+        batch = self.prepare_slice(gradients, weight, starts)
+        limit, fills = self.counters.with_next(starts)
+        # A new window starts from 0, whatever the sum of the last one's shares was, NaN included.
+        before = tf.math.multiply_no_nan(tf.convert_to_tensor(self.weight), tf.cast(~starts, tf.float32))
+        return CountedMicroBatch(**vars(batch), fills=fills, limit=limit, total=before + batch.weight)
+
+    def prepare_slice(
+        self,
+        gradients: Sequence[tf.Tensor | tf.IndexedSlices | None],
+        weight: float | tf.Tensor,
+        starts: tf.Tensor | bool,
+    ) -> MicroBatch:
+        """Checks a micro-batch whose caller knows whether it is the window's first. Changes no variable."""
+        if self.strategy is not None:
+            replicas.check_in_replica(self.strategy, f"`accumulate` of {self._owner}")
+        gradients = list(gradients)
+        self._check_gradients(gradients)
+        gradients = list(map(_as_gradient, gradients, self.accumulators))
+        weight = as_weight(weight)
+        present = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        self.connections.check(present)
+        return MicroBatch(gradients, present, self.touched_rows.prepare(gradients), weight, starts)
+
+    def add(self, batch: CountedMicroBatch) -> None:
+        """Adds a micro-batch to the window, and counts it."""
+        with Recording() as accumulation:
+            self.add_slice(batch)
+        # The counters wait: a micro-batch that fails does not count.
+        with tf.control_dependencies(accumulation.operations):
+            self.weight.assign(batch.total)
+            self.counters.limit.assign(batch.limit)
+            self.counters.step.assign_add(1)
+
+    def add_slice(self, batch: MicroBatch) -> None:
+        """Adds a micro-batch to the window without counting it; `count` counts all of a window at once."""
+        with Recording() as accumulation:
+            if self.strategy is None:
+                self._sum(batch, range(len(self.accumulators)))
+            else:
+                self._sum_on_replica(self.strategy, batch)
+        with tf.control_dependencies(accumulation.operations):
+            self.touched_rows.add(batch.gradients)
+            if self.strategy is not None:
+                self.touched_rows.set_all()
+            self.connections.add(batch.present)
+
+    def count(self, steps: int | tf.Tensor, weight: tf.Tensor) -> None:
+        """Opens a window that `add_slice` has filled: with this many micro-batches, and this sum of shares."""
+        self.weight.assign(weight)
+        self.counters.step.assign(tf.cast(steps, tf.int64))
+
+    def _sum(self, batch: MicroBatch, positions: Iterable[int]) -> None:
+        """Adds the gradients at some positions to their accumulators."""
+        positions = list(positions)
+        if not positions:
+            return
+        accumulators = [self.accumulators[i] for i in positions]
+        gradients = [batch.gradients[i] for i in positions]
+        ops.accumulate(
+            accumulators,
+            [
+                _no_change(accumulator) if gradient is None else gradient
+                for accumulator, gradient in zip(accumulators, gradients, strict=True)
+            ],
+            scale=batch.weight,
+            overwrite=batch.starts,
+            touched_rows=[batch.touched_rows[i] for i in positions],
+        )
+
+    def _sum_on_replica(self, strategy: tf.distribute.Strategy, batch: MicroBatch) -> None:
+        accumulators = [replicas.own(accumulator) for accumulator in self.accumulators]
+        nothing = [_no_change(accumulator) for accumulator in accumulators]
+        given = [
+            none if gradient is None else gradient for none, gradient in zip(nothing, batch.gradients, strict=True)
+        ]
+        # Losses are divided by the number of replicas. It is taken out again here: the sums are then those of one
+        # device, and a saved window can go on under another strategy.
+        scale = batch.weight * strategy.num_replicas_in_sync
+
+        def add() -> None:
+            ops.accumulate(accumulators, given, scale=scale, overwrite=batch.starts)
+
+        def start() -> None:
+            ops.accumulate(accumulators, nothing, overwrite=batch.starts)
+
+        weight = tf.get_static_value(batch.weight)
+        if weight is None:
+            # The gradients of a replica without samples are 0 / 0: they must not be multiplied by a share of 0.
+            tf.cond(tf.not_equal(batch.weight, 0), add, start)
+        elif weight != 0:
+            add()
+        else:
+            start()
+
+    # The window on its way out
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[Window]:
+        """Gives the open window to a block, and closes it when the block has not failed.
+
+        Raises:
+            ValueError: If no window is open, when executing eagerly; in a graph `tf.errors.InvalidArgumentError`.
+        """
+        empty = f"{self._owner} has no open window to close: call `accumulate` first."
+        checks = []
+        if tf.executing_eagerly():
+            if int(self.counters.step) == 0:
+                raise ValueError(empty)
+        else:
+            with self.counters.place():
+                checks.append(tf.debugging.assert_positive(tf.convert_to_tensor(self.counters.step), message=empty))
+        with tf.control_dependencies([check for check in checks if check is not None]):
+            with Recording() as update:
+                yield Window(self._closing(), tf.convert_to_tensor(self.weight), self.touched_rows.track)
+            with tf.control_dependencies(update.effects):
+                self._close()
+
+    @contextlib.contextmanager
+    def ending_across(self, strategy: tf.distribute.Strategy) -> Iterator[list[Window]]:
+        """As `ending`, but outside of the replicas, which are reduced first.
+
+        Gives a window for each replica of this process, with the sums over all replicas in `latest`.
+        """
+        with self.ending() as window:
+            held = [i for i, each in enumerate(window.accumulators) if each is not None]
+
+            def reduce() -> list[tf.Tensor]:
+                parts = [self.weight, *(self.accumulators[i] for i in held)]
+                return replicas.sum_over_replicas([tf.convert_to_tensor(each) for each in parts])
+
+            windows = []
+            for replica, (weight, *sums) in enumerate(replicas.on_each_replica(strategy, reduce)):
+                latest = dict(zip(held, sums, strict=True))
+                windows.append(Window(window.accumulators, weight, _no_rows, latest, 1.0, True, replica))
+            yield windows
+
+    @contextlib.contextmanager
+    def ending_with(self, batch: CountedMicroBatch) -> Iterator[Window]:
+        """As `ending`, with a last micro-batch that has not been added.
+
+        Its dense gradients do not pass through the accumulators: the window has them in `latest`.
+        """
+        latest = {i: batch.gradients[i] for i in batch.present if not isinstance(batch.gradients[i], tf.IndexedSlices)}
+        with Recording() as accumulation:
+            self._sum(batch, (i for i in range(len(self.accumulators)) if i not in latest))
+        with tf.control_dependencies(accumulation.operations):
+            self.connections.add(batch.present)
+            with Recording() as update:
+                yield Window(self._closing(), batch.total, self.touched_rows.track, latest, batch.weight, batch.starts)
+            with tf.control_dependencies(update.effects):
+                self._close()
+
+    def _closing(self) -> list[keras.Variable | None]:
+        """The accumulators, None for those of variables that the window has no gradient for."""
+        closing = self.connections.closing()
+        return [accumulator if i in closing else None for i, accumulator in enumerate(self.accumulators)]
+
+    def _close(self) -> None:
+        self.counters.close()
+        members: list[WindowMember] = self._untracked.members
+
+        def close_members() -> None:
+            for kind in dict.fromkeys(type(member) for member in members):
+                kind.close_windows([member for member in members if type(member) is kind])
+
+        if self.strategy is not None and tf.distribute.in_cross_replica_context() and members:
+            replicas.on_each_replica(self.strategy, close_members)
+        else:
+            close_members()
+
+    def reset(self) -> None:
+        """Drops the open window, if there is one."""
+        self.counters.step.assign(0)
+        for member in self._untracked.members:
+            member.drop_window()
+
+    # Members
+
+    def add_member(self, member: WindowMember) -> None:
+        """Has the end of a window call the member's `close_windows`, and `reset` its `drop_window`."""
+        self._untracked.members.append(member)
+
+    def has_member(self, member: WindowMember) -> bool:
+        """Whether `add_member` has been called for the member."""
+        return any(each is member for each in self._untracked.members)
+
+    def remove_member(self, member: WindowMember) -> None:
+        """Undoes `add_member`."""
+        self._untracked.members = [each for each in self._untracked.members if each is not member]
+
+    def _check_gradients(self, gradients: list[tf.Tensor | tf.IndexedSlices | None]) -> None:
+        if len(gradients) != len(self.accumulators):
+            raise ValueError(
+                f"{self._owner} was built for {len(self.accumulators)} variables. Received: {len(gradients)} gradients."
+            )
+        if all(gradient is None for gradient in gradients):
+            raise ValueError(f"No gradients provided for any variable: {list(self._names)}.")
+        for name, accumulator, gradient in zip(self._names, self.accumulators, gradients, strict=True):
+            shape = getattr(gradient, "shape", None)
+            if shape is not None and not tf.TensorShape(shape).is_compatible_with(accumulator.shape):
+                raise ValueError(
+                    f"The gradient of '{name}' must have its shape, {tuple(accumulator.shape)}. "
+                    f"Received: {tf.TensorShape(shape)}."
+                )
+
+
+def _no_rows(i: int) -> None:
+    return None
+
+
+def _as_gradient(
+    gradient: tf.Tensor | tf.IndexedSlices | None, accumulator: keras.Variable
+) -> tf.Tensor | tf.IndexedSlices | None:
+    """Returns the gradient in a dtype that the ops add: as with Keras's optimizers, any number will do."""
+    if gradient is None:
+        return None
+    sparse = isinstance(gradient, tf.IndexedSlices)
+    values = tf.convert_to_tensor(gradient.values if sparse else gradient)
+    added = (tf.float16, tf.bfloat16, tf.float32, tf.as_dtype(accumulator.dtype))
+    if values.dtype in added or not (values.dtype.is_floating or values.dtype.is_integer):
+        return gradient if sparse else values
+    values = tf.cast(values, accumulator.dtype)
+    return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape) if sparse else values
+
+
+def _no_change(accumulator: tf.Variable | keras.Variable) -> tf.Tensor | tf.IndexedSlices:
+    """Returns a gradient of no rows: it costs nothing to add, and still clears the accumulator of a new window."""
+    if len(accumulator.shape) == 0:
+        return tf.zeros([], accumulator.dtype)
+    values = tf.zeros([0, *accumulator.shape[1:]], accumulator.dtype)
+    return tf.IndexedSlices(values, tf.zeros([0], tf.int32))
