@@ -1,8 +1,9 @@
 # make demo    trains a small CNN both ways and prints the difference
-# make test    all checks
-# make build   compiles what has changed
-# make wheel   a wheel in dist/
-# Each does its own set-up, in .venv. PYTHON chooses the interpreter; CMAKE_ARGS and CMAKE_CUDA_ARCHITECTURES are passed on.
+# make test    runs all checks
+# make build   compiles the files that have changed
+# make wheel   builds a wheel in dist/
+# Each target first sets up .venv if needed. PYTHON chooses the interpreter; CMAKE_ARGS and CMAKE_CUDA_ARCHITECTURES are
+# passed on.
 
 PYTHON ?= python3
 VENV := .venv
@@ -28,7 +29,7 @@ check: build
 build: $(VENV)/installed
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
-# Built without isolation: for the TensorFlow that is installed here, and only what has changed.
+# A build without isolation uses the TensorFlow that is installed in .venv, and compiles only files that have changed.
 $(VENV)/installed: pyproject.toml setup.py tools/make_venv.sh
 	tools/make_venv.sh $(PYTHON) $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

@@ -1,6 +1,6 @@
-"""Counts what replicas reduce in a window, on logical CPU devices, beside what scaling.py says.
+"""Counts what replicas reduce in a window, on logical CPU devices, and compares it with the formula of scaling.py.
 
-What each all-reduce is given is read from the graphs that are traced; how many there are, from the profile of a `fit`.
+The traced graphs show what each all-reduce is given. The profile of a `fit` shows how many all-reduces are executed.
 """
 
 import argparse
@@ -32,23 +32,23 @@ from accumops.cli.info import describe
 ACCUM_STEPS = 4
 MICRO_BATCH = 8
 WINDOWS = 2
-WIDTHS = (32, 64, 48, 10)  # of the inputs, two hidden layers and the outputs
+WIDTHS = (32, 64, 48, 10)  # inputs, two hidden layers, outputs
 
 Functions = dict[str, list[scaling.Collective]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A small network, and what trains it."""
+    """A small network, and the way to train it."""
 
     name: str
-    training: str = "accum_steps"  # or "micro_batch_size", or "Keras" for none
+    training: str = "accum_steps"  # or "micro_batch_size", or "Keras" for training without accumulation
     dtype: str = "float32"
     normalized: bool = False
     synchronized: bool = False
 
     def network(self) -> keras.Model:
-        """Dense layers, normalized or not."""
+        """Makes dense layers, with or without batch normalization."""
         inputs, *hidden, outputs = WIDTHS
         layers: list[Any] = [keras.Input((inputs,), dtype=self.dtype)]
         for width in hidden:
@@ -58,7 +58,7 @@ class Case:
         return keras.Sequential([*layers, keras.layers.Dense(outputs, dtype=self.dtype)])
 
     def compiled(self) -> keras.Model:
-        """The model to train, built."""
+        """Makes the model to train, compiled and built."""
         model = self.network()
         if self.training == "accum_steps":
             model = accumops.GradientAccumulateModel(model, accum_steps=ACCUM_STEPS)
@@ -70,16 +70,16 @@ class Case:
 
     @property
     def batches(self) -> int:
-        """Of `fit`, a window."""
+        """The number of batches of `fit` in a window."""
         return 1 if self.training == "micro_batch_size" else ACCUM_STEPS
 
     def data(self, replicas: int, windows: int = WINDOWS) -> tuple[np.ndarray, np.ndarray]:
-        """Samples for windows."""
+        """Makes the samples of this many windows."""
         samples = windows * ACCUM_STEPS * MICRO_BATCH * replicas
         return np.ones((samples, WIDTHS[0]), "float32"), np.ones((samples, WIDTHS[-1]), "float32")
 
     def batch_size(self, replicas: int) -> int:
-        """Of `fit`, for all replicas."""
+        """Returns the batch size of `fit`, over all replicas."""
         return ACCUM_STEPS * MICRO_BATCH * replicas // self.batches
 
 
@@ -97,7 +97,7 @@ CASES = (
 
 
 def predicted(case: Case, replicas: int) -> Functions:
-    """What scaling.py says, by function."""
+    """Returns the all-reduces that scaling.py predicts, for each function of the training."""
     channels = WIDTHS[1:-1] if case.normalized else ()
     values = sum((before + 1) * after for before, after in itertools.pairwise(WIDTHS)) + 2 * sum(channels)
     if replicas == 1:
@@ -112,7 +112,7 @@ def predicted(case: Case, replicas: int) -> Functions:
 
 
 def traced(case: Case, strategy: tf.distribute.Strategy) -> Functions:
-    """What each replica gives to all-reduces, by function."""
+    """Returns the all-reduces of a replica in the traced graphs, for each function of the training."""
     with strategy.scope():
         model = case.compiled()
     replicas = strategy.num_replicas_in_sync
@@ -153,12 +153,12 @@ def _all_reduces(function: Any) -> list[scaling.Collective]:
 
 
 def executed(case: Case, strategy: tf.distribute.Strategy) -> float:
-    """How many all-reduces a replica makes in a window of `fit`, by TensorFlow's profiler."""
+    """Returns how many all-reduces a replica makes in a window of `fit`, as TensorFlow's profiler counts them."""
     with strategy.scope():
         model = case.compiled()
     replicas = strategy.num_replicas_in_sync
     arguments = {"batch_size": case.batch_size(replicas), "shuffle": False, "verbose": 0}
-    model.fit(*case.data(replicas), **arguments)  # traced
+    model.fit(*case.data(replicas), **arguments)  # traces
     with tempfile.TemporaryDirectory() as directory:
         with tf.profiler.experimental.Profile(directory, tf.profiler.experimental.ProfilerOptions(2, 0)):
             model.fit(*case.data(replicas), **arguments)
@@ -177,12 +177,12 @@ def _events(profile: Path) -> list[str]:
 
 
 def rows_on(replicas: int) -> list[dict[str, Any]]:
-    """Measures all cases; for a process that has not used TensorFlow yet."""
+    """Measures all cases. The process must not have used TensorFlow before."""
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * replicas)
 
     def make_strategy() -> tf.distribute.Strategy:
-        # Else its collective operations are taken for those of the one before.
+        # With equal keys TensorFlow would take the collective operations for those of the strategy before.
         tf.distribute.MirroredStrategy._collective_key_base += 1_000
         return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
 
@@ -190,7 +190,7 @@ def rows_on(replicas: int) -> list[dict[str, Any]]:
 
 
 def row(case: Case, replicas: int, make_strategy: Callable[[], tf.distribute.Strategy]) -> dict[str, Any]:
-    """A case, measured and predicted."""
+    """Returns the measured and the predicted numbers of a case."""
     functions, wanted = traced(case, make_strategy()), predicted(case, replicas)
     steps, wanted_steps = _steps(case, functions), _steps(case, wanted)
     return {
@@ -206,18 +206,18 @@ def row(case: Case, replicas: int, make_strategy: Callable[[], tf.distribute.Str
 
 
 def same(found: list[scaling.Collective], wanted: list[scaling.Collective]) -> bool:
-    """Whether these are the same all-reduces, in whatever order."""
+    """Returns whether these are the same all-reduces, in any order."""
     return collections.Counter(found) == collections.Counter(wanted)
 
 
 def _steps(case: Case, functions: Functions) -> list[list[scaling.Collective]]:
-    """What the steps of a window reduce."""
+    """Returns the all-reduces of each step of a window."""
     first, last = next(iter(functions.values())), list(functions.values())[-1]
     return [first] * (case.batches - 1) + [last]
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Prints what was found as Markdown, in one line for the numbers of replicas with the same findings."""
+    """Prints the findings as Markdown; numbers of replicas with equal findings share a line."""
     columns = ("", "N", "all-reduces of a window's steps", "executed", "bytes a window", "by the formula", "")
     table = Table(*columns, box=MARKDOWN, title="What a replica reduces")
     keys = ("case", "all_reduces", "executed", "bytes", "predicted_bytes", "agrees")

@@ -1,6 +1,6 @@
-"""What a window costs on N devices, as a formula; docs/scaling.md explains it.
+"""The formula for what a window costs on N devices, which docs/scaling.md explains.
 
-As a program, prints that page's predictions.
+Run as a program, it prints the predictions of that page.
 """
 
 import dataclasses
@@ -12,24 +12,24 @@ SIZES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """An all-reduce, by what each replica gives to it."""
+    """An all-reduce, described by what each replica gives to it."""
 
     dtype: str
     values: int
 
     @property
     def bytes(self) -> int:
-        """What each replica gives, and gets."""
+        """The bytes that each replica gives and gets."""
         return self.values * SIZES[self.dtype]
 
 
 def at_the_end(values: int, channels: Sequence[int] = (), *, wide: int = 0) -> list[Collective]:
-    """The all-reduces where a window ends.
+    """Returns the all-reduces at the end of a window.
 
     Args:
-        values: Trainable values with gradients that float32 accumulators sum.
-        channels: Of each AccumBatchNormalization.
-        wide: As `values`, of float64 variables.
+        values: The number of trainable values whose gradients are summed in float32 accumulators.
+        channels: The number of channels of each AccumBatchNormalization layer.
+        wide: The number of trainable values of float64 variables, whose accumulators are float64.
     """
     gradients = [Collective("float32", 1 + values), Collective("float64", wide)]
     moments = [Collective("float64", len(channels) + sum(channels)), Collective("float64", sum(channels))]
@@ -37,25 +37,25 @@ def at_the_end(values: int, channels: Sequence[int] = (), *, wide: int = 0) -> l
 
 
 def of_a_micro_batch(channels: Sequence[int]) -> list[Collective]:
-    """The all-reduces that layers with `synchronized=True` add in each micro-batch, forward and backward."""
+    """Returns the all-reduces that layers with `synchronized=True` add to each micro-batch, forward and backward."""
     each_layer = [[Collective("float32", 1 + count), Collective("float32", count)] for count in channels]
     return 2 * [each for layer in each_layer for each in layer]
 
 
 def total_bytes(collectives: Sequence[Collective]) -> int:
-    """What a replica gives to all of them."""
+    """Returns the bytes that a replica gives to all these all-reduces."""
     return sum(each.bytes for each in collectives)
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """What devices, or nodes, are connected by: bytes a second in each direction, and seconds a message takes."""
+    """A connection of devices or nodes: bytes a second in each direction, and the seconds that a message takes."""
 
     bytes_per_second: float
     latency: float
 
     def all_reduce(self, count: int, of: int) -> float:
-        """Seconds for `of` bytes on each of `count` devices, by a ring or a tree."""
+        """Returns the seconds to reduce `of` bytes on each of `count` devices, by a ring or a tree."""
         transfer = 2 * of / self.bytes_per_second
         ring = (count - 1) / count * transfer + 2 * (count - 1) * self.latency
         tree = transfer + 2 * math.ceil(math.log2(count)) * self.latency
@@ -64,25 +64,29 @@ class Network:
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """Nodes with equally many devices."""
+    """A number of nodes, each with the same number of devices."""
 
     name: str
     nodes: int
     devices: int
     inside: Network
     across: Network
-    """What each device has to itself."""
+    """The network that each device has to itself."""
     memory: float = 3.0e12
     """Bytes a second between a device and its memory."""
 
     def all_reduce(self, of: int) -> float:
-        """Seconds: a share for each device within the node, the shares across the nodes, and all to all."""
+        """Returns the seconds to reduce `of` bytes on each device.
+
+        The devices of a node reduce a share each and afterwards exchange the results; in between, the nodes reduce
+        these shares across the network.
+        """
         return self.inside.all_reduce(self.devices, of) + self.across.all_reduce(self.nodes, -(-of // self.devices))
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A model, and the seconds that a device takes for a micro-batch's forward and backward pass."""
+    """A model, and the seconds of a micro-batch's forward and backward pass on a device."""
 
     name: str
     values: int
@@ -92,7 +96,7 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class WindowTime:
-    """The seconds of a window."""
+    """The seconds of a window, by kind of work."""
 
     passes: float
     accumulating: float
@@ -101,27 +105,30 @@ class WindowTime:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The seconds of the whole window."""
         return self.passes + self.accumulating + self.reducing + self.updating
 
     @property
     def efficiency(self) -> float:
-        """The share of the forward and backward passes."""
+        """The share of the window that the forward and backward passes take."""
         return self.passes / self.total
 
     @property
     def communication(self) -> float:
-        """The share of the all-reduces."""
+        """The share of the window that the all-reduces take."""
         return self.reducing / self.total
 
     def overlap(self, accum_steps: int) -> float:
-        """The most that reducing during the last backward pass, two thirds of a pass, could save, as a share."""
+        """Returns the largest share of the window that overlapping could save.
+
+        All-reduces could at best run during the last backward pass, which is two thirds of a pass.
+        """
         return min(self.reducing, self.passes / accum_steps * 2 / 3) / self.total
 
 
 def time_of(training: Training, cluster: Cluster, accum_steps: int) -> WindowTime:
-    """The time of a window of `accum_steps` micro-batches on each device, with float32 variables and Adam."""
-    pass_over_memory = training.values / cluster.memory  # seconds for a byte of each value
+    """Returns the time of a window of `accum_steps` micro-batches a device, with float32 variables and Adam."""
+    pass_over_memory = training.values / cluster.memory  # seconds to move one byte of each value
     reductions = at_the_end(training.values, training.channels)
     return WindowTime(
         passes=accum_steps * training.pass_time,
@@ -132,7 +139,7 @@ def time_of(training: Training, cluster: Cluster, accum_steps: int) -> WindowTim
 
 
 def accum_steps_for(efficiency: float, training: Training, cluster: Cluster) -> int | None:
-    """The fewest micro-batches a window for an efficiency, or None where none are enough."""
+    """Returns the fewest micro-batches in a window that reach an efficiency, or None if no number does."""
     one, two = (time_of(training, cluster, accum_steps) for accum_steps in (1, 2))
     step = two.total - one.total
     left = training.pass_time - efficiency * step
@@ -140,14 +147,14 @@ def accum_steps_for(efficiency: float, training: Training, cluster: Cluster) -> 
 
 
 def resnet50_channels() -> tuple[int, ...]:
-    """Of the 53 layers of batch normalization in keras.applications.ResNet50."""
+    """Returns the channels of the 53 batch normalization layers in keras.applications.ResNet50."""
     channels = [64]
     for blocks, filters in ((3, 64), (4, 128), (6, 256), (3, 512)):
         channels += [4 * filters] + blocks * [filters, filters, 4 * filters]
     return tuple(channels)
 
 
-# Eight tenths of what the hardware's data sheets say.
+# Eight tenths of the bandwidth in the hardware's data sheets.
 NVLINK = Network(0.8 * 450e9, 3e-6)
 INFINIBAND = Network(0.8 * 400e9 / 8, 10e-6)
 ETHERNET = Network(0.8 * 25e9 / 8, 30e-6)
@@ -166,7 +173,7 @@ CASES = (
 
 
 def window_times() -> list[str]:
-    """Of all cases as Markdown, line by line."""
+    """Returns the window times of all cases as lines of Markdown."""
     lines = [
         "| | K | window | passes | all-reduces | communication | efficiency | overlap | K windows of 1 |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -183,7 +190,7 @@ def window_times() -> list[str]:
 
 
 def fewest_accum_steps() -> list[str]:
-    """Of all cases for some efficiencies as Markdown, line by line."""
+    """Returns the fewest micro-batches of all cases for some efficiencies, as lines of Markdown."""
     lines = ["| the fewest K for an efficiency of | 50 % | 80 % | 90 % |", "|---|---|---|---|"]
     for training, cluster in CASES:
         fewest = (accum_steps_for(efficiency, training, cluster) for efficiency in (0.5, 0.8, 0.9))

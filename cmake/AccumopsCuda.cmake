@@ -1,5 +1,6 @@
-# Decides whether the CUDA kernels are built and for which architectures.
-# Sets ACCUMOPS_WITH_CUDA, ACCUMOPS_CUDA_REASON (why not) and, unless it is given, CMAKE_CUDA_ARCHITECTURES.
+# Decides whether the CUDA kernels are built, and for which architectures.
+# Sets ACCUMOPS_WITH_CUDA, ACCUMOPS_CUDA_REASON (why they are not built), ACCUMOPS_CUDA_VERSION and, unless it is given,
+# CMAKE_CUDA_ARCHITECTURES.
 
 set(ACCUMOPS_WITH_CUDA OFF)
 set(ACCUMOPS_CUDA_VERSION "")
@@ -23,8 +24,9 @@ if(NOT CMAKE_CUDA_COMPILER)
   set(CMAKE_CUDA_COMPILER "${ACCUMOPS_NVCC}")
 endif()
 
-# ALL, for a wheel: machine code for everything from sm_70 on that this compiler knows, and PTX of the newest for what
-# comes after it. LOCAL, for a checkout: the GPUs of this machine, or the oldest and the newest where it has none.
+# ACCUMOPS_CUDA_MACHINES=ALL, for a wheel, builds machine code for each architecture from sm_70 on that this compiler
+# knows, and PTX of the newest one for later GPUs. LOCAL, for a checkout, builds for the GPUs of this machine; without a
+# GPU it builds for the oldest and the newest architecture.
 if(NOT CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
   execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch
     OUTPUT_VARIABLE listed OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)

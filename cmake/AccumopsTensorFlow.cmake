@@ -1,5 +1,5 @@
-# Asks the interpreter's TensorFlow where its headers and libraries are, anew at each configuration: a build in pip's
-# isolated environment has another one each time.
+# Asks the interpreter's TensorFlow where its headers and libraries are. Nothing of this is cached: each build in pip's
+# isolated environment has another TensorFlow.
 # Sets TENSORFLOW_VERSION, TENSORFLOW_INCLUDE_DIRECTORIES, TENSORFLOW_COMPILE_OPTIONS and TENSORFLOW_LIBRARIES.
 
 execute_process(

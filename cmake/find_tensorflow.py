@@ -1,4 +1,4 @@
-"""Prints, as JSON for CMake, what an op library for this interpreter's TensorFlow is compiled and linked with."""
+"""Prints the headers, options and libraries of this interpreter's TensorFlow, which ops need, as JSON for CMake."""
 
 import json
 import os
@@ -10,7 +10,7 @@ flags = [f for f in tf.sysconfig.get_compile_flags() if f.startswith("-D")]
 
 
 def shared(name):
-    """The versioned file of a TensorFlow library: the wheel has no development link to it."""
+    """Returns the versioned file of a TensorFlow library, because the wheel has no link without a version."""
     found = sorted(f for f in os.listdir(library) if f.startswith(f"lib{name}.so"))
     if not found:
         raise SystemExit(f"{library} has no lib{name}.so: this TensorFlow is not one that ops can be built for.")

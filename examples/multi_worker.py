@@ -1,20 +1,20 @@
-"""Trains a small convolutional network on several hosts, with gradients that are reduced once a window.
+"""Trains a small convolutional network on several hosts, which reduce their gradients once a window.
 
-Run it on every host with TF_CONFIG in the environment, which lists the hosts and says which one this is:
+Run it on every host. The environment variable TF_CONFIG lists the hosts and says which one this is:
 
     TF_CONFIG='{"cluster": {"worker": ["host1:2222", "host2:2222"]}, "task": {"type": "worker", "index": 0}}' \
         python examples/multi_worker.py
 
-with `"index": 1` on the second. Without TF_CONFIG it trains on the GPUs of one host, or on its CPU. To try it on one
-machine, start two processes, each in a terminal of its own or the first in the background:
+The second host has `"index": 1`. Without TF_CONFIG the program trains on the GPUs of one host, or on its CPU. To try it
+on one machine, start two processes, each in a terminal of its own or the first in the background:
 
     CLUSTER='"cluster": {"worker": ["localhost:2222", "localhost:2223"]}'
     TF_CONFIG="{$CLUSTER, \"task\": {\"type\": \"worker\", \"index\": 0}}" python examples/multi_worker.py &
     TF_CONFIG="{$CLUSTER, \"task\": {\"type\": \"worker\", \"index\": 1}}" python examples/multi_worker.py
 
-Each step of `fit` takes a micro-batch of 64 samples, divided among all replicas, and every fourth makes an update, of
-256 samples. A job that is killed goes on from its last backup, in mid-window too, when it is started again: each worker
-keeps its own backup, in `--backup`, and the workers check that theirs are of the same point.
+Each step of `fit` takes a micro-batch of 64 samples, divided among all replicas. Every fourth step makes an update,
+from 256 samples. If a job is killed and started again, it continues from its last backup, in mid-window too. Each
+worker keeps its own backup in `--backup`, and the workers check that all backups are of the same point of training.
 """
 
 import argparse
@@ -31,14 +31,17 @@ MICRO_BATCH, ACCUM_STEPS = 64, 4
 
 
 def make_strategy() -> tf.distribute.Strategy:
-    """The strategy for where this process runs; it has to be made before TensorFlow is used."""
+    """Returns the strategy for this process. Call it before anything else uses TensorFlow."""
     if "TF_CONFIG" in os.environ:
         return tf.distribute.MultiWorkerMirroredStrategy()
     return tf.distribute.MirroredStrategy()
 
 
 def make_data(samples: int) -> tf.data.Dataset:
-    """Images of one bright quarter each, and which one it is; the same on all workers, which take turns at it."""
+    """Returns images with one bright quarter, labelled by that quarter.
+
+    The data is the same on all workers, which share it among them.
+    """
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 4, samples)
     images = rng.normal(0, 1, (samples, 16, 16, 1)).astype("float32")
@@ -49,7 +52,7 @@ def make_data(samples: int) -> tf.data.Dataset:
 
 
 def make_model() -> accumops.GradientAccumulateModel:
-    """The model, compiled; to be called within the strategy's scope."""
+    """Returns the compiled model. Call it within the strategy's scope."""
     net = keras.Sequential(
         [
             keras.Input((16, 16, 1)),
@@ -66,7 +69,7 @@ def make_model() -> accumops.GradientAccumulateModel:
 
 
 def main() -> None:
-    """Trains, and prints the result on the first worker."""
+    """Trains; the first worker prints the result."""
     parser = argparse.ArgumentParser(description="Trains on the hosts that TF_CONFIG lists.")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--samples", type=int, default=2400)

@@ -1,4 +1,4 @@
-"""Prints what pyproject.toml says a build needs, for an environment that builds without isolation."""
+"""Prints the build requirements in pyproject.toml, for an environment that builds without isolation."""
 
 import pathlib
 import sys

@@ -1,6 +1,6 @@
 #!/bin/sh
-# make_venv.sh PYTHON DIRECTORY: a virtual environment, on Debian and Ubuntu also where the packages that it and a
-# C++ extension need are not installed yet.
+# make_venv.sh PYTHON DIRECTORY: makes a virtual environment. On Debian and Ubuntu it first installs the packages that
+# the environment and a C++ extension need, unless they are installed.
 set -eu
 python=$1 directory=$2
 

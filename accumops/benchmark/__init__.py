@@ -1,4 +1,4 @@
-"""What `accumops bench` measures: suites of contenders, and what they are measured with."""
+"""What `accumops bench` runs: the suites of contenders, and the tools that measure them."""
 
 from accumops.benchmark.result import Result, Row
 from accumops.benchmark.suites import SUITES, default_rounds, run, turns

@@ -1,4 +1,4 @@
-"""The `accumulate` suite: one micro-step over ResNet-50's variables, against TensorFlow and the memory."""
+"""The `accumulate` suite: a micro-step over ResNet-50's variables, compared with TensorFlow and the memory's limit."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ from accumops.benchmark.result import Result
 CASE = "micro-step"
 ROUNDS = 30
 WARMUP = 5
-# For the micro-steps of one graph. With one scale TensorFlow would compute `g * s` once for all of them.
+# One scale for each micro-step of a graph: with equal scales TensorFlow would compute `g * s` only once.
 SCALES = tuple(0.5 + i / 1024 for i in range(8))
 
 
@@ -32,7 +32,7 @@ def turns(rounds: int) -> int:
 
 
 def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
-    """Measures the fused op and the reference, hand-written TensorFlow, and the memory's bandwidth.
+    """Measures the fused op, the reference, hand-written TensorFlow, and the memory's bandwidth.
 
     Args:
         device: `"CPU"` or `"GPU"`.

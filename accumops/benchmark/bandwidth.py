@@ -1,4 +1,4 @@
-"""The memory's bandwidth, and the time below which nothing can move some bytes."""
+"""The memory's bandwidth, and the shortest time in which it can move a number of bytes."""
 
 import statistics
 import time
@@ -10,21 +10,21 @@ from accumops.benchmark.result import Row
 from accumops.benchmark.timing import Samples
 from accumops.ops import LibraryError, library
 
-_ARRAY_BYTES = 256 << 20  # of each of the triad's three: more than caches hold
+_ARRAY_BYTES = 256 << 20  # the size of each of the triad's three arrays: more than caches hold
 _PLAIN, _STREAMING, _DEVICE = "plain stores", "streaming stores", "on the GPU"
 
 
 class Bandwidth:
-    """Samples of the memory's bandwidth by the triad `a = b + s * c`, taken between other measurements.
+    """Measures the memory's bandwidth with the triad `a = b + s * c`, in samples between other measurements.
 
-    On a CPU by accumops' own kernel, with plain stores, which read each line before they write it, and with streaming
-    ones; on a GPU by what XLA makes of it.
+    On a CPU accumops' own kernel runs the triad, once with plain stores, which read each cache line before they write
+    it, and once with streaming stores. On a GPU XLA compiles the triad.
 
     Args:
         device: `"CPU"` or `"GPU"`.
 
     Raises:
-        LibraryError: If the kernels' module is not there.
+        LibraryError: If the kernels' module was not built.
     """
 
     def __init__(self, device: str) -> None:
@@ -32,11 +32,11 @@ class Bandwidth:
         self._rates: list[dict[str, float]] = []
 
     def sample(self) -> None:
-        """Measures once."""
+        """Takes one sample."""
         self._rates.append(self._measure())
 
     def before(self, progress: Callable[[], object]) -> Callable[[], object]:
-        """A `progress` that measures once each time, for samples that are interleaved with what goes on."""
+        """Returns a `progress` that first takes a sample, so that samples interleave with other measurements."""
 
         def sample_and_report() -> None:
             self.sample()
@@ -46,11 +46,11 @@ class Bandwidth:
 
     @property
     def best(self) -> float:
-        """The median in bytes per second, with the kind of stores that reaches more."""
+        """The median in bytes per second, for the faster kind of stores."""
         return max(statistics.median(rates) for rates in self._by_stores().values())
 
     def limits(self, case: str, bytes_moved: int) -> Iterator[Row]:
-        """Rows of the time that moving those bytes takes; the shortest is the floor."""
+        """Yields a row for each kind of stores: the time to move these bytes. The shortest is the floor."""
         for stores, rates in self._by_stores().items():
             median = statistics.median(rates)
             yield Row(
@@ -72,7 +72,7 @@ def _host_triad() -> Callable[[], dict[str, float]]:
         raise LibraryError("The memory's bandwidth cannot be measured: the module of the kernels was not built.")
 
     def measure() -> dict[str, float]:
-        # As many threads as TensorFlow has.
+        # Use as many threads as TensorFlow.
         threads = tf.config.threading.get_intra_op_parallelism_threads() or None
         rates = kernels.memory_bandwidth(threads, bytes_per_array=_ARRAY_BYTES, repeats=1)
         return {_PLAIN: rates["plain"], _STREAMING: rates["streaming"]}

@@ -1,4 +1,4 @@
-"""The `batch-norm` suite: forward and backward of one layer, and a window of a small network that has several."""
+"""The `batch-norm` suite: forward and backward of one layer, and a window of a small network with six layers."""
 
 import functools
 import math
@@ -20,13 +20,13 @@ from accumops.training.model import GradientAccumulateModel
 
 ROUNDS = 30
 WARMUP = 3
-LAYER_ROUNDS = 5  # for each of the window, which takes a hundred times as long as a small layer
-LAYER_WARMUP = 100  # by then TensorFlow knows which operations are quick, see Problem.warmup
+LAYER_ROUNDS = 5  # rounds of a layer for each round of the window, which takes a hundred times as long
+LAYER_WARMUP = 100  # after these TensorFlow knows which operations are quick, see Problem.warmup
 SHAPES = ((32, 56, 56, 64), (16, 32, 32, 32), (8, 7, 7, 2048), (4096, 512))
 DTYPES = ("float32", "bfloat16")
 STEPS, MICRO = 4, 16
-_PASSES = 8  # over the layer's input, at least: x, x, y, and x, dy, x, dy, dx
-_BANDWIDTH_SAMPLES = 5  # before each layer
+_PASSES = 8  # the fewest passes over arrays of the input's size: x, x, y forward and x, dy, x, dy, dx backward
+_BANDWIDTH_SAMPLES = 5  # taken before each layer
 
 
 def turns(rounds: int) -> int:
@@ -35,15 +35,16 @@ def turns(rounds: int) -> int:
 
 
 def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
-    """Measures Keras's layer, TensorFlow's fused op and ours, each forward and backward in a `tf.function`.
+    """Measures one layer and a window of a network.
 
-    And a window of 4 micro-batches of 16 through six convolutions with batch normalization and ReLU: Keras's layers and
-    Keras's accumulation against `GradientAccumulateModel`, in both of its modes, with the layers replaced. The floor
-    there is forward and backward with the replaced layers.
+    For one layer it times forward and backward in a `tf.function`: Keras's layer, TensorFlow's fused op, and accumops'
+    layer and op. The window is 4 micro-batches of 16 through six convolutions with batch normalization and ReLU. There
+    it times Keras's layers with Keras's accumulation, and `GradientAccumulateModel` in both modes with replaced layers.
+    The window's floor is forward and backward with replaced layers.
 
     Args:
         device: `"CPU"` or `"GPU"`.
-        rounds: Timed runs of each contender of the window; of a layer's there are five times as many.
+        rounds: Timed runs of each contender of the window. A layer's contenders run five times as often.
         progress: Called after each round.
     """
     measure = functools.partial(time_contenders, device=device, progress=progress)
@@ -101,7 +102,7 @@ def _layers(shape: tuple[int, ...], dtype: tf.DType, size: int) -> list[Contende
 
         return step
 
-    # TensorFlow's fused op wants images.
+    # TensorFlow's fused op takes images only.
     image = shape if len(shape) == 4 else (shape[0], 1, 1, shape[1])
     contenders = {
         "Keras, the layer": lambda: layer(keras.layers.BatchNormalization),

@@ -1,4 +1,4 @@
-"""Functions that run in a process of their own: with its own memory, and its own TensorFlow settings."""
+"""Runs functions in another process, which has its own memory and its own TensorFlow settings."""
 
 import importlib
 import json
@@ -12,19 +12,19 @@ from typing import Any
 
 from accumops.benchmark.contender import problem_text
 
-_ROOT = Path(__file__).resolve().parents[2]  # where the package lies
+_ROOT = Path(__file__).resolve().parents[2]  # the folder that holds the package
 _SERVE = "from accumops.benchmark.child_process import serve; serve()"
 
 
 class ChildProcessFailed(RuntimeError):
-    """A function raised an error there, or the process died."""
+    """The function raised an error in the other process, or that process died."""
 
 
 class ChildProcess:
-    """A new Python process that runs functions when it is told to; a context manager, that ends it.
+    """A new Python process that runs functions on demand. As a context manager it ends the process.
 
     Args:
-        environment: Environment variables that it is to have besides this process's.
+        environment: Environment variables for the process, in addition to those of this one.
     """
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
@@ -48,17 +48,18 @@ class ChildProcess:
         self._messages.close()
 
     def call(self, function: Callable[..., Any], **arguments: Any) -> Any:
-        """Has the process run a function, and waits.
+        """Runs a function in the process, and waits for its result.
 
         Args:
-            function: One of a module's own. It is found by its name: what this process has changed is not seen.
-            **arguments: Its arguments, as JSON takes them.
+            function: A function of a module. The process imports it by its name, so changes that this process has made
+                to the module have no effect.
+            **arguments: The function's arguments, which JSON must be able to hold.
 
         Returns:
-            What it returned, as JSON gives it back.
+            The function's result, after a round trip through JSON.
 
         Raises:
-            ChildProcessFailed: If it raised an error, or the process is dead.
+            ChildProcessFailed: If the function raised an error, or the process is dead.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -66,7 +67,7 @@ class ChildProcess:
             self._process.stdin.write(json.dumps([function.__module__, function.__name__, arguments]) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # there is no answer either
+            pass  # the process is dead, so reading its answer below fails as well
         answer = self._process.stdout.readline()
         if not answer:
             raise ChildProcessFailed(self._last_message())
@@ -82,9 +83,9 @@ class ChildProcess:
 
 
 def serve() -> None:
-    """What the new process does: for each line of stdin it runs a function, and answers with a line on stdout."""
+    """The new process's loop: runs a function for each line of stdin, and answers with a line on stdout."""
     with os.fdopen(os.dup(1), "w") as answers:
-        os.dup2(2, 1)  # what else is printed is no answer
+        os.dup2(2, 1)  # prints of the function go to stderr, so that stdout has answers only
         for line in sys.stdin:
             module, name, arguments = json.loads(line)
             result, problem = None, None

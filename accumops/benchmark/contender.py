@@ -1,4 +1,4 @@
-"""What is timed: contenders of one case, interleaved, as rows."""
+"""Times the contenders of a case, interleaved, and returns their rows."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -11,13 +11,13 @@ from accumops.benchmark.timing import interleave, stopwatch
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One way to do what a case is about."""
+    """One way to do the work of a case."""
 
     name: str
-    prepare: Callable[[], Callable[[], object]]  # makes what is timed
+    prepare: Callable[[], Callable[[], object]]  # makes the function that is timed
     bytes_moved: int | None = None
     floor: bool = False
-    times: int = 1  # how often one run does it
+    times: int = 1  # how often the timed function does the work
 
 
 def time_contenders(
@@ -32,12 +32,12 @@ def time_contenders(
     """Times all contenders, interleaved.
 
     Args:
-        case: What the rows are named for.
-        contenders: What to time. One that raises an error gets a row that says so.
-        device: `"CPU"` or `"GPU"`, on which a call may return before the work is done.
+        case: The name of the case in the rows.
+        contenders: The contenders. If one raises an error, its row says so.
+        device: `"CPU"` or `"GPU"`. On a GPU a call may return before its work is done, so the device is synchronized.
         rounds: Timed runs of each contender.
-        warmup: Untimed ones before.
-        progress: Called after each round, and once when all is prepared.
+        warmup: Untimed runs before these.
+        progress: Called after each round, and once when all contenders are prepared.
 
     Returns:
         One row for each contender, in their order.
@@ -47,8 +47,8 @@ def time_contenders(
     for contender in contenders:
         try:
             run = contender.prepare()
-            run()  # traced, and compiled where XLA does
-        except Exception as error:  # of any kind, from TensorFlow, Keras or XLA: it costs this row only
+            run()  # traces, and lets XLA compile
+        except Exception as error:  # any error of TensorFlow, Keras or XLA costs this row only
             notes[contender.name] = problem_text(error)
         else:
             runs[contender.name] = run
@@ -69,7 +69,7 @@ def time_contenders(
 
 
 def repeated(run: Callable[[], object], times: int) -> Callable[[], object]:
-    """A function that runs another one several times."""
+    """Returns a function that runs another one several times."""
 
     def run_all() -> None:
         for _ in range(times):
@@ -79,15 +79,16 @@ def repeated(run: Callable[[], object], times: int) -> Callable[[], object]:
 
 
 def in_one_graph(steps: Callable[[], Sequence[Callable[[], object]]]) -> Callable[[], object]:
-    """A `tf.function` of several steps, since calling one costs about a millisecond however little is in it.
+    """Returns a `tf.function` of several steps: a call costs about a millisecond, however little the function does.
 
     Args:
-        steps: Called when it is traced, for the functions that make each step's ops.
+        steps: Called while tracing. Returns one function for each step, which makes the step's ops.
     """
 
     @tf.function
     def run() -> None:
-        # One after another: left to itself, TensorFlow takes each variable through all steps, in the cache.
+        # Each step waits for the one before. Otherwise TensorFlow takes each variable through all steps while the
+        # variable is in the cache.
         barrier = tf.no_op()
         for step in steps():
             before = len(barrier.graph.get_operations())
@@ -99,6 +100,6 @@ def in_one_graph(steps: Callable[[], Sequence[Callable[[], object]]]) -> Callabl
 
 
 def problem_text(error: BaseException) -> str:
-    """An error as a note: its kind, and its first line."""
+    """Returns an error as a note: its type, and the first line of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""The package GradientAccumulator, which is for Keras 2: contenders of the `window` suite, in a process of its own."""
+"""The `window` suite's contenders from the package GradientAccumulator, which needs Keras 2 and so another process."""
 
 import contextlib
 import importlib
@@ -14,24 +14,24 @@ from accumops.benchmark.contender import Contender, repeated
 from accumops.benchmark.models import PROBLEMS, Problem
 
 _PACKAGES = ("gradient_accumulator", "tf_keras")
-# With it `tf.keras`, on which GradientAccumulator builds, is Keras 2.
+# Makes `tf.keras`, which GradientAccumulator uses, Keras 2.
 _ENVIRONMENT = {"TF_USE_LEGACY_KERAS": "1"}
 
 
 def missing_package() -> str | None:
-    """The name of a module that is needed and not installed, or None."""
+    """Returns the name of a needed module that is not installed, or None."""
     return next((name for name in _PACKAGES if importlib.util.find_spec(name) is None), None)
 
 
 @contextlib.contextmanager
 def contenders(problem: Problem, *, device: str, steps: int, micro_batch: int) -> Iterator[list[Contender]]:
-    """GradientAccumulator's two wrappers, while the process lives that runs them.
+    """Yields GradientAccumulator's two wrappers as contenders, with the process that runs them.
 
     Args:
         problem: One of `PROBLEMS`.
         device: `"CPU"` or `"GPU"`.
-        steps: Micro-batches a window.
-        micro_batch: Samples a micro-batch.
+        steps: The number of micro-batches in a window.
+        micro_batch: The number of samples in a micro-batch.
     """
     with ChildProcess(_ENVIRONMENT) as process:
 
@@ -53,7 +53,7 @@ def contenders(problem: Problem, *, device: str, steps: int, micro_batch: int) -
 
 
 _prepared: dict[str, Callable[[], object]] = {}
-"""What `prepare_here` made, in the process that it runs in."""
+"""The contenders that `prepare_here` has made in this process, by wrapper."""
 
 
 def prepare_here(wrapper: str, problem: str, device: str, steps: int, micro_batch: int) -> None:
@@ -86,7 +86,7 @@ def _wrapped_model(package: Any, library: Any, model: Any, steps: int) -> Any:
 
 
 def _wrapped_optimizer(package: Any, library: Any, model: Any, steps: int) -> Any:
-    # It works with the older of Keras 2's two kinds of optimizers only.
+    # The wrapper works only with the legacy optimizers of Keras 2.
     inner = library.optimizers.legacy.Adam(training.LEARNING_RATE)
     model.compile(package.GradientAccumulateOptimizer(inner, steps), training.loss_function(library))
     return model

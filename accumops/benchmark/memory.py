@@ -1,4 +1,4 @@
-"""The `memory` suite: what training takes at its peak, against the effective batch size."""
+"""The `memory` suite: the peak memory of training, for several effective batch sizes."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,7 +20,7 @@ MODEL = "convolutional network"
 MICRO = 16
 SIZES = (32, 64, 128, 256)
 FLOOR = f"a micro-batch of {MICRO}, without accumulation"
-_WINDOWS = 3  # at whose peak the process is looked at
+_WINDOWS = 3  # the peak is measured over these
 
 Make = Callable[[Problem, int], Callable[[], object]]
 
@@ -31,9 +31,10 @@ def turns(rounds: int) -> int:
 
 
 def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
-    """Measures in a new process each time: the peak in some windows over what it was before there was a model.
+    """Measures how much the peak memory of some windows exceeds the memory before there was a model.
 
-    On a CPU that is resident memory, with all that TensorFlow keeps; on a GPU what its allocator has given out.
+    Each measurement has a new process. On a CPU it counts resident memory, including all that TensorFlow keeps; on a
+    GPU it counts what TensorFlow's allocator has given out.
 
     Args:
         device: `"CPU"` or `"GPU"`.
@@ -78,7 +79,7 @@ def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
 
 
 def peak_bytes(problem: str, contender: str, samples: int, device: str) -> int:
-    """The peak while windows run, in bytes over what it was before there was a model; for a process of its own.
+    """Returns the peak while windows run, in bytes above the memory before there was a model. Needs a new process.
 
     Args:
         problem: The name of one of `PROBLEMS`.
@@ -92,7 +93,7 @@ def peak_bytes(problem: str, contender: str, samples: int, device: str) -> int:
         tf.add(1.0, 1.0)  # starts TensorFlow
         before = memory.now()
         window = make(PROBLEMS[problem], samples)
-        window()  # traced
+        window()  # traces
         memory.forget_peak()
         for _ in range(_WINDOWS):
             window()
@@ -109,7 +110,7 @@ class _ResidentMemory:
         Path("/proc/self/clear_refs").write_text("5")
 
     def peak(self) -> int:
-        # Not getrusage's ru_maxrss, which begins with what the parent had when it forked.
+        # getrusage's ru_maxrss is no use: it starts with the parent's memory at the fork.
         return self._entry("VmHWM")
 
     def _entry(self, name: str) -> int:

@@ -1,4 +1,4 @@
-"""The models and data that suites train."""
+"""The models and the data that the suites train with."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,24 +13,25 @@ CLASSES = 10
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A classifier to train, and what its inputs look like."""
+    """A classifier to train, and the shape and kind of its inputs."""
 
     name: str
     build: Callable[[ModuleType], Any]
-    """Makes the model with Keras's module, which may be that of Keras 2."""
+    """Makes the model. The argument is the module of Keras, or of Keras 2."""
     input_shape: tuple[int, ...]
     vocabulary: int | None = None
-    """How many tokens there are, where inputs are tokens."""
+    """The number of different tokens, if inputs are tokens."""
     large_table: bool = False
-    """Whether an embedding is most of the model, so that updates of touched rows only are worth measuring."""
+    """Whether an embedding is most of the model. Then updates of touched rows alone are measured too."""
     windows: int = 1
-    """How many windows to time at once: where one takes a millisecond, caches are not yet its own."""
+    """How many windows to time at once. A window of about a millisecond alone still finds the previous contender's data
+    in the caches."""
     warmup: int = 3
-    """Rounds before those that are timed: until TensorFlow has run each operation about a hundred times it takes it for
-    a slow one, and hands it to another thread, which is felt where steps are short."""
+    """Untimed rounds before the timed ones. Until TensorFlow has run an operation about a hundred times, it takes the
+    operation for a slow one and hands it to another thread, which costs much of a short step."""
 
     def data(self, samples: int) -> tuple[tf.Tensor, tf.Tensor]:
-        """The same random samples and labels each time."""
+        """Returns random samples and labels, the same each time."""
         shape = (samples, *self.input_shape)
         if self.vocabulary is None:
             x = tf.random.stateless_normal(shape, [1, 0])
@@ -40,7 +41,7 @@ class Problem:
 
 
 def perceptron(width: int, depth: int) -> Callable[[ModuleType], Any]:
-    """Dense layers of one width with ReLU, as many as `depth` says."""
+    """Dense layers with ReLU, `depth` of them, all of one width."""
 
     def build(library: ModuleType) -> Any:
         hidden = [library.layers.Dense(width, activation="relu") for _ in range(depth)]

@@ -1,4 +1,4 @@
-"""What a suite returns, and what table, JSON and picture are made of."""
+"""The result of a suite, from which table, JSON and picture are made."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,23 +9,23 @@ from typing import Any
 class Row:
     """One contender's result in one case: a time, or a peak of memory."""
 
-    case: str  # rows of one case are compared with each other
-    name: str
+    case: str  # the rows of one case are compared with each other
+    name: str  # the contender
     milliseconds: float | None = None  # median
     peak_bytes: int | None = None  # median
-    spread: float | None = None  # quartile distance over median
-    bytes_moved: int | None = None  # at least, between processor and memory
-    floor: bool = False  # what the others of the case are compared with
+    spread: float | None = None  # distance between the quartiles, divided by the median
+    bytes_moved: int | None = None  # the least that has to move between processor and memory
+    floor: bool = False  # whether the other rows of the case are compared with this one
     note: str | None = None  # why nothing was measured
 
     @property
     def value(self) -> float | None:
-        """The time or the peak."""
+        """The time in milliseconds, or the peak in bytes."""
         return self.peak_bytes if self.milliseconds is None else self.milliseconds
 
     @property
     def bytes_per_second(self) -> float | None:
-        """The rate at which what has to be moved was."""
+        """`bytes_moved` divided by the time."""
         if self.bytes_moved is None or self.milliseconds is None:
             return None
         return 1e3 * self.bytes_moved / self.milliseconds
@@ -42,25 +42,25 @@ class Result:
     bandwidth: float | None = None  # of the memory, in bytes per second
 
     def cases(self) -> dict[str, list[Row]]:
-        """The rows by case, in their order."""
+        """Returns the rows of each case, in their order."""
         cases: dict[str, list[Row]] = {}
         for row in self.rows:
             cases.setdefault(row.case, []).append(row)
         return cases
 
     def ratio(self, row: Row) -> float | None:
-        """The row's value over that of its case's floor, or None where there is no such thing."""
+        """Returns the row's value divided by that of its case's floor, or None if one of them is missing."""
         floor = next((each.value for each in self.rows if each.case == row.case and each.floor), None)
         return None if row.value is None or not floor else row.value / floor
 
     def share(self, row: Row) -> float | None:
-        """The share of the memory's bandwidth that the row reaches, or None where that is not known."""
+        """Returns the share of the memory's bandwidth that the row reaches, or None if it is not known."""
         if row.bytes_per_second is None or self.bandwidth is None:
             return None
         return row.bytes_per_second / self.bandwidth
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, with what is derived from it."""
+        """Returns everything for JSON, including the rates and ratios."""
         rows = [
             {**dataclasses.asdict(row), "bytes_per_second": row.bytes_per_second, "ratio": self.ratio(row)}
             for row in self.rows

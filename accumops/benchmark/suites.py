@@ -1,4 +1,4 @@
-"""All suites, by name."""
+"""All suites by name, and the function that runs one."""
 
 import dataclasses
 import os
@@ -21,7 +21,7 @@ SUITES: dict[str, ModuleType] = {
 
 
 def default_rounds(suite: str) -> int:
-    """How often a suite measures each contender unless it is told otherwise."""
+    """Returns how often a suite measures each contender by default."""
     return SUITES[suite].ROUNDS
 
 
@@ -37,12 +37,12 @@ def run(
 
     Args:
         suite: The name of one of `SUITES`.
-        device: `"CPU"` or `"GPU"`: where the work is done.
-        rounds: How often each contender is measured, at least 2; by default as often as fits the suite.
-        progress: Called as often as `turns` says.
+        device: The device that does the work, `"CPU"` or `"GPU"`.
+        rounds: How often each contender is measured, at least 2; by default `default_rounds`.
+        progress: Called after each step of the work, `turns` times in all.
 
     Raises:
-        LibraryError: If the compiled libraries are not there.
+        LibraryError: If the compiled libraries cannot be loaded.
     """
     with no_retracing_warnings(), backend("fused"), tf.device(f"{device}:0"):
         result = SUITES[suite].run(device=device, rounds=rounds or default_rounds(suite), progress=progress)

@@ -1,4 +1,4 @@
-"""Measuring contenders against each other on a machine that is not quiet."""
+"""Compares contenders by their times on a machine where other work disturbs the measurement."""
 
 import dataclasses
 import random
@@ -13,7 +13,7 @@ Subject = TypeVar("Subject")
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """What was measured of one contender over all rounds."""
+    """The measurements of one contender, one for each round."""
 
     values: tuple[float, ...]
 
@@ -24,16 +24,16 @@ class Samples:
 
     @property
     def spread(self) -> float:
-        """The distance between the quartiles over the median: how far this median can be trusted."""
+        """The distance between the quartiles, divided by the median: it shows how far the median can be trusted."""
         first, _, third = statistics.quantiles(self.values, n=4)
         return (third - first) / self.median if self.median else 0.0
 
 
 def stopwatch(finish: Callable[[], object] = lambda: None) -> Callable[[Callable[[], object]], float]:
-    """Returns a function that runs a contender and returns how long that took, in seconds.
+    """Returns a function that runs a contender and returns the seconds it took.
 
     Args:
-        finish: Returns when all work that was begun is done; for devices that work on after a call has returned.
+        finish: Waits until all work is done. A device needs it if calls return before their work is done.
     """
 
     def seconds(run: Callable[[], object]) -> float:
@@ -53,19 +53,19 @@ def interleave(
     warmup: int = 3,
     progress: Callable[[], object] = lambda: None,
 ) -> dict[Key, Samples]:
-    """Measures all contenders in turn, round after round, so that what disturbs one disturbs all.
+    """Measures all contenders in turn, round after round, so that a disturbance hits all of them alike.
 
-    Each round has its own order: what one leaves in the caches is not always found by the same other one.
+    The order changes each round, so that a contender does not always find the same other one's data in the caches.
 
     Args:
-        contenders: What is given to `sample`, by name or another key.
-        sample: Measures a contender once, such as `stopwatch()`.
-        rounds: How often each one is measured, at least 2.
-        warmup: How often before, for nothing.
-        progress: Called after each round, the warm-up rounds included.
+        contenders: The contenders, by name or another key.
+        sample: A function that measures a contender once, such as `stopwatch()`.
+        rounds: How often each contender is measured, at least 2.
+        warmup: The number of rounds before these, whose measurements are thrown away.
+        progress: Called after each round, including the warm-up rounds.
 
     Returns:
-        What was measured of each contender.
+        The measurements of each contender.
 
     Raises:
         ValueError: If there are fewer than 2 rounds.

@@ -14,19 +14,19 @@ Step = Callable[[tf.Tensor, tf.Tensor], Any]
 
 
 def loss_function(library: ModuleType = keras) -> Any:
-    """The loss of all models, by the module of Keras given."""
+    """Returns the loss function of all models, from the given Keras module."""
     return library.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 def split(x: tf.Tensor, y: tf.Tensor, micro_batch: int) -> list[tuple[tf.Tensor, tf.Tensor]]:
-    """The micro-batches of a window."""
+    """Splits a window into its micro-batches."""
     return [(x[i : i + micro_batch], y[i : i + micro_batch]) for i in range(0, len(x), micro_batch)]
 
 
 def train_steps(model: Any, x: tf.Tensor, y: tf.Tensor, batch_size: int) -> Callable[[], object]:
-    """Runs the steps of a compiled model that take it once through the data, as `fit` does, without its callbacks."""
+    """Returns a function that takes a compiled model once through the data, as `fit` does, but without callbacks."""
     model.make_train_function()
-    with tf.device("CPU:0"):  # where datasets are, whatever device the steps run on
+    with tf.device("CPU:0"):  # datasets stay on the CPU, whichever device the steps run on
         data = tf.data.Dataset.from_tensor_slices((x, y)).batch(batch_size, drop_remainder=True)
         batches = iter(data.cache().repeat())
     steps = len(x) // batch_size
@@ -39,7 +39,7 @@ def train_steps(model: Any, x: tf.Tensor, y: tf.Tensor, batch_size: int) -> Call
 
 
 def gradients_of(model: Any) -> Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, Gradients]]:
-    """Returns a function of a batch that gives the loss and its gradients."""
+    """Returns a function that computes the loss of a batch and its gradients."""
     loss = loss_function()
     variables = [variable.value for variable in model.trainable_variables]
 
@@ -52,12 +52,13 @@ def gradients_of(model: Any) -> Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor
 
 
 def forward_and_backward(model: Any, *, drop: bool) -> Step:
-    """The `tf.function` that computes a micro-batch's gradients, and no more: below it no way of training can get.
+    """Returns a `tf.function` that only computes a micro-batch's gradients: the floor for every way to train.
 
     Args:
         model: The model.
-        drop: Whether gradients end in an assertion, the cheapest end on a CPU that TensorFlow does not prune the
-            backward pass for; otherwise they are returned. On a GPU the assertion would copy them to the host.
+        drop: Whether to drop the gradients in an assertion, instead of returning them. Something must use the
+            gradients, or TensorFlow prunes the backward pass, and on a CPU an assertion is the cheapest use. On a GPU
+            an assertion would copy the gradients to the host.
     """
     compute = gradients_of(model)
 
@@ -74,7 +75,7 @@ def forward_and_backward(model: Any, *, drop: bool) -> Step:
 
 
 def forward_and_backward_in_one_call(model: Any, x: tf.Tensor, y: tf.Tensor, micro_batch: int) -> Callable[[], object]:
-    """As `forward_and_backward` with dropped gradients, for a whole window in a loop within one `tf.function`."""
+    """Returns `forward_and_backward` with dropped gradients, for a window in a loop within one `tf.function`."""
     step = forward_and_backward(model, drop=True)
     count = len(x) // micro_batch
     parts = [tf.reshape(each, (count, micro_batch, *each.shape[1:])) for each in (x, y)]
@@ -91,7 +92,7 @@ def forward_and_backward_in_one_call(model: Any, x: tf.Tensor, y: tf.Tensor, mic
 
 
 def each_micro_batch(step: Step, parts: Sequence[tuple[tf.Tensor, tf.Tensor]]) -> Callable[[], object]:
-    """Runs the step on each of the micro-batches."""
+    """Returns a function that runs the step on each micro-batch."""
 
     def window() -> None:
         for x, y in parts:
@@ -103,7 +104,7 @@ def each_micro_batch(step: Step, parts: Sequence[tuple[tf.Tensor, tf.Tensor]]) -
 def hand_written(
     model: Any, optimizer: keras.optimizers.Optimizer, parts: Sequence[tuple[tf.Tensor, tf.Tensor]]
 ) -> Callable[[], object]:
-    """What is written by hand: variables that gradients are added to, and a function that applies their mean."""
+    """Returns accumulation as written by hand: variables sum the gradients, and a function applies their mean."""
     compute = gradients_of(model)
     optimizer.build(model.trainable_variables)
     sums = [tf.Variable(tf.zeros(variable.shape)) for variable in model.trainable_variables]

@@ -1,4 +1,4 @@
-"""The `update` suite: AdamW's step over ResNet-50's variables, against Keras, TensorFlow and the memory."""
+"""The `update` suite: AdamW's step for ResNet-50's variables, compared with Keras, TensorFlow and memory's limit."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,8 +17,8 @@ from accumops.verification import backend
 CASE = "AdamW"
 ROUNDS = 30
 WARMUP = 3
-UPDATES = 4  # of one graph
-# Read: the gradient's sum, a value and its two slots. Written: the value and its slots.
+UPDATES = 4  # in one graph
+# Bytes a value. It reads the gradient's sum, the value and its two slots, and writes the value and its slots.
 _BYTES = 28
 _RATE, _DECAY, _BETA_1, _BETA_2, _EPSILON = 1e-3, 4e-3, 0.9, 0.999, 1e-7
 
@@ -29,7 +29,7 @@ def turns(rounds: int) -> int:
 
 
 def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
-    """Measures updates of variables and slots of each contender's own, with gradients that are there.
+    """Measures updates from existing gradients. Each contender has variables and slots of its own.
 
     Args:
         device: `"CPU"` or `"GPU"`.
@@ -61,7 +61,7 @@ def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
 
 
 def contenders(shapes: Sequence[tuple[int, ...]]) -> list[Contender]:
-    """What is timed, for variables of these shapes."""
+    """Returns the contenders, for variables of these shapes."""
     rng = np.random.default_rng(0)
 
     def new_variables() -> list[tf.Variable]:
@@ -92,7 +92,7 @@ def contenders(shapes: Sequence[tuple[int, ...]]) -> list[Contender]:
 
         run = in_one_graph(lambda: UPDATES * [step])
         with backend(name):
-            run()  # what is traced stays
+            run()  # traces, so that the function keeps this backend
         return run
 
     def keras_adamw(jit_compile: bool) -> Callable[[], object]:

@@ -1,4 +1,4 @@
-"""The `window` suite: a window of micro-batches and its update, in several models, against forward and backward."""
+"""The `window` suite: a window of micro-batches and its update, in several models, compared with the passes alone."""
 
 import contextlib
 import functools
@@ -22,7 +22,7 @@ ROUNDS = 30
 STEPS, MICRO = 4, 16
 MODELS = tuple(PROBLEMS)
 FLOOR = "forward and backward"
-_BANDWIDTH_SAMPLES = 5  # before each model
+_BANDWIDTH_SAMPLES = 5  # taken before each model
 
 
 def turns(rounds: int) -> int:
@@ -33,8 +33,8 @@ def turns(rounds: int) -> int:
 def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
     """Measures windows of 4 micro-batches of 16 with Adam, in each of the models.
 
-    The floor is forward and backward of the micro-batches, with the gradients dropped. The limit adds the time in which
-    the memory can move what accumulation and update have to.
+    The floor is forward and backward of the micro-batches, with the gradients dropped. The memory's limit is the floor
+    plus the time that the memory needs to move the bytes of accumulation and update.
 
     Args:
         device: `"CPU"` or `"GPU"`.
@@ -78,13 +78,13 @@ def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
 
 
 def contenders(problem: Problem, device: str, *, steps: int, micro: int) -> list[Contender]:
-    """What is timed for a problem: each with its own model, of the same weights.
+    """Returns the contenders for a problem. Each has its own model, and all start from the same weights.
 
     Args:
-        problem: What is trained.
+        problem: The model to train and its data.
         device: `"CPU"` or `"GPU"`.
-        steps: Micro-batches a window.
-        micro: Samples a micro-batch.
+        steps: The number of micro-batches in a window.
+        micro: The number of samples in a micro-batch.
     """
     x, y = problem.data(steps * micro)
     parts = training.split(x, y, micro)
@@ -124,7 +124,7 @@ def contenders(problem: Problem, device: str, *, steps: int, micro: int) -> list
     def reference() -> Callable[[], object]:
         window = accum_steps()
         with backend("reference"):
-            window()  # what is traced stays
+            window()  # traces, so that the function keeps this backend
         return window
 
     def custom_loop() -> Callable[[], object]:
@@ -167,10 +167,10 @@ def contenders(problem: Problem, device: str, *, steps: int, micro: int) -> list
 
 
 def bytes_to_move(problem: Problem) -> int:
-    """What accumulating gradients that are there and Adam's update have to read and write in a window, in float32.
+    """Returns the bytes that accumulation and Adam's update have to read and write in a window, in float32.
 
-    The first micro-batch's gradients overwrite the accumulators, those between are added, and those of the last one are
-    read by the update.
+    The gradients of the first micro-batch overwrite the accumulators, those of the micro-batches between are added, and
+    the update reads those of the last one.
     """
     model = problem.build(keras)
     _, gradients = training.gradients_of(model)(*problem.data(MICRO))

@@ -1,4 +1,4 @@
-"""The ops: each one function, fused where the compiled library runs and plain TensorFlow elsewhere."""
+"""The ops, one function each: a fused op where the compiled library runs, plain TensorFlow elsewhere."""
 
 from accumops.ops import reference
 from accumops.ops.accumulate import accumulate

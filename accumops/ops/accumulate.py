@@ -24,32 +24,33 @@ def accumulate(
 ) -> tf.Tensor | None:
     """Adds scaled gradients to accumulators in place: `acc <- (overwrite ? 0 : acc) + scale * gradient`.
 
-    One op for the whole list. `accumops.ops.reference.accumulate` is the same in plain TensorFlow. Gradient and scale
-    are converted to the accumulator's dtype, where product and sum are rounded separately. The fused op gives the same
-    bits on every run, device and number of threads, except within functions that XLA compiles.
+    One op updates the whole list. Gradient and scale are converted to the accumulator's dtype; then the product and the
+    sum are rounded separately. The fused op gives the same bits on every run, device and number of threads, except
+    within functions that XLA compiles. `accumops.ops.reference.accumulate` is the definition, in plain TensorFlow.
 
     Args:
-        accumulators: Variables (`tf.Variable` or `keras.Variable`), each once; float32, or float64, which float64
-            gradients need.
-        gradients: One for each accumulator, of its shape: tensors of float16, bfloat16, float32 or float64, mixed as
-            you like, or `tf.IndexedSlices`, whose rows add up, duplicates in their order. An index outside
-            the accumulator is an error on a CPU and, as in TensorFlow's own scatters, skipped on a GPU and by XLA.
-        scale: A factor for all gradients: a number or a floating-point scalar tensor.
-        overwrite: Whether to start from zero instead of what the accumulators hold, NaN included: a bool or a scalar
-            bool tensor. This starts a window without a pass that clears.
-        touched_rows: For each accumulator None or, where its gradient is `tf.IndexedSlices`, a bool variable of shape
-            `[rows]`. The op sets the flags of the rows it adds to; `overwrite` then clears the flagged rows, and no
-            others: the rest of the accumulator has to be zero. Without it, `overwrite` clears all rows.
-        check_finite: Whether to report if every gradient was finite, found in the same pass.
+        accumulators: Variables (`tf.Variable` or `keras.Variable`) of float32 or float64, each given once. A float64
+            gradient needs a float64 accumulator.
+        gradients: One gradient for each accumulator, of the accumulator's shape: a tensor of float16, bfloat16, float32
+            or float64 (one list may mix them), or `tf.IndexedSlices`. Rows of `tf.IndexedSlices` are added in their
+            order, duplicates included. An index outside the accumulator is an error on a CPU; on a GPU and under XLA
+            that row is skipped, as in TensorFlow's own scatters.
+        scale: The factor for all gradients: a number or a floating-point scalar tensor.
+        overwrite: Whether to start from zero and ignore what the accumulators hold, NaN included: a bool or a scalar
+            bool tensor. A window can start this way, without a separate pass to clear the accumulators.
+        touched_rows: One item for each accumulator: None or, if its gradient is `tf.IndexedSlices`, a bool variable of
+            shape `[rows]`. The op sets the flag of each row that it adds to. `overwrite` then clears the flagged rows
+            only, so all other rows must already be zero. With None, `overwrite` clears all rows.
+        check_finite: Whether to report if all gradients are finite. The check is part of the same pass.
 
     Returns:
-        None, or with `check_finite` a scalar bool tensor.
+        None; with `check_finite` a scalar bool tensor, true if all gradients are finite.
 
     Raises:
         ValueError: If lengths, shapes or dtypes do not fit, or a variable is given twice.
-        TypeError: If an accumulator is not a variable, or a gradient not a tensor or `tf.IndexedSlices`.
+        TypeError: If an accumulator is not a variable, or a gradient is neither a tensor nor `tf.IndexedSlices`.
         tf.errors.InvalidArgumentError: If a shape that was unknown when a graph was built does not fit, or an index is
-            not a row of its accumulator. Nothing has been added then.
+            not a row of its accumulator. In both cases nothing has been added.
         tf.errors.FailedPreconditionError: If a variable is uninitialized.
 
     Example:

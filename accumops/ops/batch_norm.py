@@ -1,4 +1,4 @@
-"""Batch normalization: the ops that normalize by a batch's own moments or by given ones."""
+"""Batch normalization: an op that normalizes by the batch's own moments, and one that normalizes by given moments."""
 
 import math
 import numbers
@@ -24,26 +24,26 @@ def batch_norm(
 ) -> tuple[tf.Tensor, BatchMoments]:
     """Normalizes by the batch's own moments: `(x - mean) / sqrt(variance + epsilon) * gamma + beta`.
 
-    Moments are centred sums, merged by Chan's formula, so a mean that is large beside the deviation costs no digits.
-    Half precisions are computed in float32, and no float32 copy of `x` is made; `epsilon` is rounded to float32. The
-    fused op gives the same bits on every run and number of threads, except within functions that XLA compiles.
-    `accumops.ops.reference.batch_norm` is the definition, in plain TensorFlow. No gradient flows back from the moments
-    that are returned, and the fused op has no gradient of second order.
+    The moments come from centred sums, which are merged by Chan's formula: a mean that is much larger than the
+    deviation costs no digits. Half precision is computed in float32, without a float32 copy of `x`. `epsilon` is
+    rounded to float32. The fused op gives the same bits on every run and number of threads, except within functions
+    that XLA compiles. No gradient flows back from the returned moments, and the fused op has no second-order gradient.
+    `accumops.ops.reference.batch_norm` is the definition, in plain TensorFlow.
 
     Args:
         x: A tensor of rank 1 or more, of float16, bfloat16, float32 or float64.
-        gamma: A factor for each channel, or None for 1.
-        beta: A summand for each channel, or None for 0.
+        gamma: A factor for each channel, of shape `[channels]`; None means 1.
+        beta: A summand for each channel, of shape `[channels]`; None means 0.
         axis: The axis of the channels.
-        epsilon: What is added to the variance, at least 0.
-        mask: A bool tensor of `x`'s shape without the last axis, which then has to be that of the channels, or None.
-            The moments are those of the places where it is true. All places are normalized.
+        epsilon: The number added to the variance, at least 0.
+        mask: None, or a bool tensor of `x`'s shape without the last axis. A mask needs the channels in the last axis.
+            The moments are computed from the places where the mask is true. All places are normalized.
 
     Returns:
-        The normalized tensor, of `x`'s dtype, and the `BatchMoments`.
+        The normalized tensor, of `x`'s dtype, and its `BatchMoments`.
 
     Raises:
-        TypeError: If `x` is not of a floating-point dtype, or `axis` is no int.
+        TypeError: If `x` is not of one of these dtypes, or `axis` is not an int.
         ValueError: If a shape does not fit, `axis` is not an axis of `x`, or `epsilon` is negative.
 
     Example:
@@ -85,14 +85,14 @@ def batch_norm_inference(
 ) -> tf.Tensor:
     """Normalizes by given moments: `(x - mean) / sqrt(variance + epsilon) * gamma + beta`.
 
-    No gradient flows to the moments.
+    No gradient flows to `mean` and `variance`.
 
     Args:
         x: As for `batch_norm`.
         gamma: As for `batch_norm`.
         beta: As for `batch_norm`.
-        mean: A mean for each channel.
-        variance: A variance for each channel.
+        mean: The mean of each channel, of shape `[channels]`.
+        variance: The variance of each channel, of shape `[channels]`.
         axis: As for `batch_norm`.
         epsilon: As for `batch_norm`.
 
@@ -176,7 +176,7 @@ def _check_epsilon(epsilon: float) -> None:
 
 
 def _parameters(x: tf.Tensor, axis: int, **given: tf.Tensor | None) -> list[tf.Tensor]:
-    """A value for each channel, of the statistics' dtype."""
+    """Checks tensors of shape `[channels]`, casts them to the statistics' dtype, and fills in defaults for None."""
     dtype = reference.statistics_dtype(x.dtype)
     parameters = []
     for name, value in given.items():
@@ -186,7 +186,7 @@ def _parameters(x: tf.Tensor, axis: int, **given: tf.Tensor | None) -> list[tf.T
         value = tf.cast(value, dtype)
         if not value.shape.is_compatible_with([x.shape[axis]]):
             raise ValueError(
-                f"`{name}` must have a value for each channel of x, of shape {x.shape}, whose axis {axis} they are. "
+                f"`{name}` must have a value for each channel. The channels are axis {axis} of x, of shape {x.shape}. "
                 f"Received shape: {value.shape}"
             )
         parameters.append(value)

@@ -1,7 +1,7 @@
 """Finds, checks and loads the compiled ops, and decides between them and the reference.
 
-Fused means the compiled op, reference the same function in plain TensorFlow. In the default ``"auto"`` mode the
-fused ops are used where they can run; where they cannot, the reference is, with one warning that says why.
+A "fused" op is a compiled one; its "reference" is the same function in plain TensorFlow. In the default mode ``"auto"``
+the fused ops run where they can. Elsewhere the reference runs, and one warning says why.
 """
 
 import functools
@@ -30,17 +30,17 @@ class LibraryError(RuntimeError):
 
 
 def set_backend(backend: str) -> None:
-    """Chooses what accumops' ops run from now on, for the whole process.
+    """Chooses the implementation of accumops' ops, from now on and for the whole process.
 
-    A `tf.function` keeps what was chosen when it was traced.
+    A `tf.function` keeps the backend that was chosen when it was traced.
 
     Args:
         backend: `"auto"` (the fused ops where they can run, the reference elsewhere), `"fused"` (the fused ops, or an
-            error) or `"reference"` (plain TensorFlow). The environment variable `ACCUMOPS_BACKEND` sets the same
-            before the first call.
+            error) or `"reference"` (plain TensorFlow). Before the first call, the environment variable
+            `ACCUMOPS_BACKEND` decides.
 
     Raises:
-        ValueError: If `backend` is none of the three.
+        ValueError: If `backend` is not one of the three.
         LibraryError: If `backend` is `"fused"` and the compiled ops cannot be loaded.
 
     Example:
@@ -60,7 +60,7 @@ def set_backend(backend: str) -> None:
 
 
 def get_backend() -> str:
-    """Returns the backend that was chosen: `"auto"`, `"fused"` or `"reference"`.
+    """Returns the chosen backend: `"auto"`, `"fused"` or `"reference"`.
 
     Example:
 
@@ -80,13 +80,13 @@ def _check_backend(backend: str, source: str) -> None:
 
 
 def build_info() -> dict[str, Any]:
-    """Returns what the compiled libraries were built with, and whether they are in use.
+    """Returns what the compiled libraries were built with, and whether they are loaded.
 
     Returns:
-        A dict: `version` of accumops; `tensorflow` and `cuda` (the versions built for; `cuda` is None in a build
-        without CUDA kernels, for which `cuda_reason` says why), `cuda_architectures` and `instruction_sets` (what
-        there are kernels for), `compiler`; `loaded` (bool) and `reason` (None, or why the fused ops are not loaded).
-        In a source tree that was not built the first six are None.
+        A dict with `version` (of accumops), `tensorflow` and `cuda` (the versions that the libraries were built for),
+        `cuda_reason` (why there are no CUDA kernels; `cuda` is then None), `cuda_architectures` and `instruction_sets`
+        (what the kernels were compiled for), `compiler`, `loaded` (bool) and `reason` (why the fused ops are not
+        loaded, or None). In a source tree that was not built, all but `loaded` and `reason` are None.
 
     Example:
 
@@ -121,7 +121,7 @@ def _recorded_build() -> dict[str, str] | None:
 
 @functools.cache
 def load() -> tuple[types.ModuleType | None, str | None]:
-    """Loads the compiled ops, once. Returns their module and None, or None and why they cannot be loaded."""
+    """Loads the compiled ops, once. Returns their module and None, or None and the reason why they cannot load."""
     recorded = _recorded_build()
     path = _DIRECTORY / "_tensorflow_ops.so"
     if recorded is None or not path.exists():
@@ -143,7 +143,7 @@ def _minor(version: str) -> list[str]:
 
 @functools.cache
 def load_kernels() -> types.ModuleType | None:
-    """Imports the module of the kernels on arrays, which needs no TensorFlow. Returns None where it was not built."""
+    """Imports the kernels' module for arrays, which needs no TensorFlow. Returns None if it was not built."""
     try:
         return importlib.import_module("accumops.ops._kernels")
     except ImportError:
@@ -152,7 +152,7 @@ def load_kernels() -> types.ModuleType | None:
 
 @functools.cache
 def gpu_problem() -> str | None:
-    """Says why the CUDA kernels cannot run on the GPUs that TensorFlow sees, or returns None."""
+    """Returns why the CUDA kernels cannot run on the GPUs that TensorFlow sees, or None if they can."""
     recorded = _recorded_build() or {}
     kernels = load_kernels()
     if not recorded.get("cuda") or kernels is None:
@@ -173,11 +173,15 @@ def gpu_problem() -> str | None:
 
 
 def _runs_on(architectures: list[str], major: int, minor: int) -> bool:
-    """Machine code runs within its major version, from its minor on; PTX on everything that is not older."""
+    """Returns whether code for these architectures runs on a GPU of this compute capability.
+
+    Machine code runs on GPUs of its own major version, from its minor version on. PTX runs on every GPU that is not
+    older.
+    """
     for architecture in architectures:
         match = re.fullmatch(r"(\d+)(\d)[af]?(-real|-virtual)?", architecture)
         if match is None:
-            return True  # "native" or "all": what that came to is not recorded
+            return True  # "native" or "all": the build does not record which architectures these were
         built = int(match[1]), int(match[2])
         if built <= (major, minor) and (built[0] == major or match[3] != "-real"):
             return True
@@ -185,14 +189,14 @@ def _runs_on(architectures: list[str], major: int, minor: int) -> bool:
 
 
 def _may_be_on_gpu(operand: tf.Variable | tf.Tensor) -> bool:
-    # A tensor of a graph is placed later.
+    # TensorFlow places the tensors of a graph later: until then any GPU is possible.
     return "GPU" in operand.device if operand.device else bool(tf.config.list_physical_devices("GPU"))
 
 
 def fused_ops(operands: Iterable[tf.Variable | tf.Tensor]) -> types.ModuleType | None:
-    """Returns the module of fused ops if they are to work on variables or tensors, or None for the reference.
+    """Returns the module of the fused ops if they are to work on these operands, or None for the reference.
 
-    Warns, once for each reason, where `"auto"` falls back to the reference.
+    If `"auto"` falls back to the reference, a warning says why, once for each reason.
 
     Raises:
         LibraryError: If the backend is `"fused"` and the fused ops cannot work on these operands.

@@ -1,4 +1,4 @@
-"""The moments of a window's micro-batches together, and the running statistics that move by them."""
+"""Merges the moments of a window's micro-batches, and moves running statistics by them."""
 
 from typing import NamedTuple, TypeVar
 
@@ -11,58 +11,62 @@ Kind = TypeVar("Kind", bound=tuple)
 
 
 class BatchMoments(NamedTuple):
-    """A batch's moments, of each channel: float32, or float64 for float64 data."""
+    """The moments of each channel of a batch: float32, or float64 for float64 data."""
 
     count: tf.Tensor
-    """How many values of a channel there are, without masked ones: an int64 scalar."""
+    """The number of values in each channel, without masked ones: an int64 scalar."""
     mean: tf.Tensor
-    """The mean, rounded to its dtype."""
+    """The mean, rounded to its dtype, of shape `[channels]`."""
     rest: tf.Tensor
-    """What rounding took from it: `mean + rest` is the mean."""
+    """The part of the mean that rounding removed, of shape `[channels]`: the mean is `mean + rest`."""
     variance: tf.Tensor
-    """The biased variance."""
+    """The biased variance, of shape `[channels]`."""
 
 
 class MomentsWindow(NamedTuple):
-    """The variables of a window."""
+    """The variables that hold an open window."""
 
     counters: tf.Variable
-    """int64, of shape `(3,)`: values of a channel in the window, calls, and how many calls are a window."""
+    """int64, of shape `(3,)`: values of a channel so far, calls so far, and how many calls fill the window."""
     moments: tf.Variable
-    """float64, of shape `(2, channels)`: the means, and the sums of squared distances from them."""
+    """float64, of shape `(2, channels)`: the mean of each channel, and the sum of squared distances from that mean."""
 
 
 class MovingStatistics(NamedTuple):
-    """Variables that move by a window's moments at its end."""
+    """The running statistics, which move by a window's moments when the window ends."""
 
     mean: tf.Variable
-    """A value for each channel, of a floating-point dtype."""
+    """The running mean, of shape `[channels]` and a floating-point dtype."""
     variance: tf.Variable
-    """A value for each channel, of the same dtype."""
+    """The running variance, of the same shape and dtype."""
     momentum: float
-    """What they keep of themselves."""
+    """The share of the old value that a statistic keeps, from 0 to 1."""
 
 
 def merge_moments(
     batch: BatchMoments | None, *, window: MomentsWindow | None = None, moving: MovingStatistics | None = None
 ) -> None:
-    """Merges a batch's moments with those of a window, in place; at its end running statistics move by them.
+    """Merges a batch's moments into a window's, in place, and moves running statistics when the window ends.
 
     Moments are merged by the formula of Chan, Golub and LeVeque, 1983, [Algorithms for Computing the Sample
-    Variance](https://doi.org/10.1080/00031305.1983.10483115): the variance between micro-batches counts as well. A
-    window without values is a new one. It ends with a call that has `moving` when its calls are as many as
-    `window.counters` say, or without `batch`: then `moving = moving * momentum + moments * (1 - momentum)`, if it had
-    values, and it has none again. Without `window` the batch is all of it.
+    Variance](https://doi.org/10.1080/00031305.1983.10483115), so the variance between micro-batches counts as well.
+
+    Only a call with `moving` can end the window. It does so if `batch` fills the window, which then has had as many
+    calls as `window.counters` ask for, or if there is no `batch`. The running statistics then move,
+    `moving = moving * momentum + moments * (1 - momentum)`, unless the window has no values. After that the window is
+    empty again: the next batch starts a new one, whatever `window.moments` holds. Without `window`, the batch alone is
+    the window.
 
     Args:
-        batch: As `batch_norm` returns it; None to end the window.
+        batch: The moments as `batch_norm` returns them, or None to end the window.
         window: The window's variables, or None.
-        moving: The running statistics, or None for a call that does not end the window. Those in half precision are
+        moving: The running statistics, or None if the call must not end the window. Statistics in half precision are
             moved by plain TensorFlow.
 
     Raises:
-        ValueError: If fewer than two of the three are given, they are of different channels, or the momentum is none.
-        TypeError: If one of them is of another type, or holds no variables.
+        ValueError: If fewer than two of the three are given, their numbers of channels differ, or the momentum is not
+            from 0 to 1.
+        TypeError: If one of the three is of another type, or a member that should be a variable is not.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Every op in plain TensorFlow: the definition of what the kernels compute, and what runs where they cannot."""
+"""Every op in plain TensorFlow: these functions define what the kernels compute, and run where the kernels cannot."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ def accumulate(
     touched_rows: Sequence[tf.Variable | None] | None = None,
     check_finite: bool = False,
 ) -> tf.Tensor | None:
-    """The definition of `accumops.ops.accumulate`, with the same arguments; it trusts them."""
+    """Defines `accumops.ops.accumulate`. It takes the same arguments and does not check them."""
     touched_rows = touched_rows or [None] * len(accumulators)
     finite = []
     with tf.control_dependencies(_check_indices(accumulators, gradients)):
@@ -22,7 +22,7 @@ def accumulate(
             values = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
             if check_finite:
                 finite.append(tf.reduce_all(tf.math.is_finite(values)))
-            # A number straight to this dtype: on its own it would become float32 first.
+            # Convert a number straight to this dtype: TensorFlow would first make it a float32.
             factor = tf.cast(scale, accumulator.dtype) if tf.is_tensor(scale) else tf.constant(scale, accumulator.dtype)
             product = tf.cast(values, accumulator.dtype) * factor
             if isinstance(gradient, tf.IndexedSlices):
@@ -37,7 +37,10 @@ def accumulate(
 def _check_indices(
     accumulators: Sequence[tf.Variable], gradients: Sequence[tf.Tensor | tf.IndexedSlices]
 ) -> list[tf.Operation]:
-    """Fails before anything is written; TensorFlow's scatters on a GPU skip what is out of range instead."""
+    """Asserts that each index is a row of its accumulator, so that a wrong one fails before anything is written.
+
+    On a GPU there is no assertion: TensorFlow's scatters skip an index out of range there.
+    """
     checks = []
     for accumulator, gradient in zip(accumulators, gradients, strict=True):
         if isinstance(gradient, tf.IndexedSlices) and "GPU" not in (accumulator.device or ""):
@@ -62,7 +65,7 @@ def _accumulate_rows(
         return tf.constant(0)
 
     tf.cond(tf.convert_to_tensor(overwrite), clear, lambda: tf.constant(0))
-    # Duplicates are summed before, where TensorFlow keeps to an order; its scatter lets threads race for a row.
+    # Sum duplicates first, in an op that keeps to an order: in TensorFlow's scatter threads race for a row.
     rows, positions = tf.unique(indices)
     accumulator.scatter_add(tf.IndexedSlices(tf.math.unsorted_segment_sum(values, positions, tf.size(rows)), rows))
     if touched is not None:
@@ -70,7 +73,7 @@ def _accumulate_rows(
 
 
 def squared_norms(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
-    """The definition of `accumops.ops.squared_norms`, with the same arguments; it trusts them."""
+    """Defines `accumops.ops.squared_norms`. It takes the same arguments and does not check them."""
     if not tensors:
         return tf.zeros([0], tf.float64)
     return tf.stack([tf.reduce_sum(tf.cast(tensor, tf.float64) ** 2) for tensor in tensors])
@@ -95,7 +98,7 @@ def update(
     epsilon: float,
     clip: float,
 ) -> None:
-    """The definition of `accumops.ops.update`, with the same arguments; it trusts them."""
+    """Defines `accumops.ops.update`. It takes the same arguments, all of them, and does not check them."""
     scales = tf.broadcast_to(scales, [len(variables)])
     for i, variable in enumerate(variables):
         gradient = tf.zeros_like(variable)
@@ -126,16 +129,49 @@ def step(
     beta_2: float,
     epsilon: float,
 ) -> tuple[tf.Tensor, ...]:
-    """The value and the slots after a step."""
+    """Returns the value and the slots after one step of a rule.
+
+    This is the one place where the rules SGD, momentum, nesterov, Adam, AMSGrad and Lion are written in Python;
+    `accumops.ops.update` has their formulas and sources. Only the verifier and the tests have formulas of their own, to
+    check these by. Each element is computed by itself, so the arguments may be rows of a variable as well.
+
+    Args:
+        rule: `"sgd"`, `"momentum"`, `"nesterov"`, `"adam"`, `"amsgrad"` or `"lion"`.
+        value: A float tensor: the value, after its decay.
+        slots: The slots of the rule, in the order m, v, w: tensors of the value's shape and dtype.
+        gradient: The gradient, scaled and clipped: a tensor of the value's shape and dtype.
+        rate: The learning rate, a scalar tensor of the value's dtype; for Adam with its bias corrections.
+        beta_1: The momentum, or the first of two decay rates.
+        beta_2: The second decay rate.
+        epsilon: The number added to the root.
+
+    Returns:
+        The new value, then the new slots in their order.
+
+    Raises:
+        ValueError: If there is no such rule.
+
+    Example:
+
+    >>> value, momentum = accumops.ops.reference.step(
+    ...     "momentum", tf.constant([1.0]), [tf.constant([0.0])], tf.constant([2.0]), tf.constant(0.5), 0.9, 0.0, 0.0
+    ... )
+    >>> value.numpy(), momentum.numpy()
+    (array([0.], dtype=float32), array([-1.], dtype=float32))
+    """
     if rule == "sgd":
         return (value - rate * gradient,)
     if rule in ("momentum", "nesterov"):
-        step = rate * gradient
-        momentum = slots[0] * beta_1 - step
-        return value + (momentum * beta_1 - step if rule == "nesterov" else momentum), momentum
+        descent = rate * gradient
+        momentum = slots[0] * beta_1 - descent
+        return value + (momentum * beta_1 - descent if rule == "nesterov" else momentum), momentum
     if rule == "lion":
         direction = slots[0] * beta_1 + gradient * (1 - beta_1)
         return value - rate * tf.sign(direction), slots[0] * beta_2 + gradient * (1 - beta_2)
+    if rule not in ("adam", "amsgrad"):
+        raise ValueError(
+            f"`rule` must be one of 'sgd', 'momentum', 'nesterov', 'adam', 'amsgrad', 'lion'. Received: {rule!r}"
+        )
     momentum = slots[0] + (gradient - slots[0]) * (1 - beta_1)
     velocity = slots[1] + (gradient * gradient - slots[1]) * (1 - beta_2)
     largest = (tf.maximum(slots[2], velocity),) if rule == "amsgrad" else ()
@@ -144,14 +180,17 @@ def step(
 
 
 def statistics_dtype(dtype: tf.DType) -> tf.DType:
-    """Float64 for float64 data, else float32."""
+    """Returns the dtype of the statistics of `dtype` data: float64 for float64, else float32."""
     return tf.float64 if dtype == tf.float64 else tf.float32
 
 
 def batch_norm(
     x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, *, axis: int, epsilon: float, mask: tf.Tensor | None
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """The definition of `accumops.ops.batch_norm`: y, count, mean, rest and variance."""
+    """Defines `accumops.ops.batch_norm`. Returns y, count, mean, rest and variance.
+
+    `gamma` and `beta` must be tensors, and `axis` must not be negative. Nothing is checked.
+    """
     values = tf.cast(x, statistics_dtype(x.dtype))
     others = [i for i in range(x.shape.rank) if i != axis]
     places = tf.fill(tf.gather(tf.shape(x), tf.constant(others, tf.int32)), True) if mask is None else mask
@@ -159,7 +198,7 @@ def batch_norm(
     included = tf.expand_dims(places, axis)
 
     def mean_of(values: tf.Tensor) -> tf.Tensor:
-        # In float64: TensorFlow adds one after another, and float32 would stop growing.
+        # Sum in float64: TensorFlow adds one value after another, and a float32 sum would stop growing.
         total = tf.reduce_sum(tf.cast(tf.where(included, values, 0), tf.float64), others)
         return tf.cast(tf.math.divide_no_nan(total, tf.cast(count, tf.float64)), values.dtype)
 
@@ -182,7 +221,10 @@ def batch_norm_inference(
     axis: int,
     epsilon: float,
 ) -> tf.Tensor:
-    """The definition of `accumops.ops.batch_norm_inference`, with the same arguments; it trusts them."""
+    """Defines `accumops.ops.batch_norm_inference`.
+
+    `gamma` and `beta` must be tensors, and `axis` must not be negative. Nothing is checked.
+    """
     scale = gamma * tf.math.rsqrt(variance + tf.constant(epsilon, variance.dtype))
     values = tf.cast(x, statistics_dtype(x.dtype)) - _spread(mean, x, axis)
     return tf.cast(values * _spread(scale, x, axis) + _spread(beta, x, axis), x.dtype)
@@ -194,7 +236,7 @@ def merge_moments(
     window: Sequence[tf.Variable] | None,
     moving: tuple[tf.Variable, tf.Variable, float] | None,
 ) -> None:
-    """The definition of `accumops.ops.merge_moments`, with the same arguments; it trusts them."""
+    """Defines `accumops.ops.merge_moments`. It takes the same arguments and does not check them."""
     zero = tf.constant(0, tf.int64)
     values, calls, limit = (zero, zero, zero) if window is None else tf.unstack(window[0])
     count = tf.cast(values, tf.float64)
@@ -226,5 +268,5 @@ def merge_moments(
 
 
 def _spread(channels: tf.Tensor, x: tf.Tensor, axis: int) -> tf.Tensor:
-    """A value for each channel, in a shape that broadcasts with `x`."""
+    """Returns the values of the channels in a shape that broadcasts with `x`."""
     return tf.reshape(channels, [-1 if i == axis else 1 for i in range(x.shape.rank)])

@@ -1,4 +1,4 @@
-"""An optimizer's step over a list of variables as one op, and squared norms to clip by."""
+"""An optimizer's step for a list of variables in one op, and the squared norms that clipping needs."""
 
 import math
 import numbers
@@ -12,7 +12,7 @@ from accumops.ops import library, reference
 from accumops.ops.variables import check_variable
 
 SLOTS = {"sgd": 0, "momentum": 1, "nesterov": 1, "adam": 2, "amsgrad": 3, "lion": 1}
-"""How many variables each rule keeps beside a variable."""
+"""The number of slot variables that each rule keeps for a variable."""
 
 _LATEST_DTYPES = (tf.float16, tf.bfloat16, tf.float32)
 _NORM_DTYPES = (*_LATEST_DTYPES, tf.float64)
@@ -39,15 +39,15 @@ def update(
 ) -> None:
     """Makes an optimizer's step in place, for all variables in one op.
 
-    Each value, its accumulator and its slots are read once and written once. The gradient is
-    `clip(scale * ((overwrite ? 0 : accumulator) + weight * latest))`, and accumulators are not written. With g the
-    gradient, p the value, after its decay `p -= p * decay`, and m, v, w the slots:
+    Values, accumulators and slots are each read once; values and slots are written once, accumulators not at all. The
+    gradient of a value is `g = clip(scale * ((overwrite ? 0 : accumulator) + weight * latest))`. The value p first
+    decays, `p -= p * decay`. Then the rule changes p and its slots m, v and w:
 
     - `"sgd"`: p -= rate * g
     - `"momentum"`: m = beta_1 * m - rate * g, p += m
     - `"nesterov"`: m = beta_1 * m - rate * g, p += beta_1 * m - rate * g
     - `"adam"`: m += (g - m) * (1 - beta_1), v += (g² - v) * (1 - beta_2), p -= m * rate / (sqrt(v) + epsilon)
-      ([Kingma & Ba, 2014](https://arxiv.org/abs/1412.6980), its bias corrections in the rate)
+      ([Kingma & Ba, 2014](https://arxiv.org/abs/1412.6980); the rate has to include the bias corrections)
     - `"amsgrad"`: as `"adam"`, with w = max(w, v) under the root
       ([Reddi et al., 2018](https://openreview.net/forum?id=ryQu7f-RZ))
     - `"lion"`: p -= rate * sign(beta_1 * m + (1 - beta_1) * g), m = beta_2 * m + (1 - beta_2) * g
@@ -57,28 +57,30 @@ def update(
     run and number of threads, except within functions that XLA compiles.
 
     Args:
-        rule: One of the above.
-        variables: float32 variables (`tf.Variable` or `keras.Variable`), each once.
-        slots: For each slot of the rule, in the order above, a list of variables.
-        accumulators: For each variable the one that holds its sum of gradients, or None instead of the list.
+        rule: The name of one of the rules above.
+        variables: float32 variables (`tf.Variable` or `keras.Variable`), each given once.
+        slots: One list of float32 variables for each slot of the rule, in the order m, v, w. Each list has one item for
+            each variable, of the variable's shape.
+        accumulators: For each variable the float32 variable that holds the sum of its gradients; or None, if `latest`
+            is given.
         latest: For each variable a gradient that its accumulator does not hold, a tensor of float16, bfloat16 or
-            float32, or None instead of the list. One of the two has to be there.
-        scales: A factor for all gradients, or a tensor with one for each variable.
-        rate: The learning rate: a number or scalar tensor, as the following are.
-        decay: What share of a value is taken from it before the step.
+            float32; or None, if `accumulators` is given.
+        scales: The factor for all gradients, or a tensor of shape `[len(variables)]` with one factor for each.
+        rate: The learning rate, a number or a scalar tensor.
+        decay: The share that a value loses before the step, a number or a scalar tensor.
         decays: For each variable, whether it decays; by default all do.
-        weight: A factor for the latest gradients.
-        overwrite: Whether accumulators count as zero, whatever they hold.
-        touched_rows: For each variable None, or a bool variable of shape `[rows]`: where its flags are not set, the
-            variable's rows and those of its slots stay as they are.
-        beta_1: Momentum, or the first of two decay rates.
+        weight: The factor for the latest gradients, a number or a scalar tensor.
+        overwrite: Whether the accumulators count as zero, whatever they hold: a bool or a scalar bool tensor.
+        touched_rows: For each variable None, or a bool variable of shape `[rows]`. Rows whose flag is not set stay as
+            they are, in the variable and in its slots.
+        beta_1: The momentum, or the first of two decay rates.
         beta_2: The second decay rate.
-        epsilon: What is added to the root.
-        clip: The largest magnitude of a gradient's values; 0 is no limit.
+        epsilon: The number added to the root.
+        clip: The largest magnitude of a gradient's values; 0 means no limit.
 
     Raises:
         ValueError: If lengths, shapes or dtypes do not fit, a variable is given twice, or a setting is out of range.
-        TypeError: If what should be a variable is not.
+        TypeError: If an argument that should be a variable or a number is not.
         tf.errors.InvalidArgumentError: If a shape that was unknown when a graph was built does not fit. Nothing has
             been updated then.
 
@@ -143,10 +145,11 @@ def update(
 
 
 def squared_norms(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
-    """The sum of squares of each tensor, in one pass over all of them.
+    """Returns the sum of squares of each tensor, from one pass over all of them.
 
-    Sums are float64, in which no square of a float32 overflows: a sum is finite exactly where all values are. The fused
-    op gives the same bits on every run and number of threads. `accumops.ops.reference.squared_norms` is the definition.
+    Sums are float64. There no square of a float32 overflows, so a sum is finite exactly if all values are. The fused op
+    gives the same bits on every run and number of threads. `accumops.ops.reference.squared_norms` is the definition, in
+    plain TensorFlow.
 
     Args:
         tensors: Tensors of float16, bfloat16, float32 or float64, of any shapes.

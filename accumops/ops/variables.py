@@ -1,4 +1,4 @@
-"""TensorFlow's variables, which Keras's hold."""
+"""Access to the TensorFlow variable inside a Keras variable."""
 
 from typing import Any
 
@@ -7,12 +7,12 @@ import tensorflow as tf
 
 
 def tf_variable(variable: tf.Variable | keras.Variable) -> tf.Variable:
-    """Returns the variable that a Keras variable holds; any other is its own."""
+    """Returns the TensorFlow variable that a Keras variable holds; any other variable is returned as it is."""
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
 def check_variable(name: str, value: Any) -> tf.Variable:
-    """Returns the `tf_variable` of an argument, or raises what the user should read."""
+    """Returns the `tf_variable` of an argument; raises a TypeError that names the argument if it is not a variable."""
     variable = tf_variable(value)
     if not hasattr(variable, "handle"):
         raise TypeError(f"`{name}` must be a tf.Variable or keras.Variable. Received: {value!r}")

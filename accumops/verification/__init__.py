@@ -1,4 +1,4 @@
-"""Checks on this machine that the fused ops compute what the reference does: what `accumops verify` runs."""
+"""What `accumops verify` runs: checks on this machine that the fused ops compute the same as the reference."""
 
 from accumops.verification.runner import SUBJECTS, NothingToVerify, Result, backend, find_device, fused_problem, run
 

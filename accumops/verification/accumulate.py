@@ -14,7 +14,7 @@ from accumops import ops
 from accumops.ops import reference
 from accumops.verification.case import MODES, Case, Expected, Implementation, Subject, Trial, ulp, wider
 
-# Dtypes of gradient and accumulator, by the name of the list they make up.
+# Pairs of gradient and accumulator dtype. Each key names a list of tensors that cycles through its pairs.
 _DTYPES = {
     "float16": [("float16", "float32")],
     "bfloat16": [("bfloat16", "float32")],
@@ -30,21 +30,21 @@ _DTYPES = {
 }
 _HALF = ("float16", "bfloat16")
 
-# Around one, a vector and the kernels' chunks.
+# Sizes around one, a vector and the kernels' chunks.
 _SIZES: list[tuple[int, ...]] = [(), (3,), (17,), (5, 111), (65535,), (65536,), (65537,), (7777, 77)]
 _TINY_BESIDE_HUGE: list[tuple[int, ...]] = [(1 + i % 9,) for i in range(60)] + [(7777, 77), (2,), (1,)]
 
 
 @dataclass(frozen=True)
 class _Setting:
-    """The op's arguments beside the lists."""
+    """The op's arguments other than the lists."""
 
     scale: float = 1.0
-    scale_dtype: str | None = None  # of the tensor it is given as; None gives a constant
+    scale_dtype: str | None = None  # the dtype of a scale that is a tensor; None for a Python number
     overwrite: bool = False
     overwrite_tensor: bool = False
     check_finite: bool = False
-    planted: float | None = None  # what one gradient element is
+    planted: float | None = None  # a value to put into one gradient element
 
     def __str__(self) -> str:
         scale = f"scale {self.scale:.3g}" + (f" as {self.scale_dtype} tensor" if self.scale_dtype else "")
@@ -53,7 +53,7 @@ class _Setting:
         return f"{scale}, {overwrite}{finite if self.check_finite else ''}"
 
     def scale_for(self, dtype: np.dtype) -> np.floating:
-        """The scale as an accumulator of `dtype` sees it."""
+        """The scale as the op converts it for an accumulator of `dtype`."""
         given = np.float64(self.scale)
         return dtype.type(given if self.scale_dtype is None else given.astype(_numpy(self.scale_dtype)))
 
@@ -77,7 +77,7 @@ def _cases(quick: bool) -> Iterator[Case]:
 
 SUBJECT = Subject(
     "accumulate",
-    # Looked up when it is called, so that what stands in for the op is what gets verified.
+    # The lambda looks the op up at each call, so that a test's replacement of the op is verified instead of the op.
     fused=lambda *args, **kwargs: ops.accumulate(*args, **kwargs),
     reference=reference.accumulate,
     cases=_cases,
@@ -89,7 +89,7 @@ def _dense_cases(quick: bool) -> Iterator[Case]:
     shape_lists["all sizes"] = _SIZES
     shape_lists["tiny beside huge"] = _TINY_BESIDE_HUGE
     for i, (dtypes, (name, shapes)) in enumerate(itertools.product(_DTYPES, shape_lists.items())):
-        # A case of mixed dtypes has at least one tensor of each.
+        # A list of one shape is repeated until each pair of dtypes has a tensor.
         tensors = shapes * len(_DTYPES[dtypes]) if len(shapes) == 1 else shapes
         items = list(zip(tensors, itertools.cycle(_DTYPES[dtypes])))
         for setting, modes in _settings(i, quick, compiled=i % 7 == 0):
@@ -112,9 +112,9 @@ def _rows_cases(quick: bool) -> Iterator[Case]:
 def _settings(i: int, quick: bool, compiled: bool) -> Iterator[tuple[_Setting, Sequence[str]]]:
     """Yields settings and modes for the grid's i-th inputs.
 
-    Tracing takes long and compiling longer, so these modes see one setting or two of each inputs; `quick` takes one
-    setting, and the slow modes only where `compiled`. The strides of all these have no factor in common with the grid's
-    lengths, so that every value of each dimension gets its turn.
+    Tracing takes long and compiling longer, so for each inputs `tf.function` runs with two settings and `jit_compile`
+    with one. `quick` takes one setting, and runs the slow modes only if `compiled`. No stride has a factor in common
+    with the grid's lengths, so every value of each dimension gets its turn.
     """
     if quick:
         yield _SETTINGS[i % len(_SETTINGS)], MODES if compiled else MODES[:1]
@@ -187,7 +187,7 @@ def _rows_trial(
     setting: _Setting,
     rng: np.random.Generator,
 ) -> Trial:
-    """Rows of several shapes around a dense gradient; where `tracked`, all but the last have `touched_rows`."""
+    """Rows of several shapes and one dense gradient; if `tracked`, all rows but the last have `touched_rows`."""
     shapes = [_ROWS[0], _DENSE_BESIDE_ROWS, *_ROWS[1:]]
     has_flags = [tracked and i not in (1, len(shapes) - 1) for i in range(len(shapes))]
     all_indices = [None if i == 1 else _INDICES[layout](rng, shape[0]) for i, shape in enumerate(shapes)]
@@ -207,7 +207,7 @@ def _rows_trial(
             continue
         if has_flags[i]:
             flags = rng.random(shape[0]) < 0.3
-            accumulator[~flags] = 0  # what the op may rely on
+            accumulator[~flags] = 0  # the op relies on zeros in rows without a flag
             flag_lists.append(flags)
             after = np.zeros_like(flags) if setting.overwrite else flags.copy()
             after[indices] = True
@@ -256,7 +256,7 @@ def _step(
     finite = implementation(
         variables[:count],
         gradients,
-        # float64, since TensorFlow reads a plain float as float32, which float64 accumulators would notice.
+        # TensorFlow would make a Python float float32, which is not exact enough for float64 accumulators.
         scale=np.float64(setting.scale) if scale is None else scale,
         overwrite=setting.overwrite if overwrite is None else overwrite,
         touched_rows=None if has_flags is None else [next(flags) if has else None for has in has_flags],
@@ -273,7 +273,7 @@ def _arguments(setting: _Setting) -> list[Any]:
 
 
 def _random(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Numbers of many magnitudes, among them subnormal ones of float16."""
+    """Returns numbers of many magnitudes, also some that are subnormal in float16."""
     values = np.ldexp(rng.standard_normal(shape, np.float32), rng.integers(-14, 12, shape, np.int32))
     return np.asarray(values).astype(_numpy(dtype))
 
@@ -281,7 +281,7 @@ def _random(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.
 def _initial(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype, setting: _Setting) -> np.ndarray:
     values = np.array(rng.standard_normal(shape), dtype)
     if setting.overwrite:
-        values.reshape(-1)[::7] = np.nan  # must not be read
+        values.reshape(-1)[::7] = np.nan  # the op must not read the accumulator
     return values
 
 

@@ -1,7 +1,8 @@
-"""The cases of `accumops.ops.batch_norm`, of its gradients and those of given moments.
+"""The cases of `accumops.ops.batch_norm` and `batch_norm_inference`, and of their gradients.
 
-What is summed over a channel's n values has its errors counted in ulp times the root of n, and of the few roundings of
-the formula itself: they mostly cancel. What is in half precision is rounded to it at the end, an ulp of that more.
+Errors are counted in a unit: an ulp times sqrt(n + r), where n is the number of values of a channel and r the number of
+roundings in the formula itself. Rounding errors mostly cancel, so they grow with the root. Arrays in half precision are
+rounded to it at the end: that adds an ulp of half precision to their unit.
 """
 
 import math
@@ -19,23 +20,23 @@ from accumops.verification.case import MODES, Case, Expected, Implementation, Su
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _HALF = ("float16", "bfloat16")
-# Of the formula of one element: its distance, the inverse, their products with each other and with parameters, sums.
+# Roundings in the formula of one element: distance, inverse, their products with each other and with parameters, sums.
 _ROUNDINGS = 16
-# Exact in every dtype, as attributes of ops are float32.
+# A power of two, so that it is exact in every dtype: an op's attribute is float32.
 _EPSILON = 2.0**-10
-# Of the normal numbers of float16; bfloat16 has smaller ones, which do not matter beside what is here.
+# The smallest normal number of float16. bfloat16 has smaller ones, which do not matter for these values.
 _SMALLEST_HALF = 2.0**-14
 
 
 @dataclass(frozen=True)
 class _Setting:
-    """An array of batch normalization, and its arguments."""
+    """An array to normalize, and the op's arguments."""
 
     shape: tuple[int, ...]
     axis: int
     mask: float | None = None  # the share of places that are valid
     parameters: bool = True
-    mean: float = 0.5  # of the data; deviations are around one
+    mean: float = 0.5  # the mean of the data, whose deviations are around one
 
     def __str__(self) -> str:
         mask = "" if self.mask is None else f", mask of {self.mask:.0%}"
@@ -52,11 +53,11 @@ class _Setting:
 
     @property
     def values(self) -> int:
-        """Of a channel."""
+        """The number of values of a channel."""
         return math.prod(self.shape) // self.channels
 
 
-# Channels around a vector and the kernels' tiles, rows around their chunks and tiles.
+# Numbers of channels around a vector and the kernels' tiles, numbers of rows around the kernels' chunks and tiles.
 _SETTINGS = [
     _Setting((129, 17), -1),
     _Setting((2, 3, 16, 43), 1),
@@ -79,7 +80,7 @@ def _cases(inference: bool, quick: bool) -> Iterator[Case]:
         for j, setting in enumerate(_SETTINGS):
             if inference and (setting.mask is not None or (quick and j % 3)):
                 continue
-            # Compiling takes longest: one array of each layout, and of both in turn where it is to be quick.
+            # Compiling takes longest: the full grid compiles one array of each layout, the quick one takes turns.
             compiled = j == i % 2 if quick else j < 2
             modes = MODES if compiled and not (quick and inference) else MODES[:1] if quick else MODES[:2]
             make = partial(_trial, dtype, replace(setting, mask=None) if inference else setting, inference)
@@ -141,7 +142,7 @@ def _step_inference(
 
 
 class _Inputs:
-    """The arrays of a trial, and what they ought to give by the formulas of the textbook."""
+    """The arrays of a trial, and the results that the textbook's formulas give for them."""
 
     def __init__(self, dtype: str, setting: _Setting, inference: bool, rng: np.random.Generator) -> None:
         self._setting = setting
@@ -150,7 +151,8 @@ class _Inputs:
         self._deviation = np.ldexp(1.0, rng.integers(-2, 3, setting.channels))
         spread = [-1 if i == setting.axis % len(setting.shape) else 1 for i in range(len(setting.shape))]
         distances = rng.standard_normal(setting.shape) * self._deviation.reshape(spread)
-        # Where there are few numbers to take, many values are the same, and their rounding errors do not cancel.
+        # Half precision has few numbers near a large mean: many values would be equal, and their rounding errors would
+        # not cancel.
         self._mean = min(max(setting.mean, -0.5), 0.5) if dtype in _HALF else setting.mean
         self.x = (self._mean + distances).astype(self._dtype)
         self.dy = rng.standard_normal(setting.shape).astype(self._dtype)
@@ -174,16 +176,16 @@ class _Inputs:
         if self.moments is None:
             mean = x[valid].sum(0) / max(count, 1)
             variance = ((x[valid] - mean) ** 2).sum(0) / max(count, 1)
-            through = valid[:, None] / wide(max(count, 1))  # of what sums send back
-            # How exact the mean is: to what it was summed from. In float32 the sum is of distances, and `rest` is
-            # what a mean that is one number lost.
+            through = valid[:, None] / wide(max(count, 1))  # weight of the gradient through the moments
+            # The magnitude that the mean's error is relative to: the terms of its sum. Float32 sums distances from the
+            # rounded mean, and `rest` holds what the rounding removed.
             terms = np.abs(x if self._statistics == np.float64 else x - mean)[valid].sum(0) / max(count, 1)
             lost = terms + ulp(np.abs(mean), self._statistics)
         else:
             mean, variance = (each.astype(wide) for each in self.moments)
         inverse = 1 / np.sqrt(variance + wide(_EPSILON))
         normal = (x - mean) * inverse
-        size = np.abs(normal) + lost * inverse  # of what `normal` is computed from
+        size = np.abs(normal) + lost * inverse  # the magnitude of the terms of `normal`
         dgamma, dbeta = (dy * normal).sum(0), dy.sum(0)
         back = through * (dbeta + normal * dgamma)
         products_size = (np.abs(dy) * size).sum(0)
@@ -250,7 +252,7 @@ def _given(x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None, axis: 
     return ones if gamma is None else gamma, tf.zeros_like(ones) if beta is None else beta
 
 
-# Looked up when they are called, so that what stands in for an op is what gets verified.
+# Lambdas look the ops up at each call, so that a test's replacement of an op is verified instead of the op.
 SUBJECTS = (
     Subject(
         "batch_norm",

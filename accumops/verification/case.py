@@ -1,4 +1,4 @@
-"""What a verification consists of: subjects (ops), their cases, and for each case a trial: inputs and expectations."""
+"""The parts of a verification: a subject is an op, a case one set of its inputs, a trial these inputs and results."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,43 +14,43 @@ Implementation: TypeAlias = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Expected:
-    """What one array that an op leaves behind ought to be."""
+    """The expected content of one array: a variable after the op, or one of the op's outputs."""
 
     name: str
     value: np.ndarray
     """Computed in a wider type than the op's."""
     ulp: np.ndarray | None = None
-    """The unit errors are counted in, one for each element; None where the op has to return exactly `value`."""
+    """The unit in which errors are counted, for each element. None if the op must return exactly `value`."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One case's inputs, and what must come out."""
+    """The inputs of one case, and the expected results."""
 
     variables: Sequence[np.ndarray]
     """The initial values of the variables that the op changes."""
     arguments: Sequence[Any]
-    """Tensors, which a `tf.function` takes as arguments so that nothing is folded into constants."""
+    """Tensors. A `tf.function` takes them as arguments, so that TensorFlow does not fold them into constants."""
     step: Callable[..., list[tf.Tensor]]
     """`step(implementation, variables, *arguments)` calls the op and returns its outputs."""
     expected: Sequence[Expected]
-    """For each of the variables, then for each of the outputs."""
+    """One item for each variable, then one for each output."""
     terms: int = 1
-    """How many terms one element sums up at most; rounding errors grow with it."""
+    """The largest number of terms that one element sums up; rounding errors grow with it."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One set of inputs, to be made and run in each of `modes`."""
+    """One set of inputs, which `make` creates and each of `modes` runs."""
 
     layout: str
-    """Dtype and layout, by which results are grouped."""
+    """Dtype and layout; results are grouped by them."""
     name: str
-    """What sets it apart from the group's other cases."""
+    """The name within the group."""
     make: Callable[[np.random.Generator], Trial]
     modes: Sequence[str] = MODES
     half: bool = False
-    """Whether inputs are in half precision, whose errors are judged by the reference's own."""
+    """Whether inputs are in half precision. The fused op's error bound then follows from the reference's own errors."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,15 @@ class Subject:
     fused: Implementation
     reference: Implementation
     cases: Callable[[bool], Iterator[Case]]
-    """`cases(quick)` goes through the grid, or a small part of it."""
+    """`cases(quick)` yields the cases of the grid, or a small part of them."""
 
 
 def ulp(magnitude: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Returns the distance between neighbouring numbers of `dtype` at `magnitude`, in the type of `magnitude`."""
-    smallest = np.finfo(dtype).tiny  # below it TensorFlow flushes to zero
+    smallest = np.finfo(dtype).tiny  # TensorFlow flushes smaller numbers to zero
     return np.spacing(np.maximum(magnitude, smallest).astype(dtype)).astype(magnitude.dtype)
 
 
 def wider(dtype: np.dtype) -> type[np.floating]:
-    """Returns the type that serves as exact beside `dtype`: float64, and for float64 the widest there is."""
+    """Returns the type in which expected values of `dtype` are computed: float64; for float64, NumPy's longdouble."""
     return np.longdouble if dtype == np.float64 else np.float64

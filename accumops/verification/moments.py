@@ -13,7 +13,7 @@ from accumops.verification.case import MODES, Case, Expected, Implementation, Su
 _SIZES = (1, 3, 17, 1001)
 _STARTS = ("window", "empty window", "no window")
 _ENDS = ("open", "full", "closed", "never")
-# Of the formulas of one element.
+# Roundings in the formulas of one element.
 _ROUNDINGS = 16
 _MOMENTUM = 0.99
 
@@ -54,12 +54,12 @@ def _trial(dtype: str, channels: int, added: int, start: str, end: str, rng: np.
     between, within = delta**2 * (values * share), variance.astype(np.longdouble) * added
     merged_mean, merged_centred = wide_mean + delta * share, wide_centred + within + between
     mean_size = np.abs(wide_mean) + np.abs(mean) + np.abs(rest)
-    # The distance's own rounding is of what it is the difference of.
+    # The distance is a difference: its rounding error is relative to the two means, not to the distance.
     centred_size = wide_centred + within + mean_size**2 * (values * share)
 
     ends = end in ("full", "closed")
     after = np.array([0, 0, counters[2]] if ends else [total, 3, counters[2]], np.int64)
-    # What a window without values holds has no influence: the step clears it.
+    # An empty window may hold anything without influence, so the step clears it before the comparison.
     clear = ends or total == 0
     window = [
         Expected("counters", after),
@@ -108,7 +108,7 @@ def _step(
     return []
 
 
-# Looked up when they are called, so that what stands in for an op is what gets verified.
+# Lambdas look the ops up at each call, so that a test's replacement of an op is verified instead of the op.
 SUBJECTS = (
     Subject(
         "merge_moments",

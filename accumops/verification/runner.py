@@ -1,4 +1,4 @@
-"""Runs the cases: fused and reference on the same inputs, both compared with NumPy in float64."""
+"""Runs the cases: the fused op and the reference on the same inputs, both compared with NumPy in float64."""
 
 import contextlib
 import logging
@@ -23,9 +23,9 @@ class NothingToVerify(RuntimeError):
 
 @dataclass(frozen=True)
 class Result:
-    """How one case went in one mode.
+    """The result of one case in one mode.
 
-    Errors and bounds are in ulp of the magnitude that was summed up, `sum(|terms|)`, in the accumulator's dtype.
+    Errors and bounds are in ulp of `sum(|terms|)`, the magnitude that was summed up, in the accumulator's dtype.
     """
 
     op: str
@@ -36,18 +36,18 @@ class Result:
     fused_vs_float64: float = math.inf
     reference_vs_float64: float = math.inf
     fused_vs_reference_bound: float = math.inf
-    """Infinite in half precision, which is judged by the budget of `fused_vs_float64_bound`."""
+    """Infinite in half precision, where `fused_vs_float64_bound` is the bound."""
     fused_vs_float64_bound: float = math.inf
-    """Infinite in full precision, where the other two bounds imply one."""
+    """Infinite in full precision, where the other two bounds imply this one."""
     reference_vs_float64_bound: float = math.inf
     where: str = ""
     """The element with the largest error of the fused op."""
     problem: str | None = None
-    """What is wrong beyond rounding: an exception, or a value that has to be exact and is not."""
+    """An error other than rounding: an exception, or a value that must be exact and is not."""
 
     @property
     def ok(self) -> bool:
-        """Whether everything is within its bound."""
+        """Whether all errors are within their bounds."""
         return self.excess <= 1
 
     @property
@@ -63,10 +63,10 @@ class Result:
 
 
 def find_device(device: str = "auto") -> str:
-    """Returns the TensorFlow device to verify the fused ops on.
+    """Returns the TensorFlow device on which to verify the fused ops.
 
     Args:
-        device: `"cpu"`, `"gpu"`, or `"auto"`: a GPU where the fused ops can use one, else the CPU.
+        device: `"cpu"`, `"gpu"`, or `"auto"`: a GPU if the fused ops can use one, else the CPU.
 
     Raises:
         ValueError: If `device` is none of the three.
@@ -81,7 +81,7 @@ def find_device(device: str = "auto") -> str:
 
 
 def fused_problem(device: str) -> str | None:
-    """Says why the fused ops cannot run on `device`, which may be `"gpu"`, or returns None."""
+    """Returns why the fused ops cannot run on `device`, which may be `"gpu"`, or None if they can."""
     _, problem = library.load()
     if problem is None and device == "gpu":
         problem = library.gpu_problem() if tf.config.list_physical_devices("GPU") else "TensorFlow sees no GPU"
@@ -99,10 +99,10 @@ def run(
     The reference runs eagerly, the fused op eagerly, in a `tf.function` and in one that XLA compiles.
 
     Args:
-        device: `"cpu"`, `"gpu"`, or `"auto"`: a GPU where the fused ops can use one, else the CPU.
-        quick: Whether to go through a small part of the grid only.
-        progress: Called with the number of results so far, the number there will be, and the newest one.
-        seed: For the random inputs.
+        device: `"cpu"`, `"gpu"`, or `"auto"`: a GPU if the fused ops can use one, else the CPU.
+        quick: Whether to run only a small part of the grid.
+        progress: Called after each result with the number of results so far, their total number, and the new result.
+        seed: The seed of the random inputs.
 
     Returns:
         A result for each case and mode.
@@ -132,7 +132,7 @@ def run(
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Has accumops' ops run from `name`, as `set_backend` does, within a `with` block."""
+    """Sets the backend of accumops' ops within a `with` block, as `set_backend` does for good."""
     before = get_backend()
     set_backend(name)
     try:
@@ -143,7 +143,7 @@ def backend(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_retracing_warnings() -> Iterator[None]:
-    """Keeps TensorFlow from advising against many `tf.function`s made in a loop, which is the point here."""
+    """Silences TensorFlow's warning against making many `tf.function`s in a loop, which is intended here."""
     logger = tf.get_logger()
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -160,7 +160,7 @@ def _run_case(subject: Subject, case: Case, rng: np.random.Generator) -> Iterato
         result = Result(subject.op, case.layout, mode, case.name)
         try:
             fused = _run_trial(trial, subject.fused, mode)
-        except Exception as error:  # whatever a broken op raises is a result here
+        except Exception as error:  # any exception of a broken op is a result
             yield replace(result, problem=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         else:
             yield _judge(result, case, trial, fused, reference)
@@ -194,10 +194,10 @@ def _judge(result: Result, case: Case, trial: Trial, fused: list[np.ndarray], re
         if not where or max(peaks[:2]) > max(largest[:2]):
             where = _describe(expected, actual, definition, errors[0] if peaks[0] > peaks[1] else errors[1])
         largest = [max(pair) for pair in zip(largest, peaks, strict=True)]
-    # Rounding errors, half an ulp each, mostly cancel: what n terms leave grows with the root of n. Fused and reference
-    # may add them in different orders.
+    # Rounding errors of half an ulp each mostly cancel: the error of a sum of n terms grows with the root of n. The
+    # fused op and the reference may add the terms in different orders.
     spread = math.sqrt(trial.terms)
-    slack = 2.0 if result.mode == "jit_compile" else 0.0  # XLA may contract to FMAs and reorder
+    slack = 2.0 if result.mode == "jit_compile" else 0.0  # XLA may contract operations to FMAs, and reorder them
     unbounded = math.inf
     return replace(
         result,

@@ -15,18 +15,18 @@ from accumops.ops.update import SLOTS
 from accumops.verification.case import MODES, Case, Expected, Implementation, Subject, Trial, ulp
 
 _SETTINGS = {"beta_1": 0.9, "beta_2": 0.99, "epsilon": 1e-7}
-# What a value goes through, generously: gradient and its square, averages, root, quotient, decay.
+# A generous count of the roundings behind one value: gradient and its square, averages, root, quotient, decay.
 _ROUNDINGS = 64
-# Around one, a vector and the kernels' blocks.
+# Sizes around one, a vector and the kernels' blocks.
 _SHAPES: list[tuple[int, ...]] = [(), (3,), (17,), (5, 111), (8191,), (8193,), (777, 77)]
 
 
 @dataclass(frozen=True)
 class _Gradients:
-    """Where the gradients come from."""
+    """The sources of the gradients."""
 
-    accumulated: bool = True
-    latest: str | None = None  # the dtype of those that accumulators do not hold
+    accumulated: bool = True  # whether there are accumulators
+    latest: str | None = None  # the dtype of the latest gradients, if there are any
     overwrite: bool = False
     rows: bool = False  # whether only some rows are updated
     clip: float = 0.0
@@ -65,7 +65,7 @@ def _trial(rule: str, gradients: _Gradients, rng: np.random.Generator) -> Trial:
         return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
 
     values, sums = draw(), draw()
-    # Variances are not negative; and a momentum of the gradient's sign, so that Lion's is no matter of rounding.
+    # Variances must not be negative. Momentums have the gradient's sign, so that rounding cannot decide Lion's sign.
     slots = [[np.abs(each) for each in draw()] for _ in range(SLOTS[rule])]
     dtype = np.dtype(np.float32 if gradients.latest is None else tf.as_dtype(gradients.latest).as_numpy_dtype)
     latest = [np.abs(each).astype(dtype) for each in draw()]
@@ -110,7 +110,7 @@ def _trial(rule: str, gradients: _Gradients, rng: np.random.Generator) -> Trial:
 def _step(
     rule: str, before: list[np.ndarray], g: np.ndarray, rate: float, decay: float
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The value and slots after the step, each with the magnitude of what was added up to it."""
+    """Returns the value and the slots after the step, each with the magnitude of its terms."""
     b1, b2, epsilon = (float(np.float32(_SETTINGS[name])) for name in ("beta_1", "beta_2", "epsilon"))
     new_1, new_2 = (float(np.float32(1 - _SETTINGS[name])) for name in ("beta_1", "beta_2"))
     x = before[0] - before[0] * decay
@@ -193,7 +193,7 @@ def _norm_trial(dtype: str, rng: np.random.Generator) -> Trial:
     )
 
 
-# Looked up when they are called, so that what stands in for an op is what gets verified.
+# Lambdas look the ops up at each call, so that a test's replacement of an op is verified instead of the op.
 SUBJECTS = (
     Subject(
         "update",

@@ -1,4 +1,4 @@
-"""accumulate() and accumulate_rows(): what is timed."""
+"""The timed cases of accumulate() and accumulate_rows()."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ SCALE = 0.3
 
 
 def scalars(bench: Bench, overwrite: bool, check_finite: bool = False) -> dict[str, Any]:
-    """What a call has beside its arrays; nothing for which the module would have to copy or launch anything."""
+    """Returns a call's arguments other than the arrays, in a form for which the module copies and launches nothing."""
     return {
         "scale": bench.device.scalar(SCALE, np.float32),
         "overwrite": bench.device.scalar(overwrite, np.bool_),
@@ -34,23 +34,23 @@ def scalars(bench: Bench, overwrite: bool, check_finite: bool = False) -> dict[s
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """accumulate() over float32 accumulators of these sizes."""
+    """A case of accumulate() with float32 accumulators of these sizes."""
 
     name: str
     sizes: list[int]
     gradient: str = "float32"
     overwrite: bool = False
     check_finite: bool = False
-    rotate: bool = True  # False: the same buffers each time, which then are in the L2 cache
-    share: float | None = None  # of a copy's speed: what to reach
-    microseconds: float | None = None  # what to stay below
+    rotate: bool = True  # False: each call uses the same buffers, which then are in the L2 cache
+    share: float | None = None  # the share of a copy's speed to reach
+    microseconds: float | None = None  # the time to stay below
 
     def shrink(self) -> "Dense":
-        """A thousandth of it."""
+        """Returns a thousandth of the case."""
         return dataclasses.replace(self, sizes=shrink_sizes(self.sizes))
 
     def prepare(self, bench: Bench) -> tuple[Calls, int]:
-        """Verified calls, and the bytes that each has to move."""
+        """Returns verified calls, and the bytes that each call has to move."""
         spans, total = lay_out(self.sizes)
         sums, numbers = bench.pattern(1, "float32"), bench.pattern(2, self.gradient)
         value_bytes = (4 if self.overwrite else 8) + numbers.host.itemsize
@@ -91,23 +91,23 @@ class Dense:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """accumulate_rows() into float32; with `touched`, overwriting the rows that the call before touched."""
+    """A case of accumulate_rows() into float32. With `touched` a call overwrites the rows that the last one touched."""
 
     name: str
     shape: tuple[int, int]
     count: int
-    choose: Callable[[np.random.Generator, int, int], np.ndarray]  # indices from the rows and the count
+    choose: Callable[[np.random.Generator, int, int], np.ndarray]  # makes `count` indices of these rows
     touched: bool = False
     share: float | None = None
     microseconds: float | None = None
 
     def shrink(self) -> "Rows":
-        """A hundredth of the rows, a thousandth of what is added to them."""
+        """Returns the case with a hundredth of the rows and a thousandth of the added values."""
         rows, columns = self.shape
         return dataclasses.replace(self, shape=(rows // 100, columns), count=self.count // 1000)
 
     def prepare(self, bench: Bench) -> tuple[Calls, int]:
-        """Verified calls, and the bytes that each has to move."""
+        """Returns verified calls, and the bytes that each call has to move."""
         rows, columns = self.shape
         indices = self.choose(np.random.default_rng(3), rows, self.count).astype(np.int32)
         sums, numbers = bench.pattern(1, "float32"), bench.pattern(2, "float32")
@@ -132,14 +132,14 @@ class Rows:
 
             call()
             if self.touched:
-                call()  # clears what the first added
+                call()  # overwrites the rows that the first call touched
             if i in (0, count - 1):
                 self._verify(bench, accumulator, indices, sums, numbers)
             calls.append(call)
         return calls, must_move
 
     def _verify(self, bench: Bench, accumulator: Any, indices: np.ndarray, sums: Pattern, numbers: Pattern) -> None:
-        """Compares the most frequent rows, some others and some that are not in the list."""
+        """Compares the most frequent rows, some others, and some that have no index."""
         frequency = np.bincount(indices, minlength=self.shape[0])
         by_frequency = np.argsort(frequency)
         columns = np.arange(self.shape[1])
@@ -148,29 +148,29 @@ class Rows:
             before = sums.at(row * self.shape[1] + columns) * np.float32(not self.touched)
             values = numbers.at(entries[:, None] * self.shape[1] + columns)
             terms = np.concatenate([before[None], np.float32(SCALE) * values])
-            expected = np.add.accumulate(terms)[-1] + np.float32(0)  # one after the other
+            expected = np.add.accumulate(terms)[-1] + np.float32(0)  # adds one term after another
             require_same_bits(f"row {row}", bench.device.get(accumulator[row]) + np.float32(0), expected)
 
 
 def uniform(rng: np.random.Generator, rows: int, count: int) -> np.ndarray:
-    """Rows that rarely repeat where there are many of them."""
+    """Makes indices that rarely repeat if there are many rows."""
     return rng.integers(0, rows, count)
 
 
 def zipf(rng: np.random.Generator, rows: int, count: int) -> np.ndarray:
-    """Rows as frequent as words in a text: the k-th in proportion to 1/k."""
+    """Makes indices as frequent as words in a text: the k-th row in proportion to 1/k."""
     weights = 1 / np.arange(1, rows + 1)
     return rng.permutation(rows)[rng.choice(rows, count, p=weights / weights.sum())]
 
 
 def one_row(rng: np.random.Generator, rows: int, count: int) -> np.ndarray:
-    """The same row every time."""
+    """Makes indices that are all of one row."""
     return np.full(count, rng.integers(rows))
 
 
 def cases() -> Iterator[Case]:
-    """What is timed."""
-    for count in (1, 137, 417):  # what a launch costs, with the smallest, the medium and the largest table
+    """Yields the cases."""
+    for count in (1, 137, 417):  # the cost of a launch with the smallest, the medium and the largest table
         yield Dense(f"launch, {count} x 1 value", [1] * count, rotate=False)
     yield Dense("300 x 1000, float32", [1000] * 300, microseconds=10)
     resnet50 = resnet50_sizes()

@@ -1,6 +1,6 @@
-"""What the scripts here share: the compiled kernels, and where their arrays live.
+"""What these scripts share: the compiled kernels, and devices that hold arrays.
 
-As a program, prints the GPU's architecture for CMake, or says why there is none to use.
+Run as a program, it prints the GPU's architecture for CMake, or says why no GPU can be used.
 """
 
 import importlib.machinery
@@ -13,13 +13,15 @@ from typing import Any
 
 import numpy as np
 
-# What the kernels compute is defined there once, for the tests and the scripts.
+# kernel_definitions.py there defines what the kernels compute, for the tests and for these scripts.
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "kernels"))
 
 
 def load_kernels() -> ModuleType:
-    """The pybind11 module in ACCUMOPS_KERNELS_DIR, or the one that `make build` leaves; by its path, as the package
-    that it belongs to imports TensorFlow."""
+    """Loads the pybind11 module from ACCUMOPS_KERNELS_DIR, or the one that `make build` leaves.
+
+    It is loaded by its path, because an import of its package would import TensorFlow.
+    """
     in_place = Path(__file__).parents[2] / "accumops" / "ops"
     directory = Path(os.environ.get("ACCUMOPS_KERNELS_DIR") or in_place)
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
@@ -35,7 +37,7 @@ def load_kernels() -> ModuleType:
 
 
 class Host:
-    """Arrays are NumPy's and the CPU's kernels run: for trying a script where there is no GPU."""
+    """The CPU: arrays are NumPy's and the CPU's kernels run. It serves to try a script without a GPU."""
 
     name = "cpu"
 
@@ -43,15 +45,15 @@ class Host:
         self.kernels = kernels
 
     def empty(self, size: int, dtype: Any) -> Any:
-        """An array whose memory holds anything."""
+        """Returns an array that is not initialized."""
         return np.empty(size, dtype)
 
     def put(self, array: np.ndarray) -> Any:
-        """A copy of an array, on the device."""
+        """Returns a copy of an array on the device."""
         return array.copy()
 
     def get(self, array: Any) -> np.ndarray:
-        """A copy of an array, on the host."""
+        """Returns a copy of an array on the host."""
         return array.copy()
 
     def copy(self, to: Any, source: Any) -> None:
@@ -59,20 +61,20 @@ class Host:
         to[...] = source
 
     def poison(self, array: Any) -> None:
-        """Sets all bits of a contiguous array: NaN, as a float."""
+        """Sets all bits of a contiguous array; floats then are NaN."""
         array.view(np.uint8)[...] = 0xFF
 
     def scalar(self, value: float, dtype: Any) -> Any:
-        """A number as the kernels take it from the fastest place there is."""
+        """Returns a number in the form that the kernels read fastest."""
         return np.dtype(dtype).type(value).item()
 
     def stream(self) -> int:
-        """The stream to run on."""
+        """Returns the stream to run on."""
         return 0
 
 
 class Cuda(Host):
-    """Arrays are CuPy's, and work goes to CuPy's current stream."""
+    """The GPU: arrays are CuPy's, and work goes to CuPy's current stream."""
 
     name = "cuda"
 
@@ -107,7 +109,7 @@ class Cuda(Host):
 
 
 def import_cupy() -> Any:
-    """CuPy, with a GPU that it can use."""
+    """Returns CuPy, if it has a GPU that it can use."""
     try:
         import cupy
     except ImportError as error:
@@ -120,7 +122,7 @@ def import_cupy() -> Any:
 
 
 def open_device(name: str) -> Host:
-    """The device called "cuda" or "cpu"."""
+    """Returns the device called "cuda" or "cpu"."""
     if name == "cpu":
         return Host(load_kernels())
     cupy = import_cupy()

@@ -1,4 +1,4 @@
-"""Batch normalization and the merging of its moments: what is timed."""
+"""The timed cases of batch normalization and of the merging of its moments."""
 
 import dataclasses
 import math
@@ -15,21 +15,21 @@ EPSILON = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class BatchNorm:
-    """batch_norm(), or its gradient, of an array of this shape, channels last."""
+    """A case of batch_norm(), or of its gradient, for an array of this shape, with channels last."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     gradient: bool = False
-    share: float | None = None  # of a copy's speed: what to reach
-    microseconds: float | None = None  # what to stay below
+    share: float | None = None  # the share of a copy's speed to reach
+    microseconds: float | None = None  # the time to stay below
 
     def shrink(self) -> "BatchNorm":
-        """One sample of it."""
+        """Returns the case with one sample."""
         return dataclasses.replace(self, shape=(1, *self.shape[1:]))
 
     def prepare(self, bench: Bench) -> tuple[Calls, int]:
-        """Verified calls, and the bytes that each has to move."""
+        """Returns verified calls, and the bytes that each call has to move."""
         size, channels = math.prod(self.shape), self.shape[-1]
         numbers, incoming = bench.pattern(2, self.dtype), bench.pattern(3, self.dtype)
         item_bytes = numbers.host.itemsize
@@ -69,7 +69,7 @@ class BatchNorm:
         return calls, (5 if self.gradient else 3) * size * item_bytes
 
     def _verify(self, bench: Bench, numbers: Pattern, incoming: Pattern, output: Any, made: dict[str, Any]) -> None:
-        """Compares some channels: their sums with all values, the output in some rows."""
+        """Compares some channels: their sums over all values, and their outputs in some rows."""
         size, channels = math.prod(self.shape), self.shape[-1]
         rows = size // channels
         chosen = np.unique([0, 1, channels // 2, channels - 1])
@@ -96,7 +96,7 @@ class BatchNorm:
 
 @dataclasses.dataclass(frozen=True)
 class Merge:
-    """merge_moments() of so many channels into a window that stays open."""
+    """A case of merge_moments() for this many channels, into a window that stays open."""
 
     name: str
     channels: int
@@ -104,11 +104,11 @@ class Merge:
     microseconds: float | None = None
 
     def shrink(self) -> "Merge":
-        """It is small."""
+        """Returns the case itself, which is small."""
         return self
 
     def prepare(self, bench: Bench) -> tuple[Calls, int]:
-        """Verified calls, and the bytes that each has to move."""
+        """Returns verified calls, and the bytes that each call has to move."""
         device = bench.device
         numbers = np.random.default_rng(1).standard_normal((3, self.channels)).astype(np.float32)
         numbers[1] = 0
@@ -131,7 +131,7 @@ class Merge:
 
 
 def cases() -> Iterator[Case]:
-    """What is timed."""
+    """Yields the cases."""
     for gradient in (False, True):
         for shape in ((256, 56, 56, 64), (256, 14, 14, 1024)):
             for dtype in ("bfloat16", "float32"):

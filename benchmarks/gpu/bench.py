@@ -1,4 +1,4 @@
-"""Buffers of known numbers, and times of calls and of copies, on one device."""
+"""Fills buffers with known numbers, and times calls and copies, on one device."""
 
 import gc
 import math
@@ -11,47 +11,47 @@ import numpy as np
 from backend import Cuda, Host
 from kernel_definitions import narrow
 
-ALIGNMENT = 64  # elements between the starts of tensors: TensorFlow aligns to 64 bytes, CUDA's own allocator to 256
+ALIGNMENT = 64  # tensors start at multiples of 64 elements; TensorFlow aligns to 64 bytes, CUDA's allocator to 256
 PATTERN_SIZE = (1 << 22) - 3  # odd, so that no two tensors begin alike
 REPEATS = 30
-GRAPH_SECONDS = 2e-3  # at least, so that starting a replay does not count
-GRAPH_CALLS = 512  # at most
-LARGE_COPY = 1 << 32  # bytes: larger ones are as fast, and not measured
+GRAPH_SECONDS = 2e-3  # the shortest graph: next to it the start of a replay does not count
+GRAPH_CALLS = 512  # the most calls in a graph
+LARGE_COPY = 1 << 32  # bytes; larger copies are taken to be as fast, and not measured
 
 Calls = list[Callable[[], None]]
 
 
 class Case(Protocol):
-    """Something to time; the calls must copy, allocate and launch nothing but the kernel."""
+    """Something to time. Its calls must launch the kernel, and copy, allocate and launch nothing else."""
 
     name: str
-    share: float | None  # of a copy's speed: what to reach
-    microseconds: float | None  # what to stay below
+    share: float | None  # the share of a copy's speed to reach
+    microseconds: float | None  # the time to stay below
 
     def shrink(self) -> "Case":
-        """A small part of it, to try the script without a GPU."""
+        """Returns a small part of the case, to try the script without a GPU."""
 
     def prepare(self, bench: "Bench") -> tuple[Calls, int]:
-        """Verified calls, and the bytes that each has to move."""
+        """Returns verified calls, and the bytes that each call has to move."""
 
 
 class WrongResultError(Exception):
-    """A kernel computed something else than NumPy."""
+    """The result of a kernel differs from NumPy's."""
 
 
 def lay_out(sizes: list[int]) -> tuple[list[tuple[int, int]], int]:
-    """Where tensors begin and end in one buffer, and its size."""
+    """Returns where tensors begin and end in one buffer, and the buffer's size."""
     starts = np.cumsum([0, *(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)])
     return [(int(start), int(start) + size) for start, size in zip(starts, sizes, strict=False)], int(starts[-1])
 
 
 def shrink_sizes(sizes: list[int]) -> list[int]:
-    """A thousandth of each."""
+    """Returns a thousandth of each size."""
     return [-(-size // 1000) for size in sizes]
 
 
 class Pattern:
-    """Random numbers that fill buffers over and over, so that the host knows every element without a copy."""
+    """Random numbers that repeat throughout a buffer, so that the host knows every element without a copy."""
 
     def __init__(self, device: Host, seed: int, dtype: str, positive: bool) -> None:
         numbers = np.random.default_rng(seed).standard_normal(PATTERN_SIZE, np.float32)
@@ -60,7 +60,7 @@ class Pattern:
         self._pattern = device.put(self.host)
 
     def array(self, size: int) -> Any:
-        """A flat array on the device, filled."""
+        """Returns a flat array on the device that is filled with the numbers."""
         result = self._device.empty(size, self.host.dtype)
         for begin in range(0, size, PATTERN_SIZE):
             part = result[begin : begin + PATTERN_SIZE]
@@ -68,12 +68,12 @@ class Pattern:
         return result
 
     def at(self, indices: np.ndarray) -> np.ndarray:
-        """What the array holds there."""
+        """Returns what such an array holds at these indices."""
         return self.host[indices % PATTERN_SIZE]
 
 
 def require_same_bits(what: str, actual: np.ndarray, expected: np.ndarray) -> None:
-    """Compares arrays of float32."""
+    """Raises WrongResultError unless two float32 arrays are equal bit by bit."""
     wrong = np.flatnonzero(actual.view(np.uint32) != expected.view(np.uint32))
     if len(wrong):
         found, wanted = actual[wrong[0]], expected[wrong[0]]
@@ -87,9 +87,9 @@ def verify_tensors(
     before: Callable[[np.ndarray], np.ndarray],
     after: Callable[[int, np.ndarray], np.ndarray],
 ) -> None:
-    """Compares the beginning, the middle and the end of up to 200 tensors, and what lies behind them.
+    """Compares the beginning, the middle and the end of up to 200 tensors, and the gaps behind them.
 
-    `before` tells what an array held at some indices, `after` what a tensor has there now.
+    `before` returns what the array held at some indices, `after` what a tensor must hold there now.
     """
     for k in np.unique(np.linspace(0, len(spans) - 1, 200).astype(int)):
         begin, end = spans[k]
@@ -97,7 +97,7 @@ def verify_tensors(
             found = device.get(array[at : at + 300])
             where = np.arange(at, at + found.size)
             inside = where < end
-            known = inside | (where < -(-end // ALIGNMENT) * ALIGNMENT)  # what follows is the next tensor's
+            known = inside | (where < -(-end // ALIGNMENT) * ALIGNMENT)  # the next tensor starts after these
             expected = np.where(inside, after(k, where), before(where))
             require_same_bits(f"tensor {k}", found[known], expected[known])
 
@@ -119,18 +119,18 @@ class Bench:
         self.copy_rate = self.measure_copy_rate()
 
     def pattern(self, seed: int, dtype: str, *, positive: bool = False) -> Pattern:
-        """Made once."""
+        """Returns a pattern, which is made once."""
         key = seed, dtype, positive
         if key not in self._patterns:
             self._patterns[key] = Pattern(self.device, *key)
         return self._patterns[key]
 
     def sets(self, touched_bytes: int) -> int:
-        """How many sets of buffers to rotate over, that between two uses of one lie twice the cache's bytes."""
+        """Returns how many sets of buffers to rotate over: twice the cache's bytes lie between two uses of a set."""
         return min(1 + math.ceil(2 * self.cache_bytes / touched_bytes), GRAPH_CALLS)
 
     def free_bytes(self) -> int:
-        """Device memory that can be had."""
+        """Returns the free device memory."""
         gc.collect()
         if not self.cupy:
             return 1 << 30
@@ -138,13 +138,16 @@ class Bench:
         return self.cupy.cuda.runtime.memGetInfo()[0]
 
     def require_memory(self, needed: int) -> None:
-        """Raises MemoryError unless there is so much, and some to spare."""
+        """Raises MemoryError unless this many bytes are free, and some to spare."""
         free = self.free_bytes()
         if needed > 0.95 * free:
             raise MemoryError(f"needs {needed / 1e9:.1f} GB of device memory, {free / 1e9:.1f} GB are free")
 
     def time(self, calls: Calls, estimate: float, *, graph: bool = True) -> list[float]:
-        """Seconds a call, of each repeat. All calls have been made before, and take about `estimate` seconds each."""
+        """Returns the seconds of a call in each repeat.
+
+        All calls must have been made once before. Each takes about `estimate` seconds.
+        """
         rounds = math.ceil(GRAPH_SECONDS / (len(calls) * estimate))
         calls = calls * max(1, min(rounds, GRAPH_CALLS // len(calls)))
 
@@ -176,7 +179,7 @@ class Bench:
         return [cuda.get_elapsed_time(begin, end) / 1e3 / len(calls) for begin, end in events]
 
     def copy_seconds(self, total_bytes: int) -> float:
-        """The time of a copy that reads and writes so many bytes together; of a graph and plain calls the better."""
+        """Returns the time of a copy that reads and writes this many bytes in all, by a graph or plain calls."""
         if self.copy_rate and total_bytes > LARGE_COPY:
             return total_bytes / self.copy_rate
         half = max(1, total_bytes // 2)
@@ -194,6 +197,6 @@ class Bench:
         return self._copies[half]
 
     def measure_copy_rate(self) -> float:
-        """Bytes a second, read and written, of a large copy."""
+        """Returns the bytes a second, read and written, of a large copy."""
         total = 1 << 26 if self.small else min(LARGE_COPY, self.free_bytes() // 8)
         return total / self.copy_seconds(total)

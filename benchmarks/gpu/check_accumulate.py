@@ -1,4 +1,4 @@
-"""accumulate() and accumulate_rows() over small, awkward cases, compared with NumPy bit for bit."""
+"""Compares accumulate() and accumulate_rows() with NumPy bit for bit, in small, awkward cases."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ PAIRS = [
     for gradient in ("float16", "bfloat16", "float32", "float64")
     if (accumulator, gradient) != ("float32", "float64")
 ]
-# Around a pack, a chunk of float64 (2048) and of float32 (4096), and many chunks.
+# Sizes around a pack, a chunk of float64 (2048), a chunk of float32 (4096) and many chunks.
 SIZES = [0, 1, 3, 17, 2047, 2048, 2049, 4095, 4096, 4097, 65537]
-# Around the capacities of the tensor tables, and more than the largest holds twice.
+# Numbers of tensors around the capacities of the tensor tables, and more than two of the largest table hold.
 COUNTS = [1, 136, 137, 416, 417, 1120, 1121, 2300]
 SCALE = 1 / 3
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One accumulator and its gradient; offsets from 16 bytes' alignment, in elements."""
+    """One accumulator and its gradient. Offsets count elements from an alignment of 16 bytes."""
 
     pair: tuple[str, str]
     size: int
@@ -32,14 +32,14 @@ class Tensor:
 
 
 class AccumulateChecker:
-    """Makes calls with a checker."""
+    """Makes the calls, and reports their results to a checker."""
 
     def __init__(self, checker: Checker) -> None:
         self.checker = checker
         self.device, self.rng, self.expect = checker.device, checker.rng, checker.expect
 
     def scalars(self, overwrite: bool) -> tuple[float, dict[str, Any]]:
-        """Scale and overwrite: as arrays of each type the kernel reads, and now and then as numbers."""
+        """Returns scale and overwrite: as arrays of each type that the kernel reads, every fifth time as numbers."""
         self.checker.calls += 1
         if self.checker.calls % 5 == 0:
             return SCALE, {"scale": SCALE, "overwrite": overwrite}
@@ -49,7 +49,7 @@ class AccumulateChecker:
         return float(np.dtype(dtype).type(SCALE)), arguments
 
     def dense(self, name: str, tensors: list[Tensor], *, overwrite: bool, together: bool = False) -> None:
-        """One call of accumulate(); every third has an Inf in the last gradient."""
+        """Checks one call of accumulate(). Every third call has an Inf in the last gradient."""
         plant = self.checker.calls % 3 == 0 and tensors[-1].size > 0
         scale, scalars = self.scalars(overwrite)
         groups = []
@@ -57,7 +57,7 @@ class AccumulateChecker:
             gradients = [self.checker.numbers(t.pair[1], t.size) for t in group]
             if plant and group[-1] is tensors[-1]:
                 gradients[-1][-1:] = narrow(np.array([np.inf]), group[-1].pair[1])
-            # Overwritten accumulators hold NaN: a trace of it would show.
+            # Accumulators to overwrite hold NaN, so that any use of it shows.
             fill = [self.rng.standard_normal(t.size) if not overwrite else np.full(t.size, np.nan) for t in group]
             accumulators = [values.astype(t.pair[0]) for values, t in zip(fill, group, strict=True)]
             groups.append(
@@ -86,11 +86,11 @@ class AccumulateChecker:
 
     def rows(self, name: str, pair: tuple[str, str], shape: tuple[int, int], indices: np.ndarray, *, overwrite: bool,
              touched: bool, offset: int) -> None:  # fmt: skip
-        """One call of accumulate_rows()."""
+        """Checks one call of accumulate_rows()."""
         rows, columns = shape
         scale, scalars = self.scalars(overwrite)
         in_range = (indices >= 0) & (indices < rows)
-        if self.device.name == "cpu":  # there an index out of range is an error
+        if self.device.name == "cpu":  # on a CPU an index out of range is an error
             indices, in_range = indices[in_range], in_range[in_range]
         flags = self.rng.random(rows) < 0.3
         accumulator = self.rng.standard_normal(shape).astype(pair[0])
@@ -114,7 +114,7 @@ class AccumulateChecker:
         if overwrite:
             expected[flags if touched else slice(None)] = 0
         products = expected.dtype.type(scale) * widen(values, expected.dtype)
-        np.add.at(expected, indices[in_range], products[in_range])  # one after the other
+        np.add.at(expected, indices[in_range], products[in_range])  # adds one row after another
         if touched:
             flags &= not overwrite
             flags[indices[in_range]] = True
@@ -125,7 +125,7 @@ class AccumulateChecker:
 
 
 def check_dense(checker: AccumulateChecker) -> None:
-    """accumulate(): sizes, types, alignments, and lists of any length."""
+    """Checks accumulate(): sizes, types, alignments, and lists of any length."""
     for overwrite in (False, True):
         for pair in PAIRS:
             checker.dense(f"sizes, {'+'.join(pair)}", [Tensor(pair, size) for size in SIZES], overwrite=overwrite)
@@ -138,7 +138,7 @@ def check_dense(checker: AccumulateChecker) -> None:
 
 
 def row_cases(rng: np.random.Generator) -> Iterator[tuple[str, tuple[int, int], np.ndarray]]:
-    """Name, shape of the accumulator and indices."""
+    """Yields the name of a case, the accumulator's shape and the indices."""
     yield "no rows", (40, 17), np.zeros(0, np.int64)
     yield "duplicates", (50, 65), rng.integers(0, 50, 700).astype(np.int32)
     yield "one column", (7, 1), rng.integers(0, 7, 200)
@@ -146,12 +146,12 @@ def row_cases(rng: np.random.Generator) -> Iterator[tuple[str, tuple[int, int], 
         indices = rng.integers(-9, 59, 300).astype(dtype)
         indices[[0, 150, 299]] = np.iinfo(dtype).min, np.iinfo(dtype).max, -1
         yield f"out of range, {dtype.__name__}", (50, 64), indices
-    # More entries than a block lists at once, half of them of one row.
+    # More entries than a block lists at once; half of them are of one row.
     yield "hot row", (300, 36), np.where(rng.random(15000) < 0.5, 123, rng.integers(0, 300, 15000)).astype(np.int32)
 
 
 def check_rows(checker: AccumulateChecker) -> None:
-    """accumulate_rows(): duplicates, a hot row, indices out of range, touched rows."""
+    """Checks accumulate_rows(): duplicates, a hot row, indices out of range, touched rows."""
     offset = 0
     for name, shape, indices in row_cases(checker.rng):
         for pair in PAIRS if len(indices) < 10000 else PAIRS[1:4:2]:
@@ -161,6 +161,6 @@ def check_rows(checker: AccumulateChecker) -> None:
 
 
 def check(checker: Checker) -> None:
-    """All of it."""
+    """Runs all checks of this file."""
     check_dense(AccumulateChecker(checker))
     check_rows(AccumulateChecker(checker))

@@ -1,4 +1,4 @@
-"""Batch normalization and the merging of its moments over small, awkward cases, compared with NumPy."""
+"""Compares batch normalization and the merging of its moments with NumPy, in small, awkward cases."""
 
 from typing import Any
 
@@ -8,7 +8,8 @@ from kernel_definitions import BatchNorm, excess, narrow
 
 TYPES = ["float16", "bfloat16", "float32", "float64"]
 EPSILON = 2.0**-10
-# Shape, axis, and whether there is a mask: packs and single values, few columns and many, several tiles.
+# Shape, axis, and whether there is a mask. Together they have packs and single values, few and many columns, and
+# several tiles.
 LAYOUTS = [
     ((1, 1), -1, False),
     ((127, 3), -1, False),
@@ -27,7 +28,7 @@ CHANNELS = [1, 1024, 1025, 2100]
 
 
 class Run:
-    """Calls on one array; `offset` from 16 bytes' alignment, in elements."""
+    """Calls on one array. `offset` counts elements from an alignment of 16 bytes."""
 
     def __init__(self, checker: Checker, name: str, x: np.ndarray, axis: int, offset: int) -> None:
         self.checker, self.device = checker, checker.device
@@ -35,24 +36,24 @@ class Run:
         self.statistic = np.float64 if x.dtype == np.float64 else np.float32
 
     def put(self, array: np.ndarray) -> Any:
-        """On the device, at the offset."""
+        """Copies an array to the device, at the offset."""
         return self.view(*self.guarded(array))
 
     def guarded(self, array: np.ndarray) -> tuple[Arena, Any]:
-        """At the offset, in a buffer of its own."""
+        """Copies an array to the device, at the offset, in a buffer of its own."""
         arena = Arena([array.reshape(-1)], [self.offset])
         return arena, self.device.put(arena.bytes)
 
     def view(self, arena: Arena, buffer: Any) -> Any:
-        """What lies in the buffer, in the shape of x."""
+        """Returns the array in a buffer, in the shape of x."""
         return arena.views(buffer)[0].reshape(self.x.shape)
 
     def channels(self, *names: str) -> dict[str, Any]:
-        """Arrays of a value for each channel, to be written."""
+        """Returns arrays for results, with a value for each channel."""
         return {name: self.device.put(np.full(self.x.shape[self.axis], np.nan, self.statistic)) for name in names}
 
     def options(self) -> dict[str, Any]:
-        """What calls that need a workspace have: in turn one that is given."""
+        """Returns the arguments of calls that need a workspace; a third of the calls get none and make their own."""
         self.checker.calls += 1
         needed = self.device.kernels.batch_norm_workspace(self.device.put(self.x), self.axis)
         workspace = self.device.empty(needed, np.uint8) if needed and self.checker.calls % 3 else None
@@ -60,7 +61,7 @@ class Run:
 
     def compare(self, arena: Arena, buffer: Any, written: dict[str, Any], name: str, definition: BatchNorm,
                 dtype: str) -> None:  # fmt: skip
-        """All results, and what lies beside the large one."""
+        """Compares all results, and the bytes beside the large one."""
         bytes_found = self.device.get(buffer)
         inside = arena.spans[0][0]
         guards = np.delete(bytes_found, np.arange(inside.start, inside.stop))
@@ -74,7 +75,7 @@ class Run:
 
 def batch_norm(checker: Checker, name: str, x: np.ndarray, dtype: str, axis: int, mask: np.ndarray | None,
                offset: int) -> None:  # fmt: skip
-    """One call each of batch_norm(), its gradient, and without a mask of inference and its gradient."""
+    """Checks one call of batch_norm() and of its gradient; without a mask also of inference and its gradient."""
     device, rng, kernels = checker.device, checker.rng, checker.device.kernels
     run = Run(checker, name, x, axis, offset)
     channels = x.shape[axis]
@@ -123,7 +124,7 @@ def batch_norm(checker: Checker, name: str, x: np.ndarray, dtype: str, axis: int
 
 
 def merge(checker: Checker, channels: int, dtype: str, moving_dtype: str) -> None:
-    """A window of two calls, and one without a window."""
+    """Checks a window of two calls, and a call without a window."""
     device, rng = checker.device, checker.rng
     name = f"merge of {channels} channels, {dtype}, moving {moving_dtype}"
     batches = [rng.normal(i, 1 + i, (size, channels)) for i, size in enumerate((5, 8))]
@@ -149,7 +150,7 @@ def merge(checker: Checker, channels: int, dtype: str, moving_dtype: str) -> Non
 
 
 def check(checker: Checker) -> None:
-    """All of it."""
+    """Runs all checks of this file."""
     rng = checker.rng
     for dtype in TYPES:
         for i, (shape, axis, masked) in enumerate(LAYOUTS):

@@ -1,4 +1,4 @@
-"""update() and squared_norms() over small, awkward cases, compared with NumPy."""
+"""Compares update() and squared_norms() with NumPy, in small, awkward cases."""
 
 import dataclasses
 from typing import Any
@@ -8,19 +8,19 @@ from backend import Host
 from checker import Checker, Placed
 from kernel_definitions import SLOTS, Settings, gradient_of, step, wide
 
-# Around packs and the chunks of rules with 4, 8 and 12 values a thread.
+# Sizes around packs and the chunks of rules with 4, 8 and 12 values a thread.
 SIZES = [0, 1, 3, 17, 1023, 1024, 1025, 2047, 2048, 2049, 3073, 4097]
-# Around the capacities of the tables, and more than the largest holds twice.
+# Numbers of tensors around the capacities of the tensor tables, and more than two of the largest table hold.
 UPDATE_COUNTS = [1, 43, 44, 352, 353, 750]
 NORM_COUNTS = [1, 160, 161, 416, 417, 500, 501, 1280, 1281, 2600]
-# Around packs and chunks of 32 KB.
+# Sizes around packs and chunks of 32 KB.
 NORM_SIZES = [0, 1, 7, 8, 9, 555, 4095, 4096, 4097, 8193, 16385, 33000]
 TYPES = ["float16", "bfloat16", "float32", "float64"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One value of an update, and how its gradient comes; `offset` from 16 bytes' alignment, in elements."""
+    """One value of an update, and the form of its gradient. `offset` counts elements from an alignment of 16 bytes."""
 
     shape: tuple[int, ...]
     latest: str | None
@@ -30,13 +30,13 @@ class Item:
 
 
 def item(i: int, shape: tuple[int, ...], rows: bool = False) -> Item:
-    """One that goes through the ways to have a gradient, and the offsets."""
+    """Returns the i-th item. Successive items go through the forms of a gradient and the offsets."""
     latest = (None, "float32", "bfloat16", "float16")[i % 4]
     return Item(shape, latest, latest is None or i % 3 != 0, rows, i % 5 % 4)
 
 
 def update(checker: Checker, name: str, settings: Settings, items: list[Item], *, together: bool = False) -> None:
-    """One call of update(); scalars are numbers and device arrays in turn."""
+    """Checks one call of update(). Scalars are numbers in one call and device arrays in the next."""
     checker.calls += 1
     device, rng = checker.device, checker.rng
     arrays = 1 + SLOTS[settings.rule]
@@ -84,19 +84,19 @@ def update(checker: Checker, name: str, settings: Settings, items: list[Item], *
 
 
 def shaped(arrays: list[Any], items: list[Item]) -> list[Any]:
-    """Arrays in the shapes of the values."""
+    """Returns the arrays in the shapes of the values."""
     return [None if array is None else array.reshape(each.shape) for array, each in zip(arrays, items, strict=True)]
 
 
 def place_some(device: Host, arrays: list[np.ndarray | None], offsets: list[int], together: bool) -> list[Any]:
-    """Views of those that are not None."""
+    """Places the arrays that are not None on the device, and returns views of them."""
     there = [(array, offset) for array, offset in zip(arrays, offsets, strict=True) if array is not None]
     views = iter(Placed(device, [array for array, _ in there], [offset for _, offset in there], together).views())
     return [None if array is None else next(views) for array in arrays]
 
 
 def norms(checker: Checker, name: str, arrays: list[np.ndarray], offset: int, *, together: bool = False) -> None:
-    """One call of squared_norms(), in a workspace of its own and one that is given, in turn."""
+    """Checks one call of squared_norms(). Every second call gets a workspace; the others make their own."""
     checker.calls += 1
     device = checker.device
     views = Placed(device, arrays, [offset] * len(arrays), together).views()
@@ -111,7 +111,7 @@ def norms(checker: Checker, name: str, arrays: list[np.ndarray], offset: int, *,
 
 
 def check(checker: Checker) -> None:
-    """All of it."""
+    """Runs all checks of this file."""
     for rule in SLOTS:
         items = [item(i, (size,)) for i, size in enumerate(2 * SIZES)]
         update(checker, "sizes", Settings(rule, decay=0.1, weight=0.7), items)

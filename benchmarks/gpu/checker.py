@@ -1,4 +1,4 @@
-"""What the checks of the kernels share: buffers whose ends are guarded, and a record of what went wrong."""
+"""What the checks of the kernels share: buffers with guarded ends, and a record of failures."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from kernel_definitions import narrow
 
 
 class Arena:
-    """Arrays in one buffer of bytes; all bits between them are set."""
+    """Arrays in one buffer of bytes. All bits between the arrays are set."""
 
     def __init__(self, arrays: list[np.ndarray], offsets: list[int]) -> None:
         self.spans = []
@@ -22,7 +22,7 @@ class Arena:
             view[:] = array
 
     def views(self, buffer: Any) -> list[Any]:
-        """The arrays within a buffer that is laid out like this one."""
+        """Returns the arrays within a buffer that has this layout."""
         return [buffer[span].view(dtype) for span, dtype in self.spans]
 
 
@@ -36,11 +36,11 @@ class Placed:
         self._buffers = [device.put(arena.bytes) for arena in self._arenas]
 
     def views(self) -> list[Any]:
-        """The arrays."""
+        """Returns the arrays."""
         return [view for arena, buffer in zip(self._arenas, self._buffers, strict=True) for view in arena.views(buffer)]
 
     def hold(self, expected: list[np.ndarray]) -> bool:
-        """Whether the arrays are these now, bit for bit, and nothing beside them was written."""
+        """Returns whether the arrays equal `expected` bit for bit, and nothing beside them was written."""
         views = [view for arena in self._arenas for view in arena.views(arena.bytes)]
         for view, array in zip(views, expected, strict=True):
             view[:] = array
@@ -49,7 +49,7 @@ class Placed:
 
 
 class Checker:
-    """Runs cases on a device, and keeps what went wrong."""
+    """A device, the random numbers of the cases, and a record of failures."""
 
     def __init__(self, device: Host) -> None:
         self.device = device
@@ -58,13 +58,13 @@ class Checker:
         self.failures: list[str] = []
 
     def expect(self, what: str, equal: bool) -> None:
-        """Notes a failure."""
+        """Records a failure unless the comparison succeeded."""
         if not equal:
             self.failures.append(what)
             print(f"WRONG: {what}", flush=True)
 
     def numbers(self, dtype: str, size: int) -> np.ndarray:
-        """Random numbers, a negative zero and a number that is subnormal in the halves and in float32."""
+        """Returns random numbers, with a negative zero and, but for float64, a subnormal number among them."""
         values = self.rng.standard_normal(size)
         values[1:3] = (-0.0, 1e-40 if dtype in ("float32", "bfloat16") else 6e-8)[: max(0, size - 1)]
         return narrow(values, dtype)

@@ -1,8 +1,8 @@
-"""The sizes of models' variables: what an update goes through."""
+"""The sizes of the variables of real models."""
 
 
 def resnet50_sizes() -> list[int]:
-    """The sizes of the trainable variables of keras.applications.ResNet50: 214, with 25,583,592 values."""
+    """Returns the sizes of the trainable variables of keras.applications.ResNet50: 214, with 25,583,592 values."""
 
     def layer(kernel: int, inputs: int, outputs: int) -> list[int]:
         return [kernel * kernel * inputs * outputs, outputs, outputs, outputs]  # kernel, bias, gamma, beta
@@ -20,7 +20,7 @@ def resnet50_sizes() -> list[int]:
 
 
 def gpt2_xl_sizes() -> list[int]:
-    """The sizes of GPT-2 XL's parameters: 580, with 1,557,611,200 values."""
+    """Returns the sizes of GPT-2 XL's parameters: 580, with 1,557,611,200 values."""
     width = 1600
     block = [width, width]
     for inputs, outputs in ((1, 3), (1, 1)):

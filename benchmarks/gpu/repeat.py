@@ -16,17 +16,17 @@ ROWS = (5_000, 96)
 
 
 def random(shape: tuple[int, ...], seed: int, dtype: tf.DType = tf.float32) -> tf.Tensor:
-    """The same values each time."""
+    """Returns random values, the same for each call."""
     return tf.cast(tf.random.stateless_normal(shape, [seed, 1]), dtype)
 
 
 def variables(seed: int) -> list[tf.Variable]:
-    """New ones of all shapes, not negative."""
+    """Makes variables of all shapes, with values that are not negative."""
     return [tf.Variable(tf.abs(random(shape, seed))) for shape in SHAPES]
 
 
 def accumulate() -> list[tf.Tensor]:
-    """Dense gradients of several types, and rows with many duplicates."""
+    """Accumulates dense gradients of several types, and rows with many duplicates."""
     sums = [*variables(1), tf.Variable(random(ROWS, 2))]
     dtypes = [tf.float32, tf.bfloat16, tf.float16] * 2
     gradients = [random(shape, 3, dtype) for shape, dtype in zip(SHAPES, dtypes, strict=True)]
@@ -37,7 +37,7 @@ def accumulate() -> list[tf.Tensor]:
 
 
 def update() -> list[tf.Tensor]:
-    """AdamW's rule, with the last gradients folded in."""
+    """Makes a step of AdamW, with the last gradients folded in."""
     held, values, momentums, velocities = (variables(seed) for seed in (6, 7, 8, 9))
     settings = {"beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-7, "rate": tf.constant(1e-2), "decay": tf.constant(1e-3)}
     ops.update(
@@ -55,12 +55,12 @@ def update() -> list[tf.Tensor]:
 
 
 def norms() -> list[tf.Tensor]:
-    """Squared norms of many arrays."""
+    """Computes the squared norms of arrays of all shapes."""
     return [ops.squared_norms([random(shape, 11) for shape in (*SHAPES, (3_000_001,))])]
 
 
 def batch_norm() -> list[tf.Tensor]:
-    """Forward and backward, channels last and first."""
+    """Runs batch normalization forward and backward, with channels last and first."""
     results = []
     for axis, shape in ((-1, (32, 28, 28, 64)), (1, (32, 64, 28, 28)), (-1, (500, 2048))):
         x, dy = random(shape, 12), random(shape, 13)
@@ -81,7 +81,7 @@ SUBJECTS: dict[str, Callable[[], list[tf.Tensor]]] = {
 
 
 def main() -> None:
-    """Runs all subjects, and ends with status 1 if a bit has changed."""
+    """Runs all subjects, and exits with status 1 if any bit differs between runs."""
     failed = False
     for name, run in SUBJECTS.items():
         first = [each.numpy().tobytes() for each in run()]

@@ -1,6 +1,6 @@
-"""Drives the kernels over small, awkward cases, for compute-sanitizer, and compares with NumPy.
+"""Runs the kernels on small, awkward cases, for compute-sanitizer, and compares the results with NumPy.
 
-Each array lies in an allocation of its own unless a list is long, so a step over an end is a step out of bounds.
+Each array has an allocation of its own, except in long lists: an access beyond the array's end is then out of bounds.
 """
 
 import argparse
@@ -13,12 +13,12 @@ from checker import Checker
 
 
 def main() -> None:
-    """Runs all cases; the exit status says whether any went wrong."""
+    """Runs all cases. The exit status is 1 if a result is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the script without a GPU")
     device = open_device(parser.parse_args().device)
     if isinstance(device, Cuda):
-        device.cupy.cuda.set_allocator(None)  # a pool would hide from the sanitizer where arrays end
+        device.cupy.cuda.set_allocator(None)  # with a pool the sanitizer would not know where arrays end
     checker = Checker(device)
     check_accumulate.check(checker)
     check_update.check(checker)

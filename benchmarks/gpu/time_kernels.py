@@ -1,7 +1,8 @@
-"""Times the kernels with device events, against the bytes they must move and a copy of as many bytes.
+"""Times the kernels with device events, and compares them with a copy of as many bytes as they must move.
 
-Calls are captured into a graph and replayed, as Python takes longer to make one than the GPU to run it. They rotate
-over sets of buffers: between two uses of a set lie twice the L2 cache's bytes. First, results are compared with NumPy.
+Calls are captured into a graph and replayed, because Python takes longer to make a call than the GPU to run it. The
+calls rotate over sets of buffers: twice the L2 cache's bytes lie between two uses of a set. Before the timing, results
+are compared with NumPy.
 """
 
 import argparse
@@ -26,14 +27,14 @@ from bench import Bench, Case
 
 
 def cases() -> Iterator[Case]:
-    """What is timed; first what a launch costs."""
+    """Yields all cases. The first one gives the cost of a launch."""
     yield from accumulate_cases.cases()
     yield from update_cases.cases()
     yield from batch_norm_cases.cases()
 
 
 def measure(bench: Bench, case: Case) -> dict[str, Any]:
-    """One case: what is needed, foreseen and found."""
+    """Times one case. Returns the bytes to move, the predicted and the measured time, and the target."""
     calls, must_move = case.prepare(bench)
     predicted = must_move / bench.copy_rate + bench.launch_seconds
     times = bench.time(calls, predicted)
@@ -59,14 +60,14 @@ def measure(bench: Bench, case: Case) -> dict[str, Any]:
 
 
 def target_text(case: Case) -> str:
-    """What a case has to reach."""
+    """Returns the target of a case as text."""
     if case.share is not None:
         return f">= {case.share:.2f}"
     return "" if case.microseconds is None else f"< {case.microseconds:g} us"
 
 
 def nvidia_smi() -> dict[str, str]:
-    """The state of the GPUs as the driver tells it."""
+    """Returns the state of the first GPU as the driver reports it."""
     fields = ["name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "temperature.gpu",
               "power.draw", "power.limit"]  # fmt: skip
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
@@ -78,7 +79,7 @@ def nvidia_smi() -> dict[str, str]:
 
 
 def machine(bench: Bench) -> dict[str, Any]:
-    """The machine, and versions."""
+    """Returns facts about the machine and versions."""
     facts: dict[str, Any] = {
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -103,7 +104,7 @@ def machine(bench: Bench) -> dict[str, Any]:
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
-    """The results, one a line; in colour and lines where rich is installed."""
+    """Prints the results, one a line; as a table with borders if rich is installed."""
     header = ["case", "MB", "predicted us", "measured us", "quartiles", "GB/s", "of a copy", "target"]
     lines = []
     for r in results:
@@ -131,7 +132,7 @@ def print_table(results: list[dict[str, Any]]) -> None:
 
 
 def run(bench: Bench, only: str) -> list[dict[str, Any]]:
-    """Measures the cases whose names match; one that fails does not keep the others from running."""
+    """Measures the cases whose names match. If one fails, the others still run."""
     results = []
     for case in cases():
         if not re.search(only, case.name):
@@ -152,7 +153,7 @@ def run(bench: Bench, only: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measures, prints and writes; the exit status says whether a result was wrong, not whether a target was met."""
+    """Measures, prints and writes. The exit status is 1 if a case failed; a missed target does not change it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     parser.add_argument("--only", default="", metavar="REGEX", help="only the cases whose names match")

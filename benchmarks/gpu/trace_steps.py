@@ -1,7 +1,7 @@
-"""What a micro-step and an update do on a GPU, from TensorFlow's profiler: launches, copies and waits.
+"""Counts what a micro-step and an update do on a GPU, from TensorFlow's profiler: launches, copies and waits.
 
-A micro-step's own work is to stay on the device: a copy to the host in it, or a wait for the stream, ends the run with
-status 1. What `fit` does around it is listed beside, where the copies of its data to the device are to be expected.
+A micro-step must stay on the device: if it copies to the host, or waits for the stream, the run ends with status 1. A
+step of `fit` is listed as well; it may copy its data to the device.
 """
 
 import argparse
@@ -26,14 +26,14 @@ from accumops.benchmark.models import Problem, transformer
 STEPS = 20
 COPIES = {"MemcpyD2H": "copies to the host", "MemcpyH2D": "copies to the device", "MemcpyD2D": "copies on the device"}
 WAITS = ("Synchronize", "cuMemcpyDtoH_v2", "cuMemcpyHtoD_v2")
-"""In the names of calls of CUDA that return when the device is done: those without `Async`."""
+"""Parts of the names of CUDA's calls that wait for the device: synchronizing calls, and copies without `Async`."""
 FORBIDDEN = ("copies to the host", "waits")
 PROBLEM = Problem("transformer", transformer(5_000, 256, 64, 4, 4), (64,), vocabulary=5_000)
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """Something that the profiler has seen."""
+    """An event in the profile."""
 
     plane: str
     name: str
@@ -42,7 +42,7 @@ class Event:
 
 
 def read_events(directory: str) -> list[Event]:
-    """All events of a profile that was written to a directory."""
+    """Reads all events of a profile from its directory."""
     from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
     events = []
@@ -60,7 +60,7 @@ def read_events(directory: str) -> list[Event]:
 
 
 def count(events: Iterable[Event], mark: str) -> dict[str, float]:
-    """What was done from the first to the last event that is called `mark`, for each of them."""
+    """Counts what was done from the first to the last event called `mark`, divided by the number of these events."""
     events = list(events)
     marks = [event for event in events if event.name.split("#")[0] == mark]
     if not marks:
@@ -73,7 +73,7 @@ def count(events: Iterable[Event], mark: str) -> dict[str, float]:
         if not begin <= event.begin <= end:
             continue
         if "/device:GPU" in event.plane:
-            # A device's plane repeats its streams' events in lines that TensorFlow derives from them.
+            # TensorFlow may add lines to the plane that repeat its streams' events; these count as well.
             kind = next((COPIES[each] for each in COPIES if each in event.name), None)
             counts["launches" if kind is None else kind] += 1
         elif any(each in event.name for each in WAITS) and "cu" in event.name:
@@ -82,7 +82,7 @@ def count(events: Iterable[Event], mark: str) -> dict[str, float]:
 
 
 def profile(mark: str, run: Callable[[], object]) -> dict[str, float]:
-    """Runs something `STEPS` times under the profiler, and counts what one run of it does."""
+    """Runs a function `STEPS` times under the profiler, and counts what one run does."""
     for _ in range(3):
         run()
     with tempfile.TemporaryDirectory() as directory:
@@ -97,7 +97,7 @@ def profile(mark: str, run: Callable[[], object]) -> dict[str, float]:
 
 
 def cases() -> dict[str, Callable[[], object]]:
-    """What is profiled, by name."""
+    """Returns the functions to profile, by name."""
     x, y = PROBLEM.data(16)
     model = PROBLEM.build(keras)
     optimizer = accumops.GradientAccumulateOptimizer(keras.optimizers.AdamW(1e-3), accum_steps=1 << 30)
@@ -129,7 +129,7 @@ def cases() -> dict[str, Callable[[], object]]:
 
 
 def main() -> None:
-    """Profiles all cases, prints what they do and judges the first two."""
+    """Profiles all cases, prints their counts, and fails if one of the first two leaves the device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="where to write the counts")
     arguments = parser.parse_args()

@@ -1,7 +1,8 @@
-"""Windows of 8 micro-batches of 32 in ResNet-50 and a transformer, on a GPU, against their floor and other ways.
+"""Times windows of 8 micro-batches of 32 in ResNet-50 and a transformer on a GPU, beside their floor and other ways.
 
-The floor is forward and backward of the micro-batches. The target, a window in at most 1.03 of it, is printed beside;
-missing it is no error. `--device CPU --small` tries the script where there is no GPU; its times mean nothing.
+The floor is forward and backward of the micro-batches. The target for a window is at most 1.03 times the floor; the
+script prints whether it is met, and missing it is no error. `--device CPU --small` tries the script without a GPU; its
+times mean nothing.
 """
 
 import argparse
@@ -28,7 +29,7 @@ OWN = ("accumops, accum_steps", "accumops, micro_batch_size", "accumops, optimiz
 
 
 def resnet50(size: int) -> Any:
-    """Makes ResNet-50 for images of `size` pixels a side."""
+    """Returns a function that makes ResNet-50 for images of `size` pixels a side."""
 
     def build(library: ModuleType) -> Any:
         shape = (size, size, 3)
@@ -40,7 +41,7 @@ def resnet50(size: int) -> Any:
 
 
 def problems(small: bool) -> list[Problem]:
-    """What is trained."""
+    """Returns the models to train, with their data."""
     if small:
         return [
             Problem("ResNet-50", resnet50(32), (32, 32, 3)),

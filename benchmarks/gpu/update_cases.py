@@ -1,4 +1,4 @@
-"""update() and squared_norms(): what is timed."""
+"""The timed cases of update() and squared_norms()."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -14,24 +14,24 @@ SCALE = 0.25
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """update() of values of these sizes, with a latest gradient of this type folded in where there is one."""
+    """A case of update() for values of these sizes; if `latest` is a dtype, with latest gradients of it folded in."""
 
     name: str
     settings: Settings
     sizes: list[int]
     latest: str | None = None
-    share: float | None = None  # of a copy's speed: what to reach
-    microseconds: float | None = None  # what to stay below
+    share: float | None = None  # the share of a copy's speed to reach
+    microseconds: float | None = None  # the time to stay below
 
     def shrink(self) -> "Update":
-        """A thousandth of it."""
+        """Returns a thousandth of the case."""
         return dataclasses.replace(self, sizes=shrink_sizes(self.sizes))
 
     def prepare(self, bench: Bench) -> tuple[Calls, int]:
-        """Verified calls, and the bytes that each has to move."""
+        """Returns verified calls, and the bytes that each call has to move."""
         spans, total = lay_out(self.sizes)
         slots = SLOTS[self.settings.rule]
-        # Variances are not negative.
+        # Variances must not be negative.
         patterns = [bench.pattern(3 + i, "float32", positive=i > 1) for i in range(1 + slots)]
         sums = bench.pattern(1, "float32")
         numbers = bench.pattern(2, self.latest) if self.latest else None
@@ -64,7 +64,7 @@ class Update:
         return calls, sum(self.sizes) * (8 * (1 + slots) + gradient_bytes)
 
     def _scalars(self, bench: Bench) -> dict[str, Any]:
-        """Nothing for which the module would have to copy anything."""
+        """Returns the scalars of a call, in a form for which the module copies nothing."""
         names = ("rate", "decay", "weight")
         result = {name: bench.device.scalar(getattr(self.settings, name), np.float32) for name in names}
         overwrite = bench.device.scalar(self.settings.overwrite, np.bool_)
@@ -86,7 +86,7 @@ class Update:
 
 @dataclasses.dataclass(frozen=True)
 class SquaredNorms:
-    """squared_norms() of arrays of these sizes."""
+    """A case of squared_norms() for arrays of these sizes."""
 
     name: str
     sizes: list[int]
@@ -95,11 +95,11 @@ class SquaredNorms:
     microseconds: float | None = None
 
     def shrink(self) -> "SquaredNorms":
-        """A thousandth of it."""
+        """Returns a thousandth of the case."""
         return dataclasses.replace(self, sizes=shrink_sizes(self.sizes))
 
     def prepare(self, bench: Bench) -> tuple[Calls, int]:
-        """Verified calls, and the bytes that each has to move."""
+        """Returns verified calls, and the bytes that each call has to move."""
         spans, total = lay_out(self.sizes)
         numbers = bench.pattern(2, self.dtype)
         footprint = total * numbers.host.itemsize
@@ -127,7 +127,7 @@ class SquaredNorms:
         return calls, sum(self.sizes) * numbers.host.itemsize
 
     def _verify(self, found: np.ndarray, spans: list[tuple[int, int]], numbers: Any) -> None:
-        """The sums over the pattern, from running totals of one period."""
+        """Compares with sums over the pattern, which come from running totals of one period."""
         totals = np.concatenate([[0], np.cumsum(wide(numbers.host).astype(np.longdouble) ** 2)])
 
         def up_to(index: int) -> np.longdouble:
@@ -142,7 +142,7 @@ class SquaredNorms:
 
 
 def cases() -> Iterator[Case]:
-    """What is timed."""
+    """Yields the cases."""
     adam, adamw = Settings("adam"), Settings("adam", decay=0.01)
     small = [1000] * 300
     yield Update("update, 300 x 1000, Adam", adam, small, microseconds=10)

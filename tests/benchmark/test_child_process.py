@@ -15,7 +15,7 @@ def process():
 def test_functions_run_there(process):
     assert process.call(os.getpid) not in (os.getpid(), os.getppid())
     assert process.call(os.getenv, key="ACCUMOPS_BACKEND") == "reference"
-    # Not an answer.
+    # The function's own print must not be taken for its answer.
     assert process.call(os.system, command="echo printed") == 0
 
 
@@ -26,7 +26,7 @@ def test_error_is_passed_on_and_the_process_lives(process):
 
 
 def test_peak_is_that_of_the_windows(process):
-    """Of a model whose weights, slots and accumulators are 16 bytes a value at least."""
+    """Weights, slots and accumulators of the model take at least 16 bytes a value."""
     arguments = {"problem": "MLP 2048x4", "contender": "accumops, micro_batch_size", "samples": 32, "device": "CPU"}
     values = 4 * (2048 * 2048 + 2048) + 2048 * 10 + 10
     assert 16 * values < process.call(memory.peak_bytes, **arguments) < 16 * 16 * values

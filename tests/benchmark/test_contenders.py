@@ -87,7 +87,7 @@ def test_steps_of_one_graph_run_in_order():
 
 @pytest.mark.parametrize(("device", "kinds"), [("CPU", 2), ("GPU", 1)])
 def test_limits_are_by_the_median_bandwidth(monkeypatch, device, kinds):
-    """A GPU's triad is one of XLA, which compiles it for a CPU too."""
+    """XLA compiles the triad for a GPU; it can compile it for a CPU too, so this needs no GPU."""
     monkeypatch.setattr(bandwidth, "_ARRAY_BYTES", 1 << 16)
     measured = bandwidth.Bandwidth(device)
     turns = []

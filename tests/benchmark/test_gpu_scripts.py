@@ -1,4 +1,4 @@
-"""What of the scripts in benchmarks/gpu can be tried without a GPU."""
+"""The parts of the scripts in benchmarks/gpu that can be tried without a GPU."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ import trace_steps  # noqa: E402
 
 
 def write_profile(directory, planes):
-    """A profile of events `(name, begin, end)` in microseconds, by plane."""
+    """Writes a profile of events `(name, begin, end)`, in microseconds, for each plane."""
     space = xplane_pb2.XSpace()
     for number, (plane_name, events) in enumerate(planes.items()):
         plane = space.planes.add(id=number, name=plane_name)

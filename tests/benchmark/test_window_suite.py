@@ -1,4 +1,4 @@
-"""The contenders of a window: that they do the same work, and that the floor does all of it but the update."""
+"""Checks that the contenders of a window do the same work, and that the floor does all of it but the update."""
 
 import collections
 import dataclasses
@@ -15,12 +15,12 @@ from accumops import GradientAccumulateModel, GradientAccumulateOptimizer
 from accumops.benchmark import bandwidth, legacy, models, training, window
 
 SMALL = models.Problem("small MLP", models.perceptron(5, 2), (5,))
-# Kernels of which there are others in the backward pass than in the forward pass.
+# Parts of the names of kernels that a backward pass runs.
 BACKWARD = ("MatMul", "Conv2DBackprop", "FusedBatchNormGrad", "ReluGrad", "SoftmaxCrossEntropy")
 
 
 def kernels(run):
-    """How many of those kernels the graphs have that TensorFlow runs, after its optimizations, for a function."""
+    """Counts these kernels in the optimized graphs that TensorFlow runs for a function."""
     context.context().enable_graph_collection()
     try:
         run()
@@ -36,7 +36,7 @@ def kernels(run):
 
 
 def forward_and_nothing(model):
-    """What drops gradients in a way that TensorFlow sees through."""
+    """Drops gradients in a way that lets TensorFlow prune the backward pass."""
     compute = training.gradients_of(model)
 
     @tf.function
@@ -65,7 +65,7 @@ def test_floor_has_the_whole_backward_pass(problem):
     def count(step):
         return kernels(lambda: step(x, y))
 
-    returned = count(training.forward_and_backward(model, drop=False))  # what is returned cannot be pruned
+    returned = count(training.forward_and_backward(model, drop=False))  # TensorFlow cannot prune what is returned
     dropped = count(training.forward_and_backward(model, drop=True))
     pruned = count(forward_and_nothing(model))
     assert dropped == returned
@@ -86,7 +86,7 @@ def test_contenders_train_alike():
     trained = {}
     for contender in contenders:
         run = contender.prepare()
-        if contender.name != "accumops reference, accum_steps":  # which is traced before
+        if contender.name != "accumops reference, accum_steps":  # `prepare` has already run that one
             run()
         trained[contender.name] = built[-1].get_weights()
     floors = {name for name in trained if name.startswith(window.FLOOR)}
@@ -128,7 +128,7 @@ def test_all_problems_are_classifiers():
 
 
 class InThisProcess:
-    """In place of the process that has Keras 2."""
+    """Replaces the process that has Keras 2."""
 
     def __init__(self, environment):
         assert environment == {"TF_USE_LEGACY_KERAS": "1"}
@@ -145,7 +145,7 @@ class InThisProcess:
 
 @pytest.fixture
 def stand_ins(monkeypatch):
-    """Modules in place of Keras 2 and GradientAccumulator, as they are used."""
+    """Replaces the modules of Keras 2 and GradientAccumulator, with the members that the suite uses."""
     adam = keras.optimizers.Adam
     optimizers = types.SimpleNamespace(Adam=adam, legacy=types.SimpleNamespace(Adam=adam))
     library = types.SimpleNamespace(

@@ -1,6 +1,6 @@
 """Fixtures of the kernel tests, which need neither TensorFlow nor an installed accumops.
 
-The extension is loaded by its path, since importing accumops imports TensorFlow.
+The extension is loaded by its path, because importing accumops would import TensorFlow.
 """
 
 import importlib.machinery
@@ -49,7 +49,7 @@ def kernels(extension_path: str) -> ModuleType:
 
 
 class Cpu:
-    """Where a test's arrays live and its kernels run: host memory, one instruction set."""
+    """A device for a test's arrays and kernels: host memory, and one instruction set of the CPU."""
 
     name = "cpu"
 
@@ -66,7 +66,7 @@ class Cpu:
 
 
 class Cuda(Cpu):
-    """The same on the current GPU, with CuPy's arrays."""
+    """The current GPU as a device for a test: arrays are CuPy's."""
 
     name = "cuda"
 

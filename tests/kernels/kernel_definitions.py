@@ -1,4 +1,4 @@
-"""What the kernels compute, in NumPy, and arrays of every type. The scripts in benchmarks/gpu use it as well."""
+"""Defines in NumPy what the kernels compute, and makes arrays of every type. The scripts in benchmarks/gpu use it."""
 
 import dataclasses
 import functools
@@ -7,34 +7,34 @@ from collections.abc import Sequence
 import numpy as np
 
 SLOTS = {"sgd": 0, "momentum": 1, "nesterov": 1, "adam": 2, "amsgrad": 3, "lion": 1}
-"""How many arrays each rule of update() keeps beside a value."""
+"""The number of slot arrays that each rule of update() keeps for a value."""
 
 
 def storage(dtype: str) -> type:
-    """bfloat16 travels as its bits: neither NumPy nor CuPy has the type."""
+    """Returns the NumPy type that stores a dtype. bfloat16 is stored as its bits: NumPy and CuPy lack the type."""
     return {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32, "float64": np.float64}[dtype]
 
 
 @functools.cache
 def noise(size: int, seed: int = 0) -> np.ndarray:
-    """Random numbers; the same every time."""
+    """Returns random numbers, the same each time."""
     return np.random.default_rng([size, seed]).standard_normal(size)
 
 
 def narrow(numbers: np.ndarray, dtype: str) -> np.ndarray:
-    """Numbers in a type; to bfloat16 by cutting off."""
+    """Converts numbers to a type. To bfloat16 they are truncated, not rounded."""
     if dtype == "bfloat16":
         return (numbers.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
     return numbers.astype(dtype)
 
 
 def values(dtype: str, size: int, seed: int = 0) -> np.ndarray:
-    """Random numbers of a type."""
+    """Returns random numbers of a type."""
     return narrow(noise(size, seed), dtype)
 
 
 def widen(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Numbers of any type in a float type."""
+    """Converts numbers of any type to a float type."""
     if array.dtype == np.uint16:
         array = (array.astype(np.uint32) << 16).view(np.float32)
     with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
@@ -42,7 +42,7 @@ def widen(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def assert_same_bits(actual: np.ndarray, expected: np.ndarray) -> None:
-    """Equal bit by bit, -0 and all; any NaN equals any other."""
+    """Asserts that arrays are equal bit by bit, -0 included. Any NaN equals any other NaN."""
     assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
     integer = f"u{actual.dtype.itemsize}"
     different = actual.view(integer) != expected.view(integer)
@@ -53,7 +53,7 @@ def assert_same_bits(actual: np.ndarray, expected: np.ndarray) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What all values of an update have in common."""
+    """The settings that all values of an update share."""
 
     rule: str
     rate: float = 0.01
@@ -66,7 +66,7 @@ class Settings:
     clip: float = 0.0
 
     def keywords(self) -> dict:
-        """As update() takes them, beside the rule."""
+        """Returns the settings other than the rule, as update() takes them."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "rule"}
 
 
@@ -77,7 +77,7 @@ def gradient_of(
     scale: float,
     dtype: type = np.float32,
 ) -> np.ndarray | np.floating:
-    """The gradient that update() steps by."""
+    """Returns the gradient by which update() makes its step."""
     total = None if accumulator is None or settings.overwrite else accumulator.astype(dtype)
     if latest is not None:
         product = dtype(np.float32(settings.weight)) * widen(latest, dtype)
@@ -99,7 +99,7 @@ def step(
     decays: bool = True,
     dtype: type = np.float32,
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The value and the slots after a step, every operation rounded to `dtype`: the rules as update.h has them."""
+    """Returns the value and the slots after a step by update.h's rules, with each operation rounded to `dtype`."""
     rate, b1, b2, epsilon = (
         dtype(np.float32(each)) for each in (settings.rate, settings.beta_1, settings.beta_2, settings.epsilon)
     )
@@ -127,30 +127,30 @@ def step(
 
 
 def largest(*arrays: np.ndarray) -> float:
-    """The largest magnitude."""
+    """Returns the largest magnitude."""
     return float(max(np.abs(array).max(initial=0) for array in arrays))
 
 
 def wide(array: np.ndarray) -> np.ndarray:
-    """In more than the precision that a kernel has for this type."""
+    """Converts an array to more precision than a kernel has for its type."""
     return widen(array, np.dtype(np.longdouble if array.dtype == np.float64 else np.float64))
 
 
 def channels_last(array: np.ndarray, axis: int) -> np.ndarray:
-    """The array as one row for each place, one column for each channel."""
+    """Returns the array as a matrix, with a row for each place and a column for each channel."""
     return np.moveaxis(array, axis, -1).reshape(-1, array.shape[axis])
 
 
 @dataclasses.dataclass
 class Expected:
-    """A value, and the magnitude of what it was computed from."""
+    """An expected value, and the magnitude of the numbers that it was computed from."""
 
     value: np.ndarray
     magnitude: float
 
 
 class BatchNorm:
-    """Batch normalization as batch_norm.h defines it, and its gradient; of inference where `moments` are given."""
+    """Batch normalization and its gradient, as batch_norm.h defines them. With `moments`, those of inference."""
 
     def __init__(
         self,
@@ -195,7 +195,7 @@ class BatchNorm:
 
 
 def half_ulp(value: np.ndarray, dtype: str) -> np.ndarray:
-    """Half the distance of a type's numbers around a value, where a result is rounded to that type at last."""
+    """Returns half the distance between a type's numbers around a value: the error of rounding a result to it."""
     if dtype in ("float32", "float64"):
         return np.zeros(value.shape)
     least, bits = {"float16": (-14, 10), "bfloat16": (-126, 7)}[dtype]
@@ -204,7 +204,10 @@ def half_ulp(value: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def excess(actual: np.ndarray, expected: Expected, dtype: str, *, tolerance: float | None = None) -> float:
-    """By how much an error is above its bound, at most: `tolerance` of the magnitude, and half an ulp in the halves."""
+    """Returns how far the largest error exceeds its bound.
+
+    The bound is `tolerance` times the magnitude; in half precision half an ulp is added.
+    """
     if tolerance is None:
         tolerance = 1e-13 if dtype == "float64" else 1e-5
     if actual.size == 0:

@@ -32,7 +32,7 @@ def cuda_like(address=4096, shape=(3,), typestr="<f4", **entries):
 
 
 def check_raises(call, arrays, error, message):
-    """`arrays` are all that the call could write to."""
+    """Checks that a call raises this error and writes to none of `arrays`, which are all it could write to."""
     before = [a.copy() for a in arrays]
     with pytest.raises(error, match=re.escape(message)):
         call()

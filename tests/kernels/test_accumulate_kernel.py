@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from kernel_definitions import assert_same_bits, values, widen
 
-# Around the vectors' and the unrolled loop's lengths, and the chunks that threads and CUDA blocks take.
+# Sizes around the lengths of vectors and of the unrolled loop, and around the chunks of threads and CUDA blocks.
 SIZES = [0, 1, 3, 15, 16, 17, 63, 64, 65, 555, 65535, 65536, 65537, 7777 * 77]
 PAIRS = [
     (accumulator, gradient)
@@ -16,7 +16,7 @@ SCALE = 1 / 3
 
 
 def expected_sum(accumulator, gradient, scale=1.0, overwrite=False):
-    """What NumPy computes: product and sum rounded separately."""
+    """Returns NumPy's result, with product and sum rounded separately."""
     with np.errstate(all="ignore"):
         product = accumulator.dtype.type(scale) * widen(gradient, accumulator.dtype)
         return product if overwrite else accumulator + product
@@ -48,7 +48,7 @@ def test_views_at_any_offset_leave_their_neighbours_alone(device, pair, overwrit
 
 
 def mixed_list(sizes):
-    """Accumulators and gradients that go through all pairs of types."""
+    """Makes accumulators and gradients that go through all pairs of types."""
     pairs = [PAIRS[i % len(PAIRS)] for i in range(len(sizes))]
     accumulators = [values(pair[0], size, 1) for pair, size in zip(pairs, sizes, strict=True)]
     return accumulators, [values(pair[1], size, 2) for pair, size in zip(pairs, sizes, strict=True)]
@@ -78,7 +78,7 @@ def test_lists_of_mixed_sizes_and_types_with_any_number_of_threads(device, sizes
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_overwriting_past_the_caches(device, dtype):
-    """Many megabytes of accumulators are stored differently, from any alignment."""
+    """The kernel stores many megabytes of accumulators in a different way, which must work from any alignment."""
     size = 2_100_000
     gradients = [values(dtype, size + offset, offset)[offset:] for offset in range(3)]
     accumulators = [np.full(size + 40, np.nan, np.float32) for _ in gradients]
@@ -127,7 +127,7 @@ def test_a_window_stays_within_ulps_of_the_accumulated_magnitude(device, pair):
         magnitude += np.abs(scale * widen(gradient, np.dtype("float64")))
         device.accumulate([accumulator], [device.put(gradient)], scale=scale, overwrite=step == 0)
     error = np.abs(device.get(accumulator) - exact)
-    # Half a unit for each product and each sum; the reference in float64 is as inexact as what it judges there.
+    # Half a unit for each product and each sum. For float64 the expected sum is as inexact as the result.
     assert (error <= (steps + 1) / 2 * np.finfo(pair[0]).eps * magnitude).all()
 
 
@@ -228,7 +228,7 @@ def test_scalars_in_device_memory(cuda, pair, scale_dtype, overwrite):
 
 
 def test_streams_are_ordered_with_those_of_the_arrays(cuda):
-    """The arrays' stream is busy; the call on another waits for it, and what follows on it sees the result."""
+    """A call on another stream waits for the arrays' busy stream, whose later work then sees the call's result."""
     cupy = cuda.cupy
     producer, consumer = cupy.cuda.Stream(non_blocking=True), cupy.cuda.Stream(non_blocking=True)
     with producer:

@@ -23,7 +23,7 @@ def gradient_rows(rng, dtype, shape):
 
 
 def expected_rows(accumulator, values, indices, scale=SCALE, overwrite=False):
-    """One row after the other, in the order of the indices; product and sum rounded separately."""
+    """Adds one row after another in the order of the indices, with product and sum rounded separately."""
     result = np.zeros_like(accumulator) if overwrite else accumulator.copy()
     if values.dtype == np.uint16:
         values = (values.astype(np.uint32) << 16).view(np.float32)
@@ -88,7 +88,7 @@ def test_any_number_of_axes(device, trailing):
 
 
 def test_duplicates_add_up_in_their_order(device):
-    """In this order the small ones survive; in any other some are lost against 2**24."""
+    """In this order the eight ones before 2**24 count; elsewhere 2**24 would swallow more or fewer ones."""
     values = np.array([1.0] * 8 + [2.0**24] + [1.0] * 8, np.float32)[:, None]
     accumulator = device.put(np.zeros((1, 1), np.float32))
     device.accumulate_rows(accumulator, device.put(values), device.put(np.zeros(17, np.int32)))
@@ -133,7 +133,7 @@ def test_overwrite_clears_touched_rows_only(device, columns):
 
 
 def test_rows_without_a_flag_are_not_visited(device):
-    """What the caller promises to be zero is neither read nor cleared: that is what makes it cheap."""
+    """Rows that the caller promises to be zero are neither read nor cleared, which saves the time."""
     accumulator = np.full((1000, 8), 7, np.float32)
     accumulator[[0, 500, 999]] = np.nan
     touched = np.zeros(1000, np.bool_)
@@ -184,7 +184,7 @@ def test_inf_and_nan_are_found_wherever_they_are(device, pair, value):
         planted = values.copy()
         if position is not None:
             planted[position] = np.float32(value).view(np.uint32) >> 16 if pair[1] == "bfloat16" else value
-        accumulator = np.full((10, 37), np.nan, pair[0])  # the accumulator is not what is judged
+        accumulator = np.full((10, 37), np.nan, pair[0])  # only the gradients are checked, not the accumulator
         all_finite = device.put(np.ones(1, np.bool_))
         device.accumulate_rows(
             device.put(accumulator), device.put(planted), device.put(indices), scale=1e308, all_finite=all_finite

@@ -14,7 +14,7 @@ EPSILON = 2.0**-10
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """An array's shape, the axis of its channels and how many of its places a mask has, if there is one."""
+    """An array's shape, the axis of its channels, and the share of places that its mask keeps, if it has one."""
 
     shape: tuple[int, ...]
     axis: int = -1
@@ -24,7 +24,8 @@ class Layout:
         return f"{list(self.shape)} axis {self.axis}" + ("" if self.mask is None else f" mask {self.mask}")
 
 
-# Channels around packs, tiles' widths and 512 columns; rows around chunks of 128 and the tiles of a GPU's block.
+# Numbers of channels around packs, tile widths and 512 columns; numbers of rows around chunks of 128 and the tiles of
+# a GPU's block.
 LAYOUTS = [
     Layout((1, 1)),
     Layout((127, 1)),
@@ -68,7 +69,7 @@ LAYOUTS = [
 
 
 class Data:
-    """Random inputs of a layout, and what they ought to give."""
+    """Random inputs of a layout, and the expected results."""
 
     def __init__(self, layout, dtype, mean=0.5, deviation=2.0):
         rng = np.random.default_rng(zlib.crc32(str(layout).encode()))
@@ -101,7 +102,7 @@ def data_of(layout, dtype):
 
 
 class Run:
-    """Calls of the kernels on a device; results are NumPy arrays by name. `offset` misaligns what is as large as x."""
+    """Calls the kernels on a device and returns NumPy arrays by name. `offset` misaligns the arrays as large as x."""
 
     def __init__(self, device, data, offset=0, **options):
         self.device, self.data, self.offset = device, data, offset
@@ -140,7 +141,7 @@ class Run:
         return self.get(outputs, y, buffer, "y")
 
     def gradient(self, statistics, count):
-        """Of what forward() returned, or of inference."""
+        """Calls the gradient with the statistics of forward(), or with those of inference and no count."""
         data, put = self.data, self.device.put
         dx, buffer = self.output()
         outputs = self.channels("dgamma", "dbeta")
@@ -214,7 +215,7 @@ def test_views_at_any_offset_leave_their_neighbours_alone(device, dtype):
 
 
 DETERMINED = [Layout((4097, 64), mask=0.7), Layout((2049, 100)), Layout((4097, 3)), Layout((9, 40, 7, 7), 1)]
-DETERMINED += [Layout((40, 1536)), Layout((130, 2048), mask=0.6)]  # which as many threads go through in panels
+DETERMINED += [Layout((40, 1536)), Layout((130, 2048), mask=0.6)]  # several threads take these in panels
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -228,7 +229,7 @@ def test_the_same_bits_on_every_run_and_with_any_number_of_threads(device, dtype
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_a_mean_that_is_large_beside_the_deviation(device, dtype):
-    """Nothing cancels: results are as exact as those of data around zero."""
+    """No digits cancel: the results are as exact as for data around zero."""
     scale = {"float16": 1000, "bfloat16": 100, "float32": 1e5}[dtype]
     for layout in (Layout((4097, 3)), Layout((513, 64)), Layout((4, 6, 30, 31), 1)):
         data = Data(layout, dtype, mean=scale, deviation=1.0)
@@ -258,7 +259,7 @@ def test_what_is_not_finite_stays_in_its_channel(device, value):
 
 
 def test_masked_places_have_no_influence(device):
-    """Whatever they hold, moments and the gradients of the others are the same."""
+    """Whatever masked places hold, the moments and the other places' outputs stay the same."""
     for layout in (Layout((513, 33), mask=0.5), Layout((300, 64), mask=0.9)):
         data, other = Data(layout, "float32"), Data(layout, "float32")
         other.x[~data.mask] = 1e30

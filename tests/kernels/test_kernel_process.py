@@ -25,7 +25,7 @@ def native_threads():
 
 
 def run_python(extension_path, script):
-    """In a process of its own, with nothing but NumPy and the extension."""
+    """Runs a script in a process of its own that has only NumPy and the extension."""
     result = subprocess.run(
         [sys.executable, "-c", LOAD + script, extension_path], capture_output=True, text=True, timeout=60, check=False
     )
@@ -119,7 +119,7 @@ accumulator, gradient = np.zeros(200_000, np.float32), np.ones(200_000, np.float
 used = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 20), resource.RLIM_INFINITY))  # less than a thread's stack
 start = native_threads()
-for _ in range(10_000):  # what is left for helpers that never come must not pile up
+for _ in range(10_000):  # work left for threads that never start must not pile up
     kernels.accumulate([accumulator], [gradient], threads=4)
 assert native_threads() == start
 assert (accumulator == 10_000).all()
@@ -132,7 +132,7 @@ def test_a_forked_child_has_threads_of_its_own(extension_path):
         extension_path,
         """
 import warnings
-warnings.simplefilter("ignore")  # that the process has threads when it forks is the point
+warnings.simplefilter("ignore")  # Python warns of a fork in a process with threads, which is intended here
 check(threads=4)
 for generation in range(3):
     child = os.fork()
@@ -209,7 +209,7 @@ def test_many_python_threads_at_once(kernels):
 
 
 def test_the_gil_is_free_while_the_kernel_runs(kernels):
-    """Another Python thread gets on meanwhile: it counts, which with the GIL held it could not."""
+    """Meanwhile another Python thread counts, which it could not do while the kernel held the GIL."""
     worker = threading.Thread(
         target=lambda: kernels.memory_bandwidth(1, bytes_per_array=1 << 20, repeats=2000), daemon=True
     )

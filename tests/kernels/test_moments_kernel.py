@@ -24,7 +24,7 @@ class Window:
 
 
 def batch_of(device, x, dtype="float32"):
-    """A batch's moments as batch_norm() leaves them: in `dtype`, the mean in two parts."""
+    """Returns a batch's moments in `dtype`, as batch_norm() leaves them: with the mean in two parts."""
     exact = x.astype(np.float64)
     mean = exact.mean(0) if len(x) else np.zeros(x.shape[1])
     variance = exact.var(0) if len(x) else np.zeros(x.shape[1])
@@ -95,7 +95,7 @@ def test_without_a_window_the_batch_is_all_of_it(device, dtype):
 
 def test_without_a_batch_the_window_ends(device):
     window, moving = Window(device, 3, limit=100, values=10, calls=2, moments=5.0), moving_of(device, 3)
-    for _ in range(2):  # the second time of nothing
+    for _ in range(2):  # the second call ends an empty window
         device.kernels.merge_moments(None, window=window.arrays, moving=moving, momentum=0.25)
         np.testing.assert_allclose(device.get(moving[0]), 8 * 0.25 + 5 * 0.75)
         np.testing.assert_allclose(device.get(moving[1]), 2 * 0.25 + 0.5 * 0.75)

@@ -321,7 +321,7 @@ def test_what_batch_normalization_rejects(kernels, function, arguments, case):
 
 
 def test_a_great_many_places_without_values(kernels):
-    """They are not visited one by one."""
+    """The kernel returns at once: it does not visit the places one by one."""
     x, y = (np.empty((1 << 40, 3, 0), np.float32) for _ in range(2))
     arguments = forward_arguments(x=x, y=y, axis=1)
     kernels.batch_norm(**arguments)

@@ -5,7 +5,7 @@ import pytest
 from kernel_definitions import assert_same_bits, storage, values, wide
 
 TYPES = ["float16", "bfloat16", "float32", "float64"]
-# Around packs, the blocks of 32768 values on a CPU and the chunks of 32 KB on a GPU.
+# Sizes around packs, the blocks of 32768 values on a CPU and the chunks of 32 KB on a GPU.
 SIZES = [0, 1, 3, 7, 8, 9, 31, 32, 33, 555, 2048, 4095, 4096, 4097, 8192, 8193, 16383, 16385, 32767, 32769, 99991]
 
 
@@ -64,7 +64,7 @@ def test_the_same_bits_at_any_offset(device, dtype):
         array = values(dtype, size, 1)
         found = norms(device, [device.put(array)])
         for offset in range(1, 9):
-            # What lies beside would show.
+            # The values beside the array are NaN, so that reading them shows.
             buffer = np.full(size + 20, 0x7FC0 if dtype == "bfloat16" else np.nan, storage(dtype))
             buffer[offset : offset + size] = array
             assert_same_bits(norms(device, [device.put(buffer)[offset : offset + size]]), found)

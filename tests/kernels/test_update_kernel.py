@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from kernel_definitions import SLOTS, Settings, assert_same_bits, gradient_of, narrow, noise, step, values
 
-# Around packs, the runs of 256 values and the blocks of 8192 on a CPU, and the chunks of 256 threads on a GPU.
+# Sizes around packs, the runs of 256 values and the blocks of 8192 on a CPU, and the chunks of 256 threads on a GPU.
 SIZES = [0, 1, 3, 4, 5, 17, 255, 256, 257, 1023, 1024, 1025, 2047, 2048, 2049, 3072, 3073, 8191, 8192, 8193, 65537]
 LATEST = ["float16", "bfloat16", "float32"]
 
 
 @dataclasses.dataclass
 class Item:
-    """One value and what belongs to it; `offset` is from the alignment of its buffer, in elements."""
+    """One value and the arguments that belong to it. `offset` counts elements from its buffer's alignment."""
 
     size: int
     latest_dtype: str | None = None
@@ -26,7 +26,7 @@ class Item:
 
 
 class Problem:
-    """Random arrays on a device, and what becomes of them."""
+    """Random arrays on a device, and the results expected of an update."""
 
     def __init__(self, device, settings, items):
         self.device, self.settings, self.items = device, settings, items
@@ -60,7 +60,7 @@ class Problem:
         return [self.view(buffer, item) for buffer, item in zip(buffers, self.items, strict=True)]
 
     def run(self, **options):
-        """One call, and what it left in the buffers: for each item the value's and the slots'."""
+        """Makes one call. Returns for each item what its value's and its slots' buffers hold afterwards."""
         targets = [self.put(arrays) for arrays in zip(*self.before, strict=True)]
         targets = targets or [[] for _ in range(1 + SLOTS[self.settings.rule])]
         flags = self.put([item.touched for item in self.items])
@@ -83,7 +83,7 @@ class Problem:
         return [[self.device.get(buffer) for buffer in each] for each in zip(*targets, strict=True)]
 
     def expected(self, dtype=np.float32):
-        """As run(), by the definition."""
+        """Returns the same as run(), computed by the definition."""
         results = []
         for item, before, total, latest in zip(self.items, self.before, self.sums, self.latest, strict=True):
             inside = slice(item.offset, item.offset + item.size) if self.margin else slice(None)
@@ -121,7 +121,7 @@ def thread_counts(device):
 
 
 def mixed(sizes):
-    """Items that go through the ways to have a gradient."""
+    """Makes items that go through all forms of a gradient."""
     ways = [(True, None), (True, "float32"), (False, "float32"), (True, "bfloat16"), (False, "float16")]
     return [
         Item(size, ways[i % 5][1], ways[i % 5][0], decays=i % 3 != 0, scale=1 / (i % 7 + 1))
@@ -134,7 +134,7 @@ def mixed(sizes):
 @pytest.mark.parametrize("rule", SLOTS)
 def test_every_rule_and_size_equals_numpy(device, rule, overwrite, clip):
     settings = Settings(rule, decay=0.1, weight=3.0, overwrite=overwrite, clip=clip)
-    # Each size is there with two of the ways, over the cases.
+    # The shift gives the sizes other forms of the gradient in other cases.
     shift = overwrite + 2 * bool(clip)
     Problem(device, settings, mixed([*SIZES[shift:], *SIZES[:shift]])).check()
 
@@ -251,7 +251,7 @@ def test_many_steps_are_close_to_float64(device, rule):
             **settings.keywords(),
         )  # fmt: skip
     wrong = ~np.isclose(device.get(arrays[0]), exact[0], rtol=1e-5, atol=3e-6)
-    # Lion's sign may differ where the direction is rounding alone.
+    # Where rounding alone decides the direction, Lion's sign may differ.
     assert wrong.mean() < (1e-3 if rule == "lion" else 1e-9)
 
 

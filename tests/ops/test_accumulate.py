@@ -21,13 +21,13 @@ def random(rng, shape, dtype):
 
 
 def expected(acc, gradient, scale, overwrite):
-    """Product and sum rounded separately in the accumulator's dtype, as the contract says."""
+    """Rounds product and sum separately in the accumulator's dtype, as the op promises."""
     product = gradient.astype(acc.dtype) * acc.dtype.type(scale)
     return product if overwrite else acc + product
 
 
 def assert_close(actual, wanted, old, product, mode):
-    """Bit for bit, except under XLA, which may contract the two roundings into one: half an ulp of each operand."""
+    """Asserts equality bit for bit, except under XLA: it may round product and sum only once, so an ulp is allowed."""
     if mode.name != "xla":
         np.testing.assert_array_equal(actual, wanted)
         return
@@ -151,7 +151,7 @@ class TestRows:
                 np.testing.assert_array_equal(flags.numpy(), touched)
 
     def test_rows_without_flag_are_not_cleared(self):
-        """The promise that makes a window's start cheap: only flagged rows are written."""
+        """Only flagged rows are written, which makes the start of a window cheap."""
         accumulator = tf.Variable(tf.fill([5, 2], 7.0))
         flags = tf.Variable([False, True, False, False, False])
         gradient = tf.IndexedSlices(tf.ones([1, 2]), tf.constant([3]))
@@ -226,7 +226,7 @@ def test_readers_keep_what_they_read(backend):
 
 
 def test_after_a_scatter_readers_keep_what_they_read(backend):
-    """TensorFlow's scatters put a variable into copy-on-read mode."""
+    """TensorFlow's scatters put a variable into copy-on-read mode, which the op has to handle."""
     accumulator = tf.Variable(tf.ones([4, 2]))
     read = accumulator.read_value()
     accumulator.scatter_add(tf.IndexedSlices(tf.ones([1, 2]), tf.constant([0])))

@@ -16,19 +16,19 @@ from accumops import ops
 
 NUMPY = {tf.float16: np.float16, tf.bfloat16: ml_dtypes.bfloat16, tf.float32: np.float32, tf.float64: np.float64}
 HALF = (tf.float16, tf.bfloat16)
-# A number of every dtype that a float has.
+# A power of two, so that it is exact in every dtype.
 EPSILON = 2.0**-10
-# Of the largest magnitude.
+# The allowed errors, as multiples of the largest magnitude.
 TOLERANCE = {tf.float16: 1e-5, tf.bfloat16: 1e-5, tf.float32: 1e-5, tf.float64: 1e-13}
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """An array's shape and the axis of its channels, and what of gamma, beta and a mask there is."""
+    """An array's shape and the axis of its channels, and whether it has a gamma, a beta and a mask."""
 
     shape: tuple[int, ...]
     axis: int
-    mask: str | None = None  # "some", "all" or "none" of the places
+    mask: str | None = None  # keeps "some", "all" or "none" of the places
     gamma: bool = True
     beta: bool = True
     compiled: bool = False  # whether XLA compiles it as well, which takes longest
@@ -38,7 +38,7 @@ class Layout:
         return f"{list(self.shape)} axis {self.axis} mask {self.mask} with {given}"
 
 
-# Channel counts around vectors and tiles of 512 columns; rows around chunks of 128.
+# Numbers of channels around vectors and tiles of 512 columns; numbers of rows around chunks of 128.
 LAYOUTS = [
     Layout((127,), 0),
     Layout((1,), -1, gamma=False),
@@ -76,7 +76,7 @@ LAYOUTS = [
 
 
 def as_rows(array, axis):
-    """The array as one row for each place, one column for each channel."""
+    """Returns the array as a matrix, with a row for each place and a column for each channel."""
     return np.moveaxis(array, axis, -1).reshape(-1, array.shape[axis])
 
 
@@ -91,14 +91,14 @@ def wide(array):
 
 @dataclasses.dataclass
 class Expected:
-    """A value, and the magnitude of what it was computed from."""
+    """An expected value, and the magnitude of the numbers that it was computed from."""
 
     value: np.ndarray
     magnitude: float
 
 
 class Definition:
-    """Batch normalization as its definition has it, and its gradients, by the formulas of the textbook."""
+    """Batch normalization and its gradients, by the textbook's formulas."""
 
     def __init__(self, x, gamma, beta, dy, axis, epsilon, mask=None, moments=None):
         self._shape, self._axis = x.shape, axis
@@ -136,7 +136,7 @@ def largest(*arrays):
 
 
 def assert_close(actual, expected, dtype, name):
-    """Within `TOLERANCE`, and half an ulp more of what is rounded to half precision."""
+    """Asserts that errors are within `TOLERANCE`; results in half precision may be off by half an ulp more."""
     assert actual.shape == expected.value.shape, name
     bound = np.full(actual.shape, TOLERANCE[dtype] * expected.magnitude)
     if actual.dtype in (np.float16, ml_dtypes.bfloat16):
@@ -147,7 +147,7 @@ def assert_close(actual, expected, dtype, name):
 
 
 class Data:
-    """Random inputs of a layout, and what they ought to give."""
+    """Random inputs of a layout, and the expected results."""
 
     def __init__(self, layout, dtype, mean=0.5, deviation=2.0):
         rng = np.random.default_rng(zlib.crc32(str(layout).encode()))
@@ -156,7 +156,7 @@ class Data:
         self.layout, self.dtype = layout, dtype
         self.x = rng.normal(mean, deviation, layout.shape).astype(NUMPY[dtype])
         self.dy = (rng.standard_normal(layout.shape) + 0.1).astype(NUMPY[dtype])
-        # Of few digits, as Keras's layer rounds its own to half precision.
+        # These have few digits, because Keras's layer rounds its gamma and beta to half precision.
         self.gamma = (rng.integers(2, 17, channels) / 8).astype(statistics)
         self.beta = (rng.integers(-16, 17, channels) / 8).astype(statistics)
         self.moments = [
@@ -177,13 +177,13 @@ class Data:
         )
 
     def parameters(self):
-        """Gamma and beta, as the op takes them and for gradients to flow to."""
+        """Returns gamma and beta as tensors that gradients can flow to, or None where there are none."""
         gamma = tf.constant(self.gamma) if self.layout.gamma else None
         beta = tf.constant(self.beta) if self.layout.beta else None
         return gamma, beta
 
     def train(self, mode=lambda function: function, x=None):
-        """What `batch_norm` gives: y, its moments and the gradients."""
+        """Runs `batch_norm`. Returns y, the moments and the gradients."""
         gamma, beta = self.parameters()
         mask = None if self.mask is None else tf.constant(self.mask)
 
@@ -330,16 +330,16 @@ def run_script(script, *arguments, timeout):
 
 
 def test_no_channels():
-    """In a process of its own, which ends where the op does not."""
+    """Runs in a process of its own, so that a call that never returns can be stopped."""
     done = run_script(NO_CHANNELS, timeout=60)
     assert done.returncode == 0, done.stderr[-1000:]
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((4097, 17), 1), ((1000, 64), 1), ((3, 5, 4097), 1)])
 def test_large_mean_costs_no_digits(backend, mode, rng, shape, axis):
-    """A mean of 1e4 and a deviation of 1e-2, which is ten times the distance of float32's numbers there.
+    """The mean is 1e4 and the deviation 1e-2, ten times the distance between float32's numbers near that mean.
 
-    The data are as float32 rounds them: that is theirs, and the definition's, which is why the bound is as ever.
+    The definition gets the data as float32 has rounded them, so the usual bound holds.
     """
     layout = Layout(shape, axis)
     data = Data(layout, tf.float32, mean=1e4, deviation=1e-2)
@@ -358,7 +358,7 @@ def test_large_mean_costs_no_digits(backend, mode, rng, shape, axis):
 
 
 def test_large_mean_of_many_rows(mode, rng):
-    """The fused op's sums of float32 are short, whatever the number of rows."""
+    """The fused op adds few float32 numbers in one sum, however many rows there are."""
     x = rng.normal(1e4, 1e-2, (1 << 18, 4)).astype(np.float32)
     y, moments = mode(lambda x: ops.batch_norm(x, None, None, epsilon=1e-9))(tf.constant(x))
     exact = x.astype(np.float64)
@@ -397,7 +397,7 @@ def test_half_precision_is_as_good_as_keras(backend, dtype, layout, training):
         (layer.moving_variance, data.moments[1]),
     ]:
         variable.assign(value)
-    if not training:  # as the layer rounds them
+    if not training:  # the layer rounds given moments to half precision, so the definition must as well
         data.moments = [each.astype(NUMPY[dtype]).astype(np.float32) for each in data.moments]
     x, dy = tf.constant(data.x), tf.constant(data.dy)
     with tf.GradientTape() as tape:
@@ -414,7 +414,7 @@ def test_half_precision_is_as_good_as_keras(backend, dtype, layout, training):
     for name, ours, theirs, exact in zip(names, [y, *gradients], keras_results, wanted, strict=True):
         assert ours.dtype == (dtype if name in ("y", "dx") else tf.float32)
         error, allowed = (largest(wide(each.numpy()) - exact.value) for each in (ours, theirs))
-        # Sums are float32: where Keras happens to round them well, a few roundings more are none of half precision's.
+        # Sums over a channel are float32. Keras's may be nearly exact by chance: allow for a few float32 roundings.
         rounding = 0 if name in ("y", "dx") else 1e-6 * largest(exact.value)
         assert error <= max(2 * allowed, rounding), (name, error, allowed)
 
@@ -422,7 +422,7 @@ def test_half_precision_is_as_good_as_keras(backend, dtype, layout, training):
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("layout", [Layout((6, 4, 8), -1, "some"), Layout((6, 8, 4), 1)], ids=str)
 def test_no_copy_in_float32(dtype, layout):
-    """Neither forward nor backward is there a tensor of x's size that is not of its dtype."""
+    """Forward and backward, each tensor of x's size has x's dtype."""
     data = Data(layout, dtype)
     traced = []
 
@@ -556,7 +556,7 @@ def test_shapes_unknown_until_run(backend):
 
 
 class TestSecondOrder:
-    """Gradients of gradients, which the fused op does not have."""
+    """Gradients of gradients, which only the reference has."""
 
     @pytest.fixture
     def second_order(self):

@@ -16,9 +16,9 @@ def module():
     return loaded
 
 
-# What the ops take: an array of shape (4, 2, 3), and what belongs to it with its channels last.
+# These call the ops with an array of shape (4, 2, 3), channels last, and with arguments that fit it.
 def forward(**changes):
-    """The op itself, without the checks of `ops.batch_norm`, with some arguments of its own."""
+    """Calls the op itself, without the checks of `ops.batch_norm`, with some arguments changed."""
     arguments = {"x": tf.ones([4, 2, 3]), "gamma": tf.ones([3]), "beta": tf.ones([3]), "mask": [], "axis": 2}
     return module().accum_ops_batch_norm(**{**arguments, "epsilon": 1e-3, **changes})
 
@@ -111,7 +111,7 @@ def test_raw_op_raises(name):
 
 @pytest.mark.parametrize("name", list(MALFORMED))
 def test_raw_op_raises_in_a_graph(name):
-    """When it is built, or when it runs."""
+    """The error comes when the graph is built, or when it runs."""
     message, call = MALFORMED[name]
     with pytest.raises((INVALID, ValueError, TypeError), match=message):
         tf.function(lambda: tf.nest.map_structure(tf.identity, call()), autograph=False)()
@@ -197,6 +197,6 @@ def test_unknown_rank(backend, call):
 
 
 def test_a_mask_where_channels_are_not_last(backend):
-    """It would have other values for each channel."""
+    """Such a mask would be different for each channel."""
     with pytest.raises(ValueError, match=r"axis=1 for shape \(6, 3, 5\)"):
         ops.batch_norm(tf.zeros([6, 3, 5]), None, None, axis=1, mask=tf.ones([6, 3], tf.bool))

@@ -17,7 +17,7 @@ from accumops.ops import library
 
 @pytest.fixture
 def installation(tmp_path, monkeypatch):
-    """A copy of the installed libraries to damage; what was loaded before comes back afterwards."""
+    """A copy of the installed libraries that a test may damage. Afterwards the original ones are loaded again."""
     loaded, load_op_library = library.load()[0], tf.load_op_library
     original = (library._DIRECTORY / "_tensorflow_ops.so").read_bytes()
 
@@ -93,7 +93,7 @@ def test_refused_by_the_linker(installation):
 
 
 def test_unresolved_symbol(installation):
-    """As where Abseil's version is in TensorFlow's symbols and has changed."""
+    """This happens, for one, if TensorFlow's symbols contain Abseil's version and the version has changed."""
     path = installation / "_tensorflow_ops.so"
     data = path.read_bytes()
     symbol = b"_ZN10tensorflow8OpKernelC2EPNS_20OpKernelConstructionE"
@@ -103,7 +103,7 @@ def test_unresolved_symbol(installation):
 
 
 def test_gpu_variables_without_usable_cuda_kernels(installation, monkeypatch):
-    """On a GPU whose driver is too old the ops load, and still the reference has to do the work."""
+    """With a driver that is too old the ops load, but the reference must do the work on the GPU."""
 
     class Kernels:
         @staticmethod
@@ -186,7 +186,7 @@ def run_python(code):
 
 
 def test_loads_after_xla_has_compiled_something():
-    """TensorFlow gives XLA's kernels to its compilation devices once; one that is loaded later has to get there too."""
+    """TensorFlow registers XLA's kernels with its compilation devices once. Kernels loaded later must register too."""
     code = """
 import tensorflow as tf
 tf.function(lambda x: 2 * x, jit_compile=True)(tf.constant(1.0))

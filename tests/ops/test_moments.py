@@ -36,7 +36,7 @@ def make_batch(channels, count=4, mean=1.0, rest=0.0, variance=0.5, dtype=tf.flo
 
 
 def batches_of(rng, channels, dtype=tf.float32):
-    """Each with a mean of its own, so that most of the variance is between them."""
+    """Makes batches with different means, so that most of the variance is between batches."""
     return [
         (rng.normal(rng.normal(0, 3, channels), 1.0, (size, channels))).astype(NUMPY[dtype]).astype(NUMPY[dtype])
         for size in SIZES
@@ -53,7 +53,7 @@ def check(window, pooled, tolerance):
 def test_ragged_micro_batches_are_the_pooled_batch(backend, mode, rng, dtype, tolerance):
     batches = batches_of(rng, 17, dtype)
     window = make_window(17)
-    sizes = SIZES if mode.name != "xla" else SIZES[:4]  # each is a shape to compile for
+    sizes = SIZES if mode.name != "xla" else SIZES[:4]  # XLA compiles for each size
     run = mode(lambda x: ops.merge_moments(ops.batch_norm(x, None, None)[1], window=window))
     for _ in range(2):  # the second window starts on the first one's values
         for batch in batches[: len(sizes)]:
@@ -94,7 +94,7 @@ def test_limit_is_read_when_it_runs(backend, mode):
 def test_without_a_window_the_batch_is_all_of_it(backend, mode):
     moving = make_moving(3, momentum=0.99)
     mode(lambda: ops.merge_moments(make_batch(3, mean=1.0, variance=0.3), moving=moving))()
-    # As Keras computes it, bit for bit.
+    # The result equals Keras's computation bit for bit.
     one = np.float32(1)
     np.testing.assert_array_equal(moving.mean, np.float32(8) * np.float32(0.99) + one * np.float32(1 - 0.99))
     np.testing.assert_array_equal(
@@ -109,12 +109,12 @@ def test_without_a_batch_the_window_ends(backend, mode):
     np.testing.assert_allclose(moving.mean, 8 * 0.25 + 5 * 0.75)
     np.testing.assert_allclose(moving.variance, 2 * 0.25 + 0.5 * 0.75)
     assert window.counters.numpy().tolist() == [0, 0, 100]
-    close()  # of nothing
+    close()  # ends an empty window
     np.testing.assert_allclose(moving.mean, 8 * 0.25 + 5 * 0.75)
 
 
 def test_a_window_without_values_moves_nothing(backend, mode):
-    """Of none there are no moments; whatever is given for them."""
+    """A batch without values has no moments, so whatever it holds for them is ignored."""
     window, moving = make_window(2, limit=2), make_moving(2)
     run = mode(lambda: ops.merge_moments(make_batch(2, 0, np.nan, np.nan, np.nan), window=window, moving=moving))
     for calls in (1, 0):

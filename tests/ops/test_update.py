@@ -9,13 +9,13 @@ from accumops import ops
 from accumops.ops.update import SLOTS
 
 NUMPY = {tf.float16: np.float16, tf.bfloat16: ml_dtypes.bfloat16, tf.float32: np.float32, tf.float64: np.float64}
-# A block of the kernel is 8192 values, of which it does 256 at a time.
+# The kernel takes blocks of 8192 values, 256 values at a time.
 SHAPES = [(), (0,), (1,), (17,), (255,), (257,), (5, 111), (8191,), (8193,), (7777, 7)]
 SETTINGS = {"beta_1": 0.9, "beta_2": 0.99, "epsilon": 1e-7}
 
 
 def step(rule, x, g, slots, rate, dtype):
-    """The definition, in one dtype: what `ops.update` says, word for word."""
+    """Computes a step in one dtype, by the formulas in `ops.update`'s docstring."""
     b1, b2, epsilon = (dtype(SETTINGS[name]) for name in ("beta_1", "beta_2", "epsilon"))
     new_1, new_2 = dtype(1 - SETTINGS["beta_1"]), dtype(1 - SETTINGS["beta_2"])
     if rule == "sgd":
@@ -41,7 +41,7 @@ class Problem:
 
         self.rule = rule
         self.values, self.sums, self.latest = draw(), draw(), draw(NUMPY[latest_dtype])
-        # As variances are, not negative.
+        # All slots but the first are variances, which are not negative.
         self.slots = [[abs(each) if i else each for each in draw()] for i in range(SLOTS[rule])]
         self.variables, self.accumulators = ([tf.Variable(v) for v in vs] for vs in (self.values, self.sums))
         self.slot_variables = [[tf.Variable(v) for v in slot] for slot in self.slots]
@@ -75,7 +75,10 @@ class Problem:
 
 
 def comparison(backend, mode):
-    """The kernel gives NumPy's bits. TensorFlow reorders constants in graphs, and XLA contracts operations."""
+    """Returns the assertion for a backend and mode.
+
+    The kernel gives NumPy's bits. TensorFlow reorders constants in graphs, and XLA contracts operations.
+    """
     if backend == "fused" and mode.name != "xla":
         return np.testing.assert_array_equal
     return lambda actual, wanted: np.testing.assert_allclose(actual, wanted, rtol=3e-6, atol=1e-6)
@@ -148,7 +151,7 @@ def test_close_to_float64(backend, mode, rng, rule):
     wanted = problem.expected(0, gradient, rate=0.01, dtype=np.float64)
 
     def compare(actual, exact):
-        # A sign may differ where the direction is rounding alone.
+        # Where rounding alone decides the direction, the sign may differ.
         wrong = ~np.isclose(actual, exact, rtol=1e-5, atol=1e-6)
         assert wrong.mean() < 1e-4
 
@@ -156,7 +159,7 @@ def test_close_to_float64(backend, mode, rng, rule):
 
 
 def test_numbers_that_are_not_finite_stay_where_they_are(backend, mode):
-    """NaN of a gradient reaches its own value alone, is no number that a clip makes one, and wins a maximum."""
+    """A NaN in a gradient reaches only its own value, clipping leaves it NaN, and it wins a maximum."""
     values = np.array([1.0, 2.0, 3.0, np.inf], np.float32)
     total = np.array([np.nan, np.inf, 1.0, 1.0], np.float32)
     for rule in ("sgd", "amsgrad", "lion"):
@@ -171,7 +174,7 @@ def test_numbers_that_are_not_finite_stay_where_they_are(backend, mode):
         assert np.isnan(variable.numpy()[0])
         assert np.isfinite(variable.numpy()[1:3]).all()
         assert variable.numpy()[3] == np.inf
-        if rule == "amsgrad" and (backend, mode.name) != ("reference", "xla"):  # XLA's maximum on a CPU loses it
+        if rule == "amsgrad" and (backend, mode.name) != ("reference", "xla"):  # on a CPU XLA's maximum loses NaN
             assert np.isnan(slots[2][0].numpy()[0])
 
 
@@ -306,7 +309,7 @@ RAW = {
 
 @pytest.mark.parametrize("case", RAW)
 def test_malformed_calls_of_the_raw_op_fail_and_change_nothing(case):
-    """What no wrapper has checked: the process lives, and nothing was written."""
+    """No wrapper has checked these arguments. The process survives them, and nothing is written."""
     raw = ops.library.load()[0]
     variable, accumulator, other = tf.Variable([1.0, 2.0]), tf.Variable([1.0, 1.0]), tf.Variable([1.0])
     named = {

@@ -1,4 +1,4 @@
-"""What the compiled TensorFlow library exports and needs: one file has to load on every TensorFlow package."""
+"""What the compiled TensorFlow library exports and needs: the one file must load on every TensorFlow package."""
 
 import os
 import pathlib
@@ -23,7 +23,7 @@ def dynamic_symbols(*options):
 
 
 def test_no_cuda_symbol_is_left_to_the_dynamic_linker():
-    """libtensorflow_framework exports stubs of the CUDA runtime's names, of another version than ours."""
+    """libtensorflow_framework exports stubs with the CUDA runtime's names, of another version than this build's."""
     symbols = dynamic_symbols()
     assert symbols
     assert [s for s in symbols if s.startswith(("cuda", "__cuda", "cu"))] == []
@@ -58,7 +58,7 @@ print(module.instruction_set())
 
 @pytest.fixture(scope="module")
 def tensorflow_cpu():
-    """The interpreter of an environment with the tensorflow-cpu package instead of tensorflow, kept between runs."""
+    """The interpreter of an environment that has tensorflow-cpu instead of tensorflow, and is kept between runs."""
     root = pathlib.Path(accumops.__file__).resolve().parent.parent
     directory = root / "build" / f"tensorflow-cpu-{sys.implementation.cache_tag}"
     python = directory / "bin" / "python"
@@ -72,7 +72,7 @@ def tensorflow_cpu():
 
 
 def test_loads_and_runs_on_tensorflow_cpu(tensorflow_cpu):
-    """That package lacks tens of thousands of the symbols that the other one exports."""
+    """tensorflow-cpu lacks tens of thousands of the symbols that tensorflow exports."""
     script = """
 import tensorflow as tf
 import accumops

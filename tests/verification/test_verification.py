@@ -16,7 +16,7 @@ PLACES = ("first", "last")
 
 
 def eager_only(subject):
-    """The subject's quick grid without the slow modes and the large inputs."""
+    """Returns the subject with its quick grid, without the slow modes and the large inputs."""
 
     def cases(quick):
         for case in subject.cases(True):
@@ -32,7 +32,7 @@ def small_grid(monkeypatch):
 
 
 def break_fused(monkeypatch, broken):
-    """Has `broken(original, accumulators, gradients, **arguments)` stand in for the fused accumulate."""
+    """Replaces the fused accumulate by `broken(original, accumulators, gradients, **arguments)`."""
     original = accumops.ops.accumulate
     monkeypatch.setattr(accumops.ops, "accumulate", lambda *args, **kwargs: broken(original, *args, **kwargs))
 
@@ -66,7 +66,7 @@ def test_progress_counts_up_to_the_total(small_grid):
 
 
 def replace_op(monkeypatch, name, broken):
-    """Has `broken(original, *arguments)` stand in for a fused op."""
+    """Replaces a fused op by `broken(original, *arguments)`."""
     original = getattr(accumops.ops, name)
     monkeypatch.setattr(accumops.ops, name, lambda *args, **kwargs: broken(original, *args, **kwargs))
 
@@ -197,7 +197,7 @@ def test_unbiased_variance_is_found(small_grid, monkeypatch):
 
 
 def test_epsilon_of_another_size_is_found(small_grid, monkeypatch):
-    """By a thousandth of itself, in what full precision can tell."""
+    """An epsilon that is off by a thousandth is found in full precision."""
 
     def broken(original, *args, epsilon, **kwargs):
         return original(*args, epsilon=epsilon * 1.001, **kwargs)
@@ -208,7 +208,7 @@ def test_epsilon_of_another_size_is_found(small_grid, monkeypatch):
 
 
 def test_gradient_without_the_sums_is_found(small_grid, monkeypatch):
-    """As that of given moments, which the forward pass cannot show."""
+    """Such a gradient treats the moments as constants. The forward pass cannot show the error."""
 
     def broken(original, x, gamma, beta, *, axis, epsilon, mask):
         y, moments = original(x, gamma, beta, axis=axis, epsilon=epsilon, mask=mask)
