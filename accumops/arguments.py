@@ -1,4 +1,4 @@
-"""What callers give, checked once and named in the messages."""
+"""Checks of what callers give, made once, with messages that name the argument and its value."""
 
 import math
 import numbers
@@ -10,10 +10,16 @@ import numpy as np
 import tensorflow as tf
 
 Schedule = Callable[[tf.Tensor], "tf.Tensor | int"]
+"""Gives `accum_steps` for a count of updates, an int64 scalar."""
 
 
 def check_accum_steps(accum_steps: int | Schedule | None) -> int | Schedule | None:
-    """Returns `accum_steps` if it can be one, or raises what the user should read."""
+    """Returns `accum_steps`, an int as a plain int.
+
+    Raises:
+        TypeError: If it is neither an int, nor a callable that returns one, nor None.
+        ValueError: If it is less than 1.
+    """
     if accum_steps is None:
         return None
     steps: Any = accum_steps
@@ -81,7 +87,7 @@ def is_variable(value: object) -> bool:
 
 
 def name_of(variable: tf.Variable | keras.Variable) -> str:
-    """What messages call a variable."""
+    """The name of a variable in messages."""
     return getattr(variable, "path", variable.name)
 
 

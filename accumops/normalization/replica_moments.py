@@ -13,15 +13,15 @@ from accumops.window import replicas
 def pool(moments: Sequence[tuple[tf.Tensor, tf.Tensor, tf.Tensor]]) -> list[BatchMoments]:
     """Pools the moments of layers over all replicas; every replica has to call it.
 
-    In two rounds, each for all layers together: what has been counted and summed, and then the squared distances from
-    the mean that this gives.
+    It communicates twice, each time for all layers together: counts and sums first, which give the means, then squared
+    distances from these means.
 
     Args:
-        moments: Of each layer, on this replica: the count, a scalar, and of each channel the mean and the sum of
-            squared distances from it. What stands for no values counts as nothing, whatever it is.
+        moments: For each layer, on this replica, the count, a scalar, and for each channel the mean and the sum of
+            squared distances from the mean. Where the count is 0, mean and sum count as nothing, whatever they are.
 
     Returns:
-        Of each layer, over all replicas: moments in float64.
+        For each layer the moments over all replicas, in float64.
     """
     wide = [[tf.cast(each, tf.float64) for each in layer] for layer in moments]
     wide = [[count, *(tf.where(count > 0, each, tf.zeros_like(each)) for each in rest)] for count, *rest in wide]
@@ -39,7 +39,14 @@ def pool(moments: Sequence[tuple[tf.Tensor, tf.Tensor, tf.Tensor]]) -> list[Batc
 
 
 def pool_arrays(windows: Sequence[Sequence[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """As `pool`, of the counters and moments of one layer's windows on all replicas, and to another such window."""
+    """Pools one layer's windows, on arrays.
+
+    Args:
+        windows: For each replica the counters and the moments of its window.
+
+    Returns:
+        The counters and the moments of a window that holds the values of all.
+    """
     held = [(counters[0], *moments) for counters, moments in windows if counters[0] > 0]
     counters, moments = (np.array(each) for each in windows[0])
     counters[0] = sum(count for count, _, _ in held)
@@ -57,9 +64,9 @@ def _sums(vectors: list[tf.Tensor]) -> list[tf.Tensor]:
 def batch_norm(
     x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None, *, axis: int, epsilon: float, mask: tf.Tensor | None
 ) -> tuple[tf.Tensor, BatchMoments]:
-    """As `accumops.ops.batch_norm`, by the moments of all replicas' batches together, in plain TensorFlow.
+    """Normalizes as `accumops.ops.batch_norm` does, but by the moments of all replicas' batches, in plain TensorFlow.
 
-    Every replica has to call it, and to take gradients: these flow through the pooled moments.
+    Every replica has to call it, and to take gradients if one does: gradients flow through the pooled moments.
     """
     dtype = statistics_dtype(x.dtype)
     axis %= x.shape.rank

@@ -1,4 +1,4 @@
-"""Clipping a gradient by the size of the weights that it belongs to."""
+"""Adaptive gradient clipping: each gradient is clipped by the norm of its weights."""
 
 import math
 import numbers
@@ -12,7 +12,7 @@ import tensorflow as tf
 
 @keras.saving.register_keras_serializable(package="accumops")
 class AdaptiveGradientClipping:
-    """Scales gradients down where they are large beside their weights, unit by unit.
+    """Scales gradients down that are large compared with their weights, unit by unit.
 
     Adaptive gradient clipping as in Brock et al., 2021, [High-Performance Large-Scale Image Recognition Without
     Normalization](https://arxiv.org/abs/2102.06171), equation 3. For each unit `i`, with gradient `G_i` and weights
@@ -20,21 +20,21 @@ class AdaptiveGradientClipping:
 
         G_i  <-  clip_factor * max(|W_i|, epsilon) / |G_i| * G_i    if |G_i| / max(|W_i|, epsilon) > clip_factor
 
-    A unit is what feeds one output: all of a variable at one index of its last axis, as in the kernels of `Dense`,
-    `(in, out)`, and `Conv2D`, `(height, width, in, out)`. A vector or scalar, such as a bias or a gain, is one unit.
-    Layouts with another fan-in (multi-head projections, depthwise kernels and transposed convolutions) are treated
-    alike: their units are the indices of the last axis, too.
+    A unit is the part of a variable that feeds one output: all values at one index of the last axis, as in the kernels
+    of `Dense`, `(in, out)`, and `Conv2D`, `(height, width, in, out)`. A vector or scalar, such as a bias or a gain, is
+    one unit. Layouts with another fan-in (multi-head projections, depthwise kernels and transposed convolutions) are
+    treated alike: their units are the indices of the last axis, too.
 
-    The norms are those of the gradients as they are: give it unscaled ones, and where gradients are accumulated, those
-    of the whole window. A unit whose gradient is not finite is left as it is, for loss scaling to find.
+    Norms are taken of the gradients as they are given: give unscaled gradients and, where gradients are accumulated,
+    those of the whole window. A unit whose gradient is not finite is left as it is, for loss scaling to find.
 
     Args:
         clip_factor: The largest norm of a unit's gradient, as a share of the norm of its weights: a finite number
             greater than 0. The paper calls it lambda; the larger the batch, the smaller it should be.
-        epsilon: The least norm that weights count with, so that weights of zero can grow: a finite number greater
+        epsilon: The smallest norm that weights count with, so that weights of zero can grow: a finite number greater
             than 0.
-        exclude: Regular expressions. A variable in whose `path` (for a `tf.Variable`, `name`) `re.search` finds one
-            of them is not clipped. The paper leaves out the final linear layer.
+        exclude: Regular expressions. If `re.search` finds one of them in the `path` of a variable (the `name` of a
+            `tf.Variable`), the variable is not clipped. The paper leaves out the final linear layer.
 
     Raises:
         TypeError: If `clip_factor` or `epsilon` is not a number, or `exclude` is not an iterable of strings.
@@ -74,12 +74,12 @@ class AdaptiveGradientClipping:
 
     @property
     def epsilon(self) -> float:
-        """The least norm that weights count with."""
+        """The smallest norm that weights count with."""
         return self._epsilon
 
     @property
     def exclude(self) -> tuple[str, ...]:
-        """The regular expressions for variables that are not clipped."""
+        """The regular expressions for the variables that are not clipped."""
         return tuple(pattern.pattern for pattern in self._exclude)
 
     def __call__(
@@ -90,8 +90,8 @@ class AdaptiveGradientClipping:
         """Returns the clipped gradients, each of its own dtype.
 
         Args:
-            gradients: One for each variable: tensors, `tf.IndexedSlices` or None, which stay what they are.
-                `tf.IndexedSlices` keep their indices; rows that repeat count with their sum.
+            gradients: One for each variable: a tensor, `tf.IndexedSlices` or None; each is returned as the same kind.
+                `tf.IndexedSlices` keep their indices. Rows that repeat are clipped by the norm of their sum.
             variables: The variables, in the order of `gradients`.
 
         Raises:
@@ -123,7 +123,7 @@ class AdaptiveGradientClipping:
         scale, norm = _scaled_norm(tf.convert_to_tensor(variable), axes, dtype)
         limit = tf.constant(self._clip_factor, dtype) * tf.maximum(scale * norm, tf.constant(self._epsilon, dtype))
         scale, norm = _scaled_norm(values, axes, dtype, gradient.indices if is_sparse else None)
-        # False where the norm is not a number: what is not finite stays.
+        # False for a norm that is not a number: a unit that is not finite stays as it is.
         exceeds = scale * norm > limit
         clipped = tf.where(exceeds, tf.cast(tf.cast(values, dtype) / scale * (limit / norm), values.dtype), values)
         return tf.IndexedSlices(clipped, gradient.indices, gradient.dense_shape) if is_sparse else clipped
@@ -147,16 +147,17 @@ class AdaptiveGradientClipping:
 def _scaled_norm(
     values: tf.Tensor, axes: list[int] | None, dtype: tf.DType, indices: tf.Tensor | None = None
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns the units' largest magnitude (1 where all are zero), and their norm divided by it: no square overflows.
+    """Returns the largest magnitude of each unit, 1 for a unit of zeros, and the unit's norm divided by it.
 
-    The norm is not a number where a value is not finite. With `indices`, rows of the same index are summed before.
+    So no square overflows. The norm of a unit with a value that is not finite is not a number. With `indices`, rows of
+    the same index are summed first.
     """
     values = tf.cast(values, dtype)
     largest = tf.reduce_max(tf.abs(values), axis=axes, keepdims=True)
     scale = tf.where(largest > 0, largest, tf.ones_like(largest))
     scaled = values / scale
     if indices is not None:
-        # As many segments as there are rows, a number that XLA knows: those too many add zero.
+        # As many segments as rows, a number that XLA knows. Segments without rows add zero.
         scaled = tf.math.unsorted_segment_sum(scaled, tf.unique(indices).idx, tf.shape(indices)[0])
     return scale, tf.sqrt(tf.reduce_sum(tf.square(scaled), axis=axes, keepdims=True))
 
