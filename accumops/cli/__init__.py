@@ -1,7 +1,5 @@
 """The command `accumops`, also `python -m accumops`. Each command imports TensorFlow when it runs, not before."""
 
-import os
-
 import click
 
 from accumops.cli.bench import bench
@@ -31,8 +29,6 @@ def _print_version(context: click.Context, _: click.Parameter, wanted: bool) -> 
 )
 def main() -> None:
     """Training with large batches on small memory in TensorFlow and Keras."""
-    # Most of TensorFlow's messages would drown the commands' own. It reads this when it is imported.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
 for _command in (info, verify, demo, bench):

@@ -74,7 +74,8 @@ def bench(
     if rounds is None:
         rounds = benchmark.default_rounds(suite)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console(stderr=True), transient=True) as progress:
+    screen = console(stderr=True)
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
         task = progress.add_task(f"bench {suite}", total=benchmark.turns(suite, rounds))
         try:
             result = benchmark.run(suite, device=device, rounds=rounds, progress=lambda: progress.advance(task))

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from accumops.cli.console import console, human_bytes, table
 from accumops.cli.picture import check_picture
+from accumops.cli.quiet import import_tensorflow
 
 _BATCH = 256
 _MICRO_BATCH = 32
@@ -60,6 +61,7 @@ def demo(updates: int, output: Path) -> None:
         import matplotlib.figure  # noqa: F401  missing packages should show before the training, not after
 
         data = _load_digits(updates)
+    import_tensorflow()
     from accumops.verification import fused_problem
 
     on_gpu = _has_gpu()

@@ -11,6 +11,7 @@ import click
 from rich.markup import escape
 
 from accumops.cli.console import console, table
+from accumops.cli.quiet import import_tensorflow
 
 
 @click.command()
@@ -31,6 +32,7 @@ def info(as_json: bool) -> None:
 
 def describe() -> dict[str, Any]:
     """Returns what there is to know about this machine and installation, as JSON takes it."""
+    import_tensorflow()
     import keras
     import numpy as np
     import tensorflow as tf
