@@ -1,7 +1,7 @@
 """Registers accumops' Keras classes as soon as Keras is there, although `import accumops` imports neither.
 
-`keras.models.load_model` finds a custom class only if somebody has imported the class's module before. After a plain
-`import accumops`, in either order with `import keras`, it must find accumops' classes:
+`keras.models.load_model` finds a custom class only if the class's module has been imported before. A plain
+`import accumops` must be enough for that, before or after `import keras`:
 
 - If Keras is imported already, `register` imports the classes at once. TensorFlow is there, so this is cheap.
 - Otherwise `register` puts a finder on `sys.meta_path`, which imports the classes once Keras has been imported, and
@@ -67,7 +67,10 @@ class _Finder:
                 importlib.import_module(module)
         except Exception as error:
             # Keras works without accumops, so its import goes on. The first use of a name of accumops raises the error.
-            warnings.warn(f"accumops' classes are not registered with Keras: {error}", RuntimeWarning, stacklevel=2)
+            # If another thread is importing one of the modules, this may be a deadlock that Python has resolved; that
+            # thread then comes here, too.
+            if self.running == ["accumops"]:
+                warnings.warn(f"accumops' classes are not registered with Keras: {error}", RuntimeWarning, stacklevel=2)
             return
         finally:
             self.running.remove("accumops")
