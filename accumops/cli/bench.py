@@ -33,7 +33,8 @@ SUITES = ("accumulate", "update", "batch-norm", "window", "memory")
 @click.option(
     "--rounds",
     type=click.IntRange(min=2),
-    help="Measurements of each contender.  [default: 30, for memory 3]",
+    show_default="30, for memory 3",
+    help="Measurements of each contender.",
 )
 @json_option
 @click.option(
