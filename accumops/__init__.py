@@ -1,23 +1,23 @@
 """Training with large batches on small memory in TensorFlow and Keras 3."""
 
-from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
-from importlib.metadata import version as _version
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from accumops import ops
-from accumops.normalization.layer import AccumBatchNormalization
-from accumops.normalization.replace import replace_batchnorm_layers, restore_batchnorm_layers
-from accumops.ops import LibraryError, build_info, get_backend, set_backend
-from accumops.optimizer.clipping import AdaptiveGradientClipping
-from accumops.optimizer.optimizer import GradientAccumulateOptimizer
-from accumops.training.callbacks import AccumStepsScheduler, EffectiveBatchSize
-from accumops.training.model import GradientAccumulateModel
-from accumops.training.partial_window import PartialWindow
-from accumops.window.accumulator import GradientAccumulator
+from accumops.registration import register
 
-try:
-    __version__ = _version("accumops")
-except _PackageNotFoundError:  # imported from a source tree that is not installed
-    __version__ = "0+unknown"
+if TYPE_CHECKING:
+    from accumops import ops
+    from accumops.normalization.layer import AccumBatchNormalization
+    from accumops.normalization.replace import replace_batchnorm_layers, restore_batchnorm_layers
+    from accumops.ops import LibraryError, build_info, get_backend, set_backend
+    from accumops.optimizer.clipping import AdaptiveGradientClipping
+    from accumops.optimizer.optimizer import GradientAccumulateOptimizer
+    from accumops.training.callbacks import AccumStepsScheduler, EffectiveBatchSize
+    from accumops.training.model import GradientAccumulateModel
+    from accumops.training.partial_window import PartialWindow
+    from accumops.window.accumulator import GradientAccumulator
+
+    __version__: str
 
 __all__ = [
     "AccumBatchNormalization",
@@ -36,3 +36,52 @@ __all__ = [
     "restore_batchnorm_layers",
     "set_backend",
 ]
+
+# Importing TensorFlow takes seconds, so each name is imported when it is first used. The imports above say the same to
+# type checkers.
+_MODULES = {
+    "AccumBatchNormalization": "accumops.normalization.layer",
+    "AccumStepsScheduler": "accumops.training.callbacks",
+    "AdaptiveGradientClipping": "accumops.optimizer.clipping",
+    "EffectiveBatchSize": "accumops.training.callbacks",
+    "GradientAccumulateModel": "accumops.training.model",
+    "GradientAccumulateOptimizer": "accumops.optimizer.optimizer",
+    "GradientAccumulator": "accumops.window.accumulator",
+    "LibraryError": "accumops.ops",
+    "PartialWindow": "accumops.training.partial_window",
+    "build_info": "accumops.ops",
+    "get_backend": "accumops.ops",
+    "replace_batchnorm_layers": "accumops.normalization.replace",
+    "restore_batchnorm_layers": "accumops.normalization.replace",
+    "set_backend": "accumops.ops",
+}
+_SUBMODULES = ("adapters", "arguments", "normalization", "ops", "optimizer", "training", "window")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        value = getattr(importlib.import_module(_MODULES[name]), name)
+    elif name in _SUBMODULES:
+        value = importlib.import_module(f"accumops.{name}")
+    elif name == "__version__":
+        value = _version()
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES, *_SUBMODULES, "__version__"})
+
+
+def _version() -> str:
+    from importlib import metadata  # some 25 ms
+
+    try:
+        return metadata.version("accumops")
+    except metadata.PackageNotFoundError:  # imported from a source tree that is not installed
+        return "0+unknown"
+
+
+register(sorted(set(_MODULES.values())))

@@ -1,4 +1,4 @@
-"""`python -m accumops`."""
+"""Runs the command line: `python -m accumops`."""
 
 from accumops.cli import main
 

@@ -1,6 +1,7 @@
-"""The command `accumops`, also `python -m accumops`. Each command imports TensorFlow when it runs, not before."""
+"""The command `accumops`, also `python -m accumops`.
 
-import os
+The modules here import TensorFlow, Keras and NumPy inside functions, so that `--help` and usage errors take no time.
+"""
 
 import click
 
@@ -30,9 +31,10 @@ def _print_version(context: click.Context, _: click.Parameter, wanted: bool) -> 
     help="Show the version and exit.",
 )
 def main() -> None:
-    """Training with large batches on small memory in TensorFlow and Keras."""
-    # Most of TensorFlow's messages would drown the commands' own. It reads this when it is imported.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    """Train with large batches on small memory in TensorFlow and Keras.
+
+    The commands silence TensorFlow's log. Set TF_CPP_MIN_LOG_LEVEL=0 to see it.
+    """
 
 
 for _command in (info, verify, demo, bench):

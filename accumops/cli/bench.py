@@ -1,4 +1,4 @@
-"""`accumops bench`: what accumulation costs, beside other ways to do it and beside what the machine can do."""
+"""`accumops bench`: measures accumulation beside other ways to do it, and beside the limit that the machine sets."""
 
 import os
 from collections.abc import Callable
@@ -28,12 +28,13 @@ SUITES = ("accumulate", "update", "batch-norm", "window", "memory")
     type=click.Choice(["CPU", "GPU"], case_sensitive=False),
     default="CPU",
     metavar="[CPU|GPU]",
-    help="Where the work is done.",
+    help="The device that does the work.",
 )
 @click.option(
     "--rounds",
     type=click.IntRange(min=2),
-    help="How often each contender is measured; by default 30 times, for memory 3.",
+    show_default="30, for memory 3",
+    help="Measurements of each contender.",
 )
 @json_option
 @click.option(
@@ -41,27 +42,28 @@ SUITES = ("accumulate", "update", "batch-norm", "window", "memory")
     "picture",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
     callback=check_picture,
-    help="Draw the results as bars; needs matplotlib.",
+    help="Draw the results as bars in this file; needs matplotlib.",
 )
 @click.pass_context
 def bench(
     context: click.Context, suite: str, device: str, rounds: int | None, json_file: Path | None, picture: Path | None
 ) -> None:
-    """Measure contenders interleaved, and print their medians.
+    """Measure contenders in turns, and print their medians.
 
     \b
     accumulate  one micro-step over the 214 trainable variables of ResNet-50
     update      AdamW's step over the same variables
     batch-norm  forward and backward of one layer, and a window of a network
     window      4 micro-batches of 16 and their update, in six models
-    memory      the peak of training by effective batch size, each in a process
+    memory      peak memory of training by effective batch size
 
-    They are compared with a floor: what the memory's bandwidth allows, forward and backward alone, or for memory one
-    micro-batch. Exits with 3 where there are no fused ops to measure.
+    Each suite has a floor to compare with: the time that the memory's bandwidth allows, the time of forward and
+    backward alone, or the memory that one micro-batch needs. The exit code is 3 if the fused ops cannot run.
     """
     if picture is not None:
         check_matplotlib()
-    # TensorFlow reads it when it first uses a GPU, which some contenders' processes share with this one.
+    # Some contenders run in processes of their own and share the GPU with this one. TensorFlow reads the variable when
+    # it first uses a GPU.
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     facts = describe()
 
@@ -74,7 +76,8 @@ def bench(
     if rounds is None:
         rounds = benchmark.default_rounds(suite)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console(stderr=True), transient=True) as progress:
+    screen = console(stderr=True)
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
         task = progress.add_task(f"bench {suite}", total=benchmark.turns(suite, rounds))
         try:
             result = benchmark.run(suite, device=device, rounds=rounds, progress=lambda: progress.advance(task))

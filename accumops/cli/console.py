@@ -1,20 +1,20 @@
-"""How the commands print: for people in a terminal, and plainly everywhere else."""
+"""Consoles and tables of the commands: colours in a terminal, plain text everywhere else."""
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-_PLAIN_WIDTH = 240  # a file has no width to wrap at
+_PLAIN_WIDTH = 240  # columns in a file, which has no width of its own; wide enough for every table
 
 
 def console(stderr: bool = False) -> Console:
-    """Returns a console on stdout or stderr, with colours only in a terminal."""
+    """Returns a console that prints on stdout or stderr, in colour only if that is a terminal."""
     made = Console(stderr=stderr, highlight=False)
     return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=_PLAIN_WIDTH)
 
 
 def table(title: str | None = None, caption: str | None = None, show_header: bool = True) -> Table:
-    """Returns an empty table in the commands' style."""
+    """Returns an empty table in the style that all commands share."""
     return Table(
         title=title,
         caption=caption,
@@ -28,7 +28,7 @@ def table(title: str | None = None, caption: str | None = None, show_header: boo
 
 
 def human_bytes(count: int) -> str:
-    """Returns a number of bytes as people read it.
+    """Returns a number of bytes with a unit that fits it.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""`accumops demo`: the same training with a full batch and with accumulated micro-batches, side by side."""
+"""`accumops demo`: trains with the full batch and with accumulated micro-batches, and compares the two."""
 
 import contextlib
 import math
@@ -13,11 +13,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from accumops.cli.console import console, human_bytes, table
 from accumops.cli.picture import check_picture
+from accumops.cli.quiet import import_tensorflow
 
 _BATCH = 256
 _MICRO_BATCH = 32
 _ACCUM_STEPS = _BATCH // _MICRO_BATCH
-_TRAINING_SAMPLES = 6 * _BATCH  # of 1797: whole windows, and the rest is to test on
+_TRAINING_SAMPLES = 6 * _BATCH  # whole windows; the rest of the 1797 samples is the test set
 _LEARNING_RATE = 1e-3
 
 
@@ -32,8 +33,7 @@ class _Data:
 @dataclass(frozen=True)
 class _Run:
     name: str
-    losses: Any
-    """One for each update."""
+    losses: Any  # an array with one loss for each update
     weights: list[Any]
     accuracy: float
     seconds: float
@@ -42,24 +42,26 @@ class _Run:
 
 
 @click.command()
-@click.option("--updates", type=click.IntRange(min=1), default=120, help="Updates in each of the runs.")
+@click.option("--updates", type=click.IntRange(min=1), default=120, help="Updates in each run.")
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
     default=Path("accumops-demo.png"),
     callback=check_picture,
-    help="Where to save the picture of the loss curves.",
+    help="Save the picture of the loss curves in this file.",
 )
 def demo(updates: int, output: Path) -> None:
     """Train on a full batch and on accumulated micro-batches, and compare.
 
-    A small convolutional network learns scikit-learn's handwritten digits: with batches of 256 in plain Keras, and with
-    8 micro-batches of 32 through GradientAccumulateOptimizer. Both see the same samples in the same order.
+    A small convolutional network learns scikit-learn's handwritten digits. One run takes batches of 256 in plain Keras.
+    The others take 8 micro-batches of 32 through GradientAccumulateOptimizer. All runs see the same samples in the same
+    order.
     """
     with _extras():
-        import matplotlib.figure  # noqa: F401  missing packages should show before the training, not after
+        import matplotlib.figure  # noqa: F401  if it is missing, fail before the training
 
         data = _load_digits(updates)
+    import_tensorflow()
     from accumops.verification import fused_problem
 
     on_gpu = _has_gpu()
@@ -90,7 +92,7 @@ def _extras() -> Iterator[None]:
 
 
 def _load_digits(updates: int) -> _Data:
-    """Loads the digits, with the training samples written out in the order in which all runs see them."""
+    """Loads the digits, with the training samples repeated in the order in which every run sees them."""
     import numpy as np
     from sklearn.datasets import load_digits
 
@@ -128,7 +130,7 @@ def _train_all(plan: list[tuple[str, str | None]], data: _Data, updates: int) ->
 def _train(
     name: str, backend: str | None, initial: list[Any], data: _Data, updates: int, advance: Callable[[int], None]
 ) -> _Run:
-    """Trains from the `initial` weights: in plain Keras, or with accumulation where a `backend` is named."""
+    """Trains from the `initial` weights: with accumulation if there is a `backend`, else in plain Keras."""
     import keras
     import numpy as np
 
@@ -145,7 +147,7 @@ def _train(
 
     class Record(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-            self.model.reset_metrics()  # otherwise the loss is a running mean
+            self.model.reset_metrics()  # or the loss would be a running mean
 
         def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
             losses.append(float((logs or {})["loss"]))
@@ -185,8 +187,8 @@ def _new_model() -> Any:
 def _print(runs: list[_Run], updates: int) -> None:
     rows = table(
         title=f"A batch of {_BATCH} against {_ACCUM_STEPS} micro-batches of {_MICRO_BATCH}",
-        caption="Difference: over all weight tensors, relative to each one's largest weight. Seconds include tracing.\n"
-        "Layer outputs are those of one batch or micro-batch.",
+        caption="Difference: the largest over all weights, relative to the largest weight of the same tensor.\n"
+        "Seconds include tracing. Layer outputs: their size for one batch or one micro-batch.",
     )
     rows.add_column("run", no_wrap=True)
     for name in ("updates", "difference to full batch", "test accuracy", "seconds", "accumulators", "layer outputs"):
@@ -212,16 +214,16 @@ def _difference(weights: list[Any], others: list[Any]) -> float:
 
 
 def _draw(runs: list[_Run], output: Path) -> None:
-    from matplotlib.figure import Figure  # without pyplot, which would look for a screen
+    from matplotlib.figure import Figure  # not pyplot, which looks for a screen
     from matplotlib.ticker import MaxNLocator
 
-    # The curves coincide: each is thinner than those below it.
+    # The curves coincide, so each is thinner than the curves below it.
     styles: list[dict[str, Any]] = [
         {"color": "#9ecae1", "linewidth": 7, "solid_capstyle": "round"},
         {"color": "#08519c", "linewidth": 2.2},
         {"color": "#f16913", "linewidth": 2.2, "linestyle": (0, (1, 2.5)), "dash_capstyle": "round"},
     ]
-    if len(runs) == 2:  # without the fused one
+    if len(runs) == 2:  # the fused run was skipped
         styles.pop(1)
     labels = [f"batch of {_BATCH}, plain Keras"]
     labels += [f"{_ACCUM_STEPS} x {_MICRO_BATCH} {run.name}" for run in runs[1:]]
@@ -230,7 +232,7 @@ def _draw(runs: list[_Run], output: Path) -> None:
     for run, label, style in zip(runs, labels, styles, strict=True):
         updates = range(1, len(run.losses) + 1)
         axes.plot(updates, run.losses, label=label, marker="o" if len(run.losses) == 1 else None, **style)
-    axes.set_title("Accumulated micro-batches train as the full batch does")
+    axes.set_title("Accumulated micro-batches train like the full batch")
     axes.set_xlabel("update")
     axes.set_ylabel("training loss (cross-entropy)")
     axes.set_ylim(bottom=0)

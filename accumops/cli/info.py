@@ -1,4 +1,4 @@
-"""`accumops info`: what is installed, what is loaded, and why the rest is not."""
+"""`accumops info`: shows what is installed and loaded, and why something is not."""
 
 import json
 import platform
@@ -11,10 +11,11 @@ import click
 from rich.markup import escape
 
 from accumops.cli.console import console, table
+from accumops.cli.quiet import import_tensorflow
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print only JSON on stdout.")
 def info(as_json: bool) -> None:
     """Show versions, devices, and whether the fused ops are in use."""
     facts = describe()
@@ -30,7 +31,8 @@ def info(as_json: bool) -> None:
 
 
 def describe() -> dict[str, Any]:
-    """Returns what there is to know about this machine and installation, as JSON takes it."""
+    """Returns a description of this machine and installation that JSON can hold."""
+    import_tensorflow()
     import keras
     import numpy as np
     import tensorflow as tf
@@ -41,7 +43,7 @@ def describe() -> dict[str, Any]:
 
     try:
         backend = accumops.get_backend()
-    except ValueError as error:  # a typing error in ACCUMOPS_BACKEND
+    except ValueError as error:  # ACCUMOPS_BACKEND names no backend
         raise click.UsageError(str(error)) from error
     kernels = library.load_kernels()
     cuda = kernels.cuda_status() if kernels else None
@@ -81,7 +83,7 @@ def describe() -> dict[str, Any]:
 
 
 def _backend_on(device: str, backend: str, problem: str | None) -> dict[str, str | None]:
-    """What an op would run on `device`, and why not the fused one."""
+    """Returns which implementation of an op runs on `device`, and the reason if it is not the fused one."""
     if backend == "reference":
         return {"runs": "reference", "reason": "it was chosen"}
     if problem is None:
@@ -118,7 +120,7 @@ def _nvidia_driver() -> str | None:
 
 
 def _cuda_version(number: int) -> str | None:
-    """CUDA counts 1000 * major + 10 * minor, and 0 for none."""
+    """Turns CUDA's number, 1000 * major + 10 * minor, into text. CUDA gives 0 if there is no driver."""
     return f"{number // 1000}.{number % 1000 // 10}" if number else None
 
 

@@ -1,4 +1,4 @@
-"""Pictures of the commands' results, by matplotlib where it is installed."""
+"""Draws results with matplotlib, which is an optional package."""
 
 import math
 from pathlib import Path
@@ -14,7 +14,7 @@ _OURS, _FLOOR, _OTHERS = "#08519c", "#9ecae1", "#bdbdbd"
 
 
 def check_picture(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:
-    """Fails before the work is done, not after: the callback of an option that names a picture."""
+    """Checks the name of a picture before the work starts. It is the callback of options that take one."""
     if path is not None and path.suffix.lower() not in _SUFFIXES:
         raise click.BadParameter(f"{str(path)!r} must end in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}")
     if path is not None and not path.absolute().parent.is_dir():
@@ -23,7 +23,7 @@ def check_picture(_: click.Context, __: click.Parameter, path: Path | None) -> P
 
 
 def check_matplotlib() -> None:
-    """Fails before the work is done, not after, where matplotlib is missing."""
+    """Raises an error if matplotlib is missing, before the work starts."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -31,12 +31,12 @@ def check_matplotlib() -> None:
 
 
 def draw_bars(result: "Result", path: Path) -> None:
-    """Draws each case's rows as bars, with the floor as a line, and saves them.
+    """Draws the rows of each case as bars, with a line at the floor, and saves the picture.
 
     Raises:
         click.FileError: If the file cannot be written.
     """
-    from matplotlib.figure import Figure  # without pyplot, which would look for a screen
+    from matplotlib.figure import Figure  # not pyplot, which looks for a screen
 
     cases = {case: [row for row in rows if row.value is not None] for case, rows in result.cases().items()}
     columns = min(2, len(cases))

@@ -1,4 +1,4 @@
-"""`accumops verify`: whether the fused ops compute here what the reference does."""
+"""`accumops verify`: checks that the fused ops compute the same as the reference on this machine."""
 
 import math
 from collections.abc import Iterator
@@ -27,16 +27,15 @@ NOTHING_TO_VERIFY = 3
     "--device",
     type=click.Choice(["cpu", "gpu", "auto"]),
     default="auto",
-    help="Where the ops run; auto takes a GPU if the fused ops can use it.",
+    help="The device that runs the ops; auto takes a GPU if the fused ops can use it.",
 )
-@click.option("--quick", is_flag=True, help="Go through a small part of the grid only.")
+@click.option("--quick", is_flag=True, help="Run a small part of the grid only.")
 @json_option
 @click.pass_context
 def verify(context: click.Context, device: str, quick: bool, json_file: Path | None) -> None:
     """Compare every fused op with the reference, and both with float64.
 
-    Exits with 0 if all errors are within their bounds, with 1 if one is not, and with 3 where there are no fused ops to
-    verify.
+    The exit code is 0 if all errors are within their bounds, 1 if one is not, and 3 if the fused ops cannot run.
     """
     facts = describe()
 
@@ -79,7 +78,7 @@ def _run(device: str, quick: bool) -> "list[Result]":
 
 
 def _summaries(results: "list[Result]") -> Iterator[dict[str, Any]]:
-    """The largest errors of each op, layout and mode, in the order of the results."""
+    """Yields the largest errors of each op, layout and mode, in the order of the results."""
     order: dict[tuple[str, str], int] = {}
     for result in results:
         order.setdefault((result.op, result.layout), len(order))
@@ -104,7 +103,7 @@ def _summaries(results: "list[Result]") -> Iterator[dict[str, Any]]:
 
 
 def _bound(group: "list[Result]") -> str:
-    """The bounds of a group's cases; they are not the same where some sum up more terms than others."""
+    """Returns the bounds of a group's cases as a range, since a case that sums up more terms has a larger bound."""
     if all(math.isfinite(result.fused_vs_reference_bound) for result in group):
         return _range([result.fused_vs_reference_bound for result in group])
     slack = [result.fused_vs_float64_bound - 2 * result.reference_vs_float64 for result in group]
@@ -120,8 +119,8 @@ def _range(values: list[float]) -> str:
 def _print(groups: list[dict[str, Any]], results: "list[Result]", place: str) -> None:
     rows = table(
         title=f"Fused ops on {place.strip('/')}: largest errors, in ulp of the summed magnitude",
-        caption="fused-ref: between the fused op and the reference. fused-f64, ref-f64: of each against float64.\n"
-        "bound: of fused-ref; in half precision of fused-f64, with r for ref-f64. ref-f64 is bounded too.",
+        caption="fused-ref: error of the fused op against the reference. fused-f64, ref-f64: of each against float64.\n"
+        "bound: for fused-ref; in half precision for fused-f64, where r is ref-f64. ref-f64 has a bound too.",
     )
     for name in ("op", "dtype, layout", "mode"):
         rows.add_column(name, no_wrap=True)
@@ -159,7 +158,7 @@ def _number(error: float) -> str:
 
 
 def _as_json(value: Any) -> Any:
-    """JSON has no infinity: as a bound it says that there is none, and as an error it is written out."""
+    """Replaces infinity, which JSON lacks: null for a bound that does not apply, the word for an error."""
     if isinstance(value, dict):
         return {
             key: None if key.endswith("_bound") and item == math.inf else _as_json(item) for key, item in value.items()
