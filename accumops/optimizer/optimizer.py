@@ -21,27 +21,9 @@ from accumops.optimizer.checks import (
 from accumops.optimizer.ending import Clipping, Ending, Gradients
 from accumops.optimizer.fused import FusedUpdate
 from accumops.optimizer.known_variables import KnownVariables
-from accumops.optimizer.wrapped import innermost
+from accumops.optimizer.wrapped import OfInnermost, innermost
 from accumops.window import replicas
 from accumops.window.accumulator import GradientAccumulator
-
-
-class _OfInnermost:
-    """A setting of the innermost optimizer, which Keras and its callbacks look up on the optimizer that they are given.
-
-    It acts once a window, where the innermost optimizer makes the update.
-    """
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-        self.__doc__ = f"The wrapped optimizer's `{name}`."
-
-    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
-        return self if optimizer is None else getattr(innermost(optimizer.inner_optimizer), self._name)
-
-    def __set__(self, optimizer: Any, value: Any) -> None:
-        if hasattr(optimizer, "inner_optimizer"):  # not yet in the base class's constructor
-            setattr(innermost(optimizer.inner_optimizer), self._name, value)
 
 
 @keras.saving.register_keras_serializable(package="accumops")
@@ -91,13 +73,13 @@ class GradientAccumulateOptimizer(SharesAverages, keras.optimizers.Optimizer):
     """
 
     built: bool
-    weight_decay = _OfInnermost()
-    clipnorm = _OfInnermost()
-    clipvalue = _OfInnermost()
-    global_clipnorm = _OfInnermost()
-    use_ema = _OfInnermost()
-    ema_momentum = _OfInnermost()
-    ema_overwrite_frequency = _OfInnermost()
+    weight_decay = OfInnermost()
+    clipnorm = OfInnermost()
+    clipvalue = OfInnermost()
+    global_clipnorm = OfInnermost()
+    use_ema = OfInnermost()
+    ema_momentum = OfInnermost()
+    ema_overwrite_frequency = OfInnermost()
 
     def __init__(
         self,
@@ -140,7 +122,7 @@ class GradientAccumulateOptimizer(SharesAverages, keras.optimizers.Optimizer):
 
     @property
     def accumulator(self) -> GradientAccumulator:
-        """The window's state."""
+        """The accumulator of the window's gradients."""
         return self._accumulator
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
@@ -273,7 +255,7 @@ class GradientAccumulateOptimizer(SharesAverages, keras.optimizers.Optimizer):
 
     @tf.autograph.experimental.do_not_convert
     def flush(self) -> None:
-        """Ends the open window, full or not, with an update; does nothing where none is open.
+        """Ends the open window, full or not, with an update. Does nothing if none is open.
 
         Raises:
             ValueError: If it is not built.
@@ -300,10 +282,10 @@ class GradientAccumulateOptimizer(SharesAverages, keras.optimizers.Optimizer):
         *,
         weight: float | tf.Tensor = 1.0,
     ) -> None:
-        """Ends the window, full or not, with an update: for who knows that it does.
+        """Ends the window, full or not, with an update. Call it where it is known that the window ends.
 
         Args:
-            grads: The gradients of the last micro-batch, as for `apply`; None where the open window has them all.
+            grads: The gradients of the last micro-batch, as for `apply`; None if they have all been accumulated.
             trainable_variables: As for `apply`.
             weight: As for `apply`.
 
@@ -390,7 +372,7 @@ class GradientAccumulateOptimizer(SharesAverages, keras.optimizers.Optimizer):
 
     @property
     def loss_scale_factor(self) -> float | None:
-        """The wrapped optimizer's loss scale factor, of a LossScaleOptimizer its initial one; it can be set."""
+        """The wrapped optimizer's loss scale factor, or the initial scale of a LossScaleOptimizer. It can be set."""
         inner = self.inner_optimizer
         scales_itself = isinstance(inner, keras.optimizers.LossScaleOptimizer)
         return inner.initial_scale if scales_itself else inner.loss_scale_factor
@@ -400,7 +382,7 @@ class GradientAccumulateOptimizer(SharesAverages, keras.optimizers.Optimizer):
         if not hasattr(self, "inner_optimizer"):
             return  # the base class's constructor
         if isinstance(self.inner_optimizer, keras.optimizers.LossScaleOptimizer):
-            # Where a LossScaleOptimizer is made, it switches off any scaling by what it wraps. This one it cannot.
+            # A new LossScaleOptimizer switches off the scaling of the optimizer that it wraps. It cannot do so here.
             raise ValueError(
                 "The wrapped optimizer is a LossScaleOptimizer: scaling the loss twice would undo the training. Use "
                 "`compile(auto_scale_loss=False)`, or have one LossScaleOptimizer only, around the "
@@ -414,7 +396,7 @@ class GradientAccumulateOptimizer(SharesAverages, keras.optimizers.Optimizer):
         innermost(self.inner_optimizer).exclude_from_weight_decay(var_list=var_list, var_names=var_names)
 
     def scale_loss(self, loss: tf.Tensor) -> tf.Tensor:
-        """Scales the loss as the wrapped optimizer wants it, which takes the scale back out of the gradients."""
+        """Scales the loss by the wrapped optimizer's factor, which that optimizer takes out of the gradients again."""
         return self.inner_optimizer.scale_loss(loss)
 
     def finalize_variable_values(self, var_list: Sequence[keras.Variable]) -> None:
@@ -424,7 +406,7 @@ class GradientAccumulateOptimizer(SharesAverages, keras.optimizers.Optimizer):
     def load_own_variables(self, store: Mapping[str, Any]) -> None:
         """Loads what `save_own_variables` stored, or the variables of the wrapped optimizer alone.
 
-        The latter are what a model holds that was saved before it was wrapped; the next window then starts empty.
+        A model that was saved before it was wrapped has only these. The next window then starts empty.
         """
         if self._accumulator.built and len(store.keys()) == len(self.inner_optimizer.variables):
             self.inner_optimizer.load_own_variables(store)
@@ -453,8 +435,8 @@ class GradientAccumulateOptimizer(SharesAverages, keras.optimizers.Optimizer):
         return cls(**config)
 
     def __dir__(self) -> list[str]:
-        # Keras saves each attribute that it finds here and that can be saved. The wrapped optimizer's variables are
-        # saved among this one's, where a plain optimizer has them: once is enough.
+        # Keras walks `dir()` to find what to save. `inner_optimizer` is left out because `variables` already holds its
+        # variables, at the place where a plain optimizer has them.
         return [name for name in super().__dir__() if name != "inner_optimizer"]
 
     def __repr__(self) -> str:

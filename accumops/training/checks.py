@@ -58,7 +58,11 @@ def check_mode(
 
 
 def check_batch_size(
-    micro_batch_size: int | None, x: Any, batch_size: int | None, steps_per_epoch: int | None, replicas: int
+    micro_batch_size: int | None,
+    x: Any,
+    batch_size: int | None,
+    steps_per_epoch: int | None,
+    strategy: tf.distribute.Strategy | None,
 ) -> None:
     """Raises if micro-batches are larger than the batches that `fit` will split, where these are known.
 
@@ -67,7 +71,7 @@ def check_batch_size(
         x: The data given to `fit`.
         batch_size: The batch size given to `fit`.
         steps_per_epoch: The steps given to `fit`.
-        replicas: How many replicas split the batch first.
+        strategy: The strategy whose replicas split the batch first, or None.
     """
     if isinstance(x, tf.data.Dataset):
         shapes = [getattr(spec, "shape", None) for spec in keras.tree.flatten(x.element_spec)]
@@ -76,6 +80,7 @@ def check_batch_size(
         batch_size = 32  # Keras's default for arrays
     if micro_batch_size is None or batch_size is None:
         return
+    replicas = 1 if strategy is None else strategy.num_replicas_in_sync
     share = -(-batch_size // replicas)
     if micro_batch_size > share:
         of = "the batch size" if replicas == 1 else f"what each of {replicas} replicas gets of {batch_size} samples"

@@ -26,49 +26,49 @@ from accumops.training.compilation import compiles_passes
 from accumops.training.partial_window import PARTIAL_WINDOWS, PartialWindowOfModel
 from accumops.training.step import TrainingStep
 from accumops.training.train_function import function_of_workers, train_function
-from accumops.training.weighting import NORMALIZATIONS, Normalization, check_losses
+from accumops.training.weighting import Normalization, check_losses, check_normalization
 from accumops.window import replicas
 
 
 @keras.saving.register_keras_serializable(package="accumops")
 class GradientAccumulateModel(WrapperModel):
-    """Trains a model with windows of micro-batches, whose gradients make one update: that of the whole window.
+    """Trains a model with windows of micro-batches: each window makes one update, that of the large batch.
 
     Give it the model, or the `inputs` and `outputs` of one. The wrapped model keeps its layers and weights: predict
     with either, and save `model.model` to have it without accumops. Exactly one of `accum_steps` and
     `micro_batch_size` says how a window is run:
 
     - `accum_steps=K`: each batch of `fit` is a micro-batch, and every K-th makes an update.
-    - `micro_batch_size=b`: each batch of `fit` is a window, which the step splits into micro-batches of b samples; they
-      run one after another, so that activations take the memory of one. A last batch of any size is handled exactly.
-      Batch size, steps, schedules, callbacks and metrics are those of training with the large batch.
+    - `micro_batch_size=b`: each batch of `fit` is a window. The step splits it into micro-batches of b samples, which
+      run one after another, so that activations take the memory of one. A last batch of any size is exact. Batch size,
+      steps, schedules, callbacks and metrics are those of training with the large batch.
 
     A layer that looks at a whole batch, such as batch normalization, sees micro-batches. A loss of `add_loss` that is a
     sum over the batch, and not a mean, is averaged over the window's micro-batches.
 
     Under `tf.distribute` (MirroredStrategy, MultiWorkerMirroredStrategy) create and compile it within
-    `strategy.scope()`. A batch of `fit` is that of all replicas together, and with `micro_batch_size` each splits its
-    own share. Replicas communicate where a window ends, once, and the update is that of one device with all samples,
+    `strategy.scope()`. A batch of `fit` is split over the replicas; with `micro_batch_size` each replica splits its
+    part again. Replicas communicate once, where a window ends. The update is that of one device with all samples,
     however many each replica got.
 
     Args:
         model: The `keras.Model` to train, with no `train_step` of its own.
-        accum_steps: Micro-batches a window: an int of at least 1; or a dict of epochs, counted from 0, to the number
-            from this epoch on; or a callable that gives it for the count of updates so far, an int64 scalar. A change,
-            also of an int by setting the attribute, holds from the next window on.
+        accum_steps: Micro-batches a window: an int of at least 1; or a dict from epochs, counted from 0, to the number
+            from this epoch on; or a callable that returns it for the count of updates so far, an int64 scalar. A new
+            number, also one that the attribute is set to, holds from the next window on.
         micro_batch_size: Samples a micro-batch, an int of at least 1.
-        parallel_micro_batches: With `micro_batch_size`, how many micro-batches TensorFlow may run side by side, for who
-            has the memory for their activations. Gradients and metrics add up in the same order.
-        normalization: What a micro-batch counts for in the mean over its window: `"samples"` (their number, right for
-            losses that are means over samples), `"steps"` (all the same), `"weights"` (what the loss divides by: the
-            sum of sample weights where its reduction is `"mean_with_sample_weight"`, else the valid positions of the
-            predictions' mask) or a callable `(x, y, sample_weight) -> scalar`.
+        parallel_micro_batches: With `micro_batch_size`, how many micro-batches TensorFlow may run side by side. Their
+            activations are in memory together. Gradients and metrics add up in the same order.
+        normalization: What a micro-batch counts for in the mean over its window: `"samples"` (its number of samples,
+            right for losses that are means over samples), `"steps"` (all count the same), `"weights"` (what the loss
+            divides by: the sum of sample weights if its reduction is `"mean_with_sample_weight"`, else the valid
+            positions of the predictions' mask) or a callable `(x, y, sample_weight) -> scalar`.
         partial_window: What becomes of a window that an epoch's end leaves open, with `accum_steps`: `"flush"` (an
-            update, correctly weighted), `"carry"` (it goes on in the next epoch) or `"drop"`.
+            update, correctly weighted), `"carry"` (it goes on in the next epoch) or `"drop"` (no update).
         gradient_clipping: As for `GradientAccumulateOptimizer`.
         lazy_sparse: As for `GradientAccumulateOptimizer`.
-        inputs: Instead of `model`, with `outputs`: those of a functional model.
-        outputs: Instead of `model`, with `inputs`.
+        inputs: The inputs of a functional model, instead of `model`.
+        outputs: Its outputs.
         name: The name of this model.
 
     Raises:
@@ -106,10 +106,7 @@ class GradientAccumulateModel(WrapperModel):
     ) -> None:
         model = check_model(model, inputs, outputs)
         check_mode(accum_steps, micro_batch_size, parallel_micro_batches)
-        if normalization not in NORMALIZATIONS and not callable(normalization):
-            raise ValueError(
-                f"`normalization` must be one of {NORMALIZATIONS} or a callable. Received: {normalization!r}"
-            )
+        check_normalization(normalization)
         if partial_window not in PARTIAL_WINDOWS:
             raise ValueError(f"`partial_window` must be one of {PARTIAL_WINDOWS}. Received: {partial_window!r}")
         check_gradient_clipping(gradient_clipping)
@@ -158,7 +155,7 @@ class GradientAccumulateModel(WrapperModel):
         return self.model(inputs, training=training)
 
     def build(self, input_shape: Any = None) -> None:
-        """Builds the wrapped model, or leaves it to its first call, if it does not say how."""
+        """Builds the wrapped model if it has a `build`; otherwise its first call builds it."""
         if not self.model.built and input_shape is not None and type(self.model).build is not keras.Model.build:
             self.model.build(input_shape)
         self.built = True
@@ -178,8 +175,8 @@ class GradientAccumulateModel(WrapperModel):
         """Configures training, as `keras.Model.compile` does.
 
         Args:
-            optimizer: The optimizer that makes one update a window. It is wrapped in a `GradientAccumulateOptimizer`;
-                this model's own, from an earlier `compile`, goes on with its state.
+            optimizer: The optimizer that makes one update a window. It is wrapped in a `GradientAccumulateOptimizer`.
+                This model's own, from an earlier `compile`, keeps its state.
             loss: The loss, or one for each output; their reductions have to be means.
             loss_weights: As for `keras.Model.compile`.
             metrics: As for `keras.Model.compile`.
@@ -187,8 +184,8 @@ class GradientAccumulateModel(WrapperModel):
             run_eagerly: As for `keras.Model.compile`.
             steps_per_execution: As for `keras.Model.compile`.
             jit_compile: As for `keras.Model.compile`.
-            auto_scale_loss: Whether a `mixed_float16` model gets a `LossScaleOptimizer`, inside that wrapper: a window
-                with a gradient that is not finite is dropped, and the scale backs off. Keras's SwapEMAWeights callback
+            auto_scale_loss: Whether a `mixed_float16` model gets a `LossScaleOptimizer` inside that wrapper. It drops a
+                window with a gradient that is not finite, and the scale backs off. Keras's SwapEMAWeights callback
                 does not find the moving averages through it.
 
         Raises:
@@ -230,10 +227,10 @@ class GradientAccumulateModel(WrapperModel):
         self._untracked.flush = None
 
     def export(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
-        """Exports the wrapped model for inference, which is this model's, as its own `export` does.
+        """Exports the wrapped model, whose inference is this model's.
 
         Args:
-            filepath: Where to.
+            filepath: Where to export it.
             *args: As `keras.Model.export` takes them.
             **kwargs: As `keras.Model.export` takes them: `format`, `verbose`, `input_signature`, …
         """
@@ -285,7 +282,7 @@ class GradientAccumulateModel(WrapperModel):
         """Returns the function that `fit` calls with an iterator, once a step.
 
         Args:
-            force: Whether to make it anew where there is one.
+            force: Whether to make it anew if there is one.
         """
         made: Callable[[Any], dict[str, Any]] | None = getattr(self, "train_function", None)
         if made is None or force:
@@ -305,7 +302,9 @@ class GradientAccumulateModel(WrapperModel):
             made = getattr(self, "train_function")  # noqa: B009 - Keras's, of a type that is not known
             plain = not self.run_eagerly and (passes or not jit_compile) and self.steps_per_execution == 1
             if replicas.spans_processes(self.distribute_strategy):
-                made = self.train_function = self._function_of_workers(self.train_step)
+                made = self.train_function = function_of_workers(
+                    self.train_step, self.distribute_strategy, self.run_eagerly
+                )
             if plain:
                 made = self.train_function = train_function(self, made)
         return made
@@ -314,19 +313,16 @@ class GradientAccumulateModel(WrapperModel):
         """Returns the function that `evaluate` calls with an iterator, once a step.
 
         Args:
-            force: Whether to make it anew where there is one.
+            force: Whether to make it anew if there is one.
         """
         made: Callable[[Any], dict[str, Any]] | None = getattr(self, "test_function", None)
         if made is not None and not force:
             return made
         if replicas.spans_processes(self.distribute_strategy):
-            made = self.test_function = self._function_of_workers(self.test_step)
+            made = self.test_function = function_of_workers(self.test_step, self.distribute_strategy, self.run_eagerly)
             return made
         super().make_test_function(force=True)
         return getattr(self, "test_function")  # noqa: B009 - as above
-
-    def _function_of_workers(self, step: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
-        return function_of_workers(step, self.distribute_strategy, self.run_eagerly)
 
     def batch_to_build_with(self, iterator: Any, data_batch: Any) -> tuple[Any, Any]:
         """Has Keras build the model with the first replica's part of a batch, under a strategy.
@@ -380,7 +376,7 @@ class GradientAccumulateModel(WrapperModel):
         layer.forget_window()
 
     def flush(self) -> None:
-        """Ends the open window with an update; does nothing where none is open."""
+        """Ends the open window with an update. Does nothing if none is open."""
         optimizer = getattr(self, "optimizer", None)
         if optimizer is None or not optimizer.accumulator.built or int(optimizer.accumulator.step) == 0:
             return
@@ -399,7 +395,7 @@ class GradientAccumulateModel(WrapperModel):
         *args: Any,
         **kwargs: Any,
     ) -> keras.callbacks.History:
-        """Trains as `keras.Model.fit` does; see `partial_window` for what an epoch's end does.
+        """Trains as `keras.Model.fit` does. `partial_window` says what becomes of a window at an epoch's end.
 
         A window that an interrupted `fit` or `train_on_batch` has left open is dropped at the start, unless
         `partial_window` is `"carry"`.
@@ -407,9 +403,7 @@ class GradientAccumulateModel(WrapperModel):
         Raises:
             ValueError: If `micro_batch_size` is larger than the batch.
         """
-        strategy = self.mirroring
-        split_by = 1 if strategy is None else strategy.num_replicas_in_sync
-        check_batch_size(self.micro_batch_size, x, batch_size, kwargs.get("steps_per_epoch"), split_by)
+        check_batch_size(self.micro_batch_size, x, batch_size, kwargs.get("steps_per_epoch"), self.mirroring)
         # The first of all callbacks, so that a checkpoint sees the settled window.
         own: list[keras.callbacks.Callback] = [PartialWindowOfModel(self.partial_window)]
         if self._epochs is not None:

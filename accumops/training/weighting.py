@@ -79,6 +79,12 @@ def _denominator(loss: Any, y_pred: Any, sample_weight: Any, samples: tf.Tensor)
     return tf.cast(samples, tf.float32) if share is None else tf.reduce_sum(share)
 
 
+def check_normalization(normalization: str | Normalization) -> None:
+    """Raises if it is neither one of `NORMALIZATIONS` nor a callable."""
+    if normalization not in NORMALIZATIONS and not callable(normalization):
+        raise ValueError(f"`normalization` must be one of {NORMALIZATIONS} or a callable. Received: {normalization!r}")
+
+
 def check_losses(loss: Any, normalization: str | Normalization) -> None:
     """Raises if no share makes a weighted mean of micro-batches the large batch's loss.
 
