@@ -273,10 +273,7 @@ class GradientAccumulateModel(WrapperModel):
         Returns:
             The metrics, by name.
         """
-        if self.mirroring is None:
-            return super().test_step(data)
-        self._untracked.step.evaluate(data)
-        return self.get_metrics_result()
+        return super().test_step(data) if self.mirroring is None else self._untracked.step.evaluate(data)
 
     def make_train_function(self, force: bool = False) -> Callable[[Any], dict[str, Any]]:
         """Returns the function that `fit` calls with an iterator, once a step.
@@ -446,6 +443,5 @@ class GradientAccumulateModel(WrapperModel):
         return cls(**config)
 
     def __repr__(self) -> str:
-        sliced = self.micro_batch_size is not None
-        window = f"micro_batch_size={self.micro_batch_size}" if sliced else f"accum_steps={self.accum_steps}"
-        return f"<GradientAccumulateModel {self.model.name}, {window}>"
+        mode = "accum_steps" if self.micro_batch_size is None else "micro_batch_size"
+        return f"<GradientAccumulateModel {self.model.name}, {mode}={getattr(self, mode)}>"

@@ -69,18 +69,18 @@ class TrainingStep:
         else:
             self._train_on_micro_batch(data, ends_window)
 
-    def evaluate(self, data: Any) -> None:
-        """Evaluates a batch on one replica of a strategy, whose part of it may have no samples."""
+    def evaluate(self, data: Any) -> dict[str, Any]:
+        """Evaluates a batch on one replica of a strategy, whose part may have no samples, and returns the metrics."""
         model = self._model
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         samples = count_samples(x)
         if tf.executing_eagerly() and int(samples) == 0:
-            return
+            return model.get_metrics_result()
         y_pred = model(x, training=False)
         with weighted_by(samples, model):
             loss = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=False)
         loss_tracker(model).update_state(self._mean_loss(loss, samples), sample_weight=samples)
-        model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     def _train_on_micro_batch(self, data: Any, ends_window: bool | None) -> None:
         model, optimizer = self._model, self._model.optimizer
