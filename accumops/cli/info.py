@@ -18,7 +18,7 @@ from accumops.cli.quiet import import_tensorflow
 @click.option("--json", "as_json", is_flag=True, help="Print only JSON on stdout.")
 def info(as_json: bool) -> None:
     """Show versions, devices, and whether the fused ops are in use."""
-    facts = describe()
+    facts = {**describe(), "upstream": _upstream()}
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
@@ -80,6 +80,13 @@ def describe() -> dict[str, Any]:
         },
         "memory_bandwidth": None,
     }
+
+
+def _upstream() -> dict[str, Any]:
+    """Which private names of Keras and TensorFlow accumops relies on, and which the installed versions lack."""
+    from accumops.adapters import upstream
+
+    return {"relied_on": sorted({name.path for name in upstream.relied_on()}), "missing": upstream.missing()}
 
 
 def _backend_on(device: str, backend: str, problem: str | None) -> dict[str, str | None]:
@@ -147,6 +154,9 @@ def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield f"  on {device.upper()}", "TensorFlow sees none"
         else:
             yield f"  on {device.upper()}", runs["runs"] + (f", as {runs['reason']}" if runs["reason"] else "")
+    upstream = facts["upstream"]
+    there = f"all {len(upstream['relied_on'])} that accumops relies on are there"
+    yield "Private names", "\n".join(upstream["missing"]) or there
 
 
 def _device_line(device: dict[str, Any]) -> str:

@@ -75,6 +75,12 @@ def test_table_has_versions_and_reasons():
     assert "\x1b" not in output  # plain where there is no terminal
 
 
+def test_private_names_that_are_gone_are_shown(monkeypatch):
+    owner = next(kind for kind in keras.optimizers.Optimizer.__mro__ if "_use_weight_decay" in vars(kind))
+    monkeypatch.delattr(owner, "_use_weight_decay")
+    assert "have no `keras.optimizers.Optimizer._use_weight_decay`" in invoke("info").stdout
+
+
 def test_reason_is_shown_where_nothing_is_loaded(monkeypatch):
     monkeypatch.setattr(library, "load", lambda: (None, "the dynamic linker refused it [really]"))
     assert "not loaded: the dynamic linker refused it [really]" in invoke("info").stdout
