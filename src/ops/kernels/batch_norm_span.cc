@@ -6,15 +6,14 @@
 #include <type_traits>
 
 #include "elements.h"
+#include "lanes.h"
 
 namespace accumops {
 namespace ACCUMOPS_INSTRUCTION_SET {
 namespace {
 
-using FloatLanes = float __attribute__((vector_size(64)));
-using DoubleLanes = double __attribute__((vector_size(64)));
-using WordLanes = std::uint32_t __attribute__((vector_size(64)));
-using HalfLanes = std::uint16_t __attribute__((vector_size(32)));
+using FloatLanes = Vector<float, 64>;
+using DoubleLanes = Vector<double, 64>;
 
 // The type in which a data type's statistics are, and a vector of them.
 template <typename T>
@@ -34,107 +33,20 @@ using Lanes = typename Wide<T>::Lanes;
 template <typename T>
 constexpr std::int64_t kLanes = sizeof(Lanes<T>) / sizeof(Value<T>);
 
-FloatLanes FromWords(WordLanes words) {
-  FloatLanes lanes;
-  __builtin_memcpy(&lanes, &words, sizeof lanes);
-  return lanes;
-}
-
-template <typename Vector, typename T>
-Vector LoadAs(const T* p) {
-  Vector vector;
-  __builtin_memcpy(&vector, p, sizeof vector);
-  return vector;
-}
-
-FloatLanes Load(const float* p) { return LoadAs<FloatLanes>(p); }
-DoubleLanes Load(const double* p) { return LoadAs<DoubleLanes>(p); }
-FloatLanes Load(const BFloat16* p) {
-  return FromWords(__builtin_convertvector(LoadAs<HalfLanes>(p), WordLanes) << 16);
-}
-FloatLanes Load(const Float16* p) {
-  FloatLanes lanes;
-#if defined(__AVX512F__)
-  lanes = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__F16C__)
-  const auto* halves = reinterpret_cast<const __m128i*>(p);
-  const __m256 parts[] = {_mm256_cvtph_ps(_mm_loadu_si128(halves)),
-                          _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
-  __builtin_memcpy(&lanes, parts, sizeof lanes);
-#else
-  for (int i = 0; i < kLanes<Float16>; ++i) lanes[i] = Widen(p[i]);
-#endif
-  return lanes;
-}
-
-// What is stored of a vector: the data type's bits.
-const FloatLanes& Pack(const float*, const FloatLanes& lanes) { return lanes; }
-const DoubleLanes& Pack(const double*, const DoubleLanes& lanes) { return lanes; }
-HalfLanes Pack(const BFloat16*, FloatLanes lanes) {
-  const WordLanes words = LoadAs<WordLanes>(&lanes);
-  const WordLanes rounded = words + 0x7fffu + ((words >> 16) & 1u);
-  const WordLanes quiet = words | 0x400000u;
-  return __builtin_convertvector(((words & 0x7fffffffu) > 0x7f800000u ? quiet : rounded) >> 16,
-                                 HalfLanes);
-}
-HalfLanes Pack(const Float16*, FloatLanes lanes) {
-  HalfLanes halves;
-#if defined(__AVX512F__)
-  const __m256i bits = _mm512_cvtps_ph(LoadAs<__m512>(&lanes), _MM_FROUND_TO_NEAREST_INT);
-  __builtin_memcpy(&halves, &bits, sizeof halves);
-#elif defined(__F16C__)
-  const auto* values = reinterpret_cast<const float*>(&lanes);
-  const __m128i parts[] = {_mm256_cvtps_ph(_mm256_loadu_ps(values), _MM_FROUND_TO_NEAREST_INT),
-                           _mm256_cvtps_ph(_mm256_loadu_ps(values + 8), _MM_FROUND_TO_NEAREST_INT)};
-  __builtin_memcpy(&halves, parts, sizeof halves);
-#else
-  for (int i = 0; i < kLanes<Float16>; ++i) halves[i] = Narrow<Float16>(lanes[i]).bits;
-#endif
-  return halves;
-}
-
-void StreamBytes(void* to, const void* from, std::size_t bytes) {
-#if defined(__AVX512F__)
-  if (bytes == 64) {
-    _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
-    return;
-  }
-#endif
-#if defined(__AVX__)
-  for (std::size_t i = 0; i < bytes / 32; ++i) {
-    _mm256_stream_si256(static_cast<__m256i*>(to) + i,
-                        _mm256_loadu_si256(static_cast<const __m256i*>(from) + i));
-  }
-#elif defined(__SSE2__)
-  for (std::size_t i = 0; i < bytes / 16; ++i) {
-    _mm_stream_si128(static_cast<__m128i*>(to) + i,
-                     _mm_loadu_si128(static_cast<const __m128i*>(from) + i));
-  }
-#else
-  __builtin_memcpy(to, from, bytes);
-#endif
+template <typename T>
+Lanes<T> Load(const T* from) {
+  return LoadWide<Lanes<T>>(from);
 }
 
 template <bool kStreaming, typename T>
-void Store(T* p, Lanes<T> lanes) {
-  const auto packed = Pack(p, lanes);
-  if (kStreaming) {
-    StreamBytes(p, &packed, sizeof packed);
-  } else {
-    __builtin_memcpy(p, &packed, sizeof packed);
-  }
+void Store(T* to, Lanes<T> lanes) {
+  StoreNarrow<kStreaming>(to, lanes);
 }
 
 void Store(float* p, float value) { *p = value; }
 void Store(double* p, double value) { *p = value; }
 void Store(BFloat16* p, float value) { *p = Narrow<BFloat16>(value); }
 void Store(Float16* p, float value) { *p = Narrow<Float16>(value); }
-
-void FinishStreaming() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
 
 // The processor's own prefetcher stops at each 4 KiB page; TensorFlow's memory has no larger ones.
 constexpr std::int64_t kAheadBytes = 2048;
