@@ -23,7 +23,7 @@ constexpr int kPacksPerThread = 4;
 constexpr int kScalarsPerThread = 8;
 constexpr int kChunkBytes = kThreads * kPacksPerThread * cuda::kVectorBytes;  // of accumulator
 
-template <class Acc>
+template <typename Acc>
 constexpr int kChunkSize = kChunkBytes / static_cast<int>(sizeof(Acc));  // elements
 
 // Pointers are at least aligned to their elements.
@@ -58,7 +58,7 @@ struct ChunkParts {
   bool aligned;  // whether the gradient is aligned where the accumulator is
 };
 
-template <class Acc, class Grad>
+template <typename Acc, typename Grad>
 __host__ __device__ ChunkParts SplitChunk(std::uintptr_t accumulator, std::uintptr_t gradient,
                                           int size) {
   const int misaligned = static_cast<int>(accumulator % cuda::kVectorBytes / sizeof(Acc));
@@ -69,7 +69,7 @@ __host__ __device__ ChunkParts SplitChunk(std::uintptr_t accumulator, std::uintp
 }
 
 // One chunk's work. Gradients are read first: they need not wait for `overwrite` to arrive.
-template <class Acc, class Grad>
+template <typename Acc, typename Grad>
 class ChunkAccumulator {
  public:
   __device__ ChunkAccumulator(Acc scale, bool overwrite) : scale_(scale), overwrite_(overwrite) {}
@@ -165,7 +165,7 @@ class ChunkAccumulator {
 };
 
 // Returns whether the gradients this thread saw were finite.
-template <class Acc, class Grad>
+template <typename Acc, typename Grad>
 __device__ bool AccumulateChunk(void* accumulator, const void* gradient, std::int64_t size,
                                 std::uint32_t chunk, double scale, bool overwrite) {
   const std::int64_t begin = static_cast<std::int64_t>(chunk) * kChunkSize<Acc>;
@@ -177,7 +177,7 @@ __device__ bool AccumulateChunk(void* accumulator, const void* gradient, std::in
   return chunk_accumulator.finite();
 }
 
-template <class Params>
+template <typename Params>
 __global__ void __launch_bounds__(kThreads, 4)
     AccumulateKernel(const __grid_constant__ Params params) {
   const bool overwrite = *params.overwrite;
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (!finite && params.all_finite != nullptr) *params.all_finite = false;
 }
 
-template <class Params>
+template <typename Params>
 cudaError_t LaunchTables(const AccumulateItem* items, std::size_t count, DeviceScalar scale,
                          const bool* overwrite, bool* all_finite, cudaStream_t stream) {
   Params params;

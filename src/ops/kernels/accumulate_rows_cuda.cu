@@ -32,7 +32,7 @@ constexpr int kTile = kThreads * kIndicesPerThread;  // indices scanned at once
 constexpr int kListCapacity = kTile * 3 / 2;
 constexpr std::int64_t kNoRow = -1;
 
-template <class Acc>
+template <typename Acc>
 constexpr int kSliceSize = kLanes * kPackSize<Acc>;  // columns
 
 struct ScatterParams {
@@ -58,7 +58,7 @@ __host__ __device__ inline std::uint32_t GroupOfRow(std::int64_t row, std::uint3
   return static_cast<std::uint32_t>((static_cast<std::uint64_t>(hash) * groups) >> 32);
 }
 
-template <class Acc, class Grad>
+template <typename Acc, typename Grad>
 class Scatter {
  public:
   struct Shared {
@@ -261,7 +261,7 @@ class Scatter {
 
   // This thread's columns of a row: adjacent ones where the rows are aligned, else every eighth, so
   // that neighbours still read neighbours. Columns beyond the last read as zero.
-  template <class P, class T>
+  template <typename P, typename T>
   __device__ P LoadColumns(const T* row) const {
     P result = {};
     if (p_.aligned) {
@@ -303,7 +303,7 @@ class Scatter {
   bool finite_ = true;
 };
 
-template <class Acc, class Grad>
+template <typename Acc, typename Grad>
 __global__ void __launch_bounds__(kThreads, 1)
     ScatterKernel(const __grid_constant__ ScatterParams params) {
   __shared__ typename Scatter<Acc, Grad>::Shared shared;
@@ -383,7 +383,7 @@ bool IsAligned(const void* pointer, std::size_t bytes) {
   return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0;
 }
 
-template <class Acc, class Grad>
+template <typename Acc, typename Grad>
 cudaError_t LaunchScatter(const AccumulateRowsItem& item, DeviceScalar scale, bool* all_finite,
                           int processors, cudaStream_t stream) {
   const std::int64_t slices = (item.columns - 1) / kSliceSize<Acc> + 1;
@@ -406,7 +406,7 @@ cudaError_t LaunchScatter(const AccumulateRowsItem& item, DeviceScalar scale, bo
   return cuda::Launch(ScatterKernel<Acc, Grad>, slices * params.groups, kThreads, params, stream);
 }
 
-template <class Acc>
+template <typename Acc>
 cudaError_t LaunchScatter(const AccumulateRowsItem& item, DeviceScalar scale, bool* all_finite,
                           int processors, cudaStream_t stream) {
   switch (item.values_dtype) {

@@ -49,7 +49,7 @@ struct MomentsParams {
   Partials partials;
 };
 
-template <class Traits>
+template <typename Traits>
 __global__ void __launch_bounds__(kThreads, 4)
     MomentsKernel(const __grid_constant__ MomentsParams p) {
   using T = typename Traits::T;
@@ -154,7 +154,7 @@ struct StatisticsParams {
   std::int64_t* count;
 };
 
-template <class Stat>
+template <typename Stat>
 __global__ void __launch_bounds__(kThreads)
     StatisticsKernel(const __grid_constant__ StatisticsParams p) {
   const std::int64_t channel = batch_norm::MergeChannel();
@@ -191,7 +191,7 @@ struct NormalizeParams {
 };
 
 // y = (x - shift) * scale + offset
-template <class Stat>
+template <typename Stat>
 struct Factors {
   Stat shift;
   Stat scale;
@@ -210,7 +210,7 @@ struct Factors {
   }
 };
 
-template <class Traits>
+template <typename Traits>
 __global__ void __launch_bounds__(kThreads, 4)
     NormalizeKernel(const __grid_constant__ NormalizeParams p) {
   using T = typename Traits::T;
@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-template <class Traits>
+template <typename Traits>
 struct ForwardKernels {
   static cudaError_t Run(const Tiling& tiling, const BatchNormForward& args, void* workspace,
                          cudaStream_t stream) {
@@ -286,7 +286,7 @@ struct ForwardKernels {
   }
 };
 
-template <class Traits>
+template <typename Traits>
 struct InferenceKernels {
   static cudaError_t Run(const Tiling& tiling, const BatchNormInference& args,
                          cudaStream_t stream) {

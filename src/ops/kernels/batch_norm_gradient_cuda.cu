@@ -30,7 +30,7 @@ struct SumsParams {
   Partials partials;
 };
 
-template <class Traits>
+template <typename Traits>
 __global__ void __launch_bounds__(kThreads, 3)
     GradientSumsKernel(const __grid_constant__ SumsParams p) {
   using T = typename Traits::T;
@@ -110,7 +110,7 @@ struct ParametersParams {
   void* dbeta;
 };
 
-template <class Stat>
+template <typename Stat>
 __global__ void __launch_bounds__(kThreads)
     ParametersKernel(const __grid_constant__ ParametersParams p) {
   const std::int64_t channel = batch_norm::MergeChannel();
@@ -144,7 +144,7 @@ struct InputParams {
 };
 
 // dx = scale * dy + slope * (x - shift) + offset
-template <class Stat>
+template <typename Stat>
 struct Factors {
   Stat scale;
   Stat shift;
@@ -165,7 +165,7 @@ struct Factors {
   }
 };
 
-template <class Traits>
+template <typename Traits>
 __global__ void __launch_bounds__(kThreads, 3)
     InputGradientKernel(const __grid_constant__ InputParams p) {
   using T = typename Traits::T;
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
 }
 
-template <class Traits>
+template <typename Traits>
 struct GradientKernels {
   static cudaError_t Run(const Tiling& tiling, const BatchNormGradient& args, void* workspace,
                          cudaStream_t stream) {

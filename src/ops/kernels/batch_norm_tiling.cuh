@@ -25,17 +25,17 @@ constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kThreads = 256;
 
-template <class Pack, int kSize>
+template <typename Pack, int kSize>
 struct WordOf {
   using Type = cuda::WordOf<Pack>;
 };
-template <class T>
+template <typename T>
 struct WordOf<cuda::Pack<T, 1>, 1> {
   using Type = T;
 };
 
 // What a kernel is compiled for.
-template <class Element, int kSize, bool kFirst>
+template <typename Element, int kSize, bool kFirst>
 struct Traits {
   using T = Element;
   using Pack = cuda::Pack<T, kSize>;
@@ -120,7 +120,7 @@ inline Tiling MakeTiling(const BatchNormShape& shape, DType dtype, int pack) {
 }
 
 // Goes through a lane's packs of a tile.
-template <class Traits>
+template <typename Traits>
 class Walk {
  public:
   __device__ Walk(const Tiling& tiling, std::int64_t channel, std::int64_t pack) : t_(tiling) {
@@ -160,7 +160,7 @@ class Walk {
 
 // A tile as one of its threads sees it. Slots number the tile's channels such that neighbouring
 // threads have neighbouring ones: what is shared by slot is free of bank conflicts.
-template <class Traits>
+template <typename Traits>
 class Tile {
  public:
   __device__ Tile(const Tiling& tiling, std::uint32_t index)
@@ -204,7 +204,7 @@ class Tile {
   int packs_;
 };
 
-template <class Traits, class Function>
+template <typename Traits, typename Function>
 __device__ void ForEachSlot(const Tile<Traits>& tile, Function function) {
   const unsigned slot = threadIdx.x;
   if (slot >= tile.slots()) return;
@@ -212,13 +212,13 @@ __device__ void ForEachSlot(const Tile<Traits>& tile, Function function) {
   if (channel < tile.tiling().channels) function(slot, channel);
 }
 
-template <class Traits>
+template <typename Traits>
 __device__ typename Traits::Word Load(const typename Traits::T* from) {
   return *reinterpret_cast<const typename Traits::Word*>(from);
 }
 
 // The last time that it is read: what else waits in the cache stays there.
-template <class Traits>
+template <typename Traits>
 __device__ typename Traits::Word LoadLast(const typename Traits::T* from) {
   if constexpr (Traits::kPack == 1) {
     return *from;
@@ -228,7 +228,7 @@ __device__ typename Traits::Word LoadLast(const typename Traits::T* from) {
 }
 
 // Past what waits in the cache.
-template <class Traits>
+template <typename Traits>
 __device__ void Store(typename Traits::T* to, const typename Traits::Pack& pack) {
   typename Traits::Word word;
   std::memcpy(&word, &pack, sizeof(pack));
@@ -239,7 +239,7 @@ __device__ void Store(typename Traits::T* to, const typename Traits::Pack& pack)
   }
 }
 
-template <class Traits>
+template <typename Traits>
 __device__ typename Traits::Pack Unpack(const typename Traits::Word& word) {
   typename Traits::Pack pack;
   std::memcpy(&pack, &word, sizeof(pack));
@@ -262,13 +262,13 @@ inline __device__ void Round(float x, cuda::BFloat16& to) {
 }
 
 // Of each thread, for each channel of its column.
-template <class Traits, int kQuantities>
+template <typename Traits, int kQuantities>
 struct TileSums {
   typename Traits::Statistic value[kQuantities][Traits::kChannels][kThreads];
 };
 
 // Where a column is one channel, adds up a pack's values in the first.
-template <class Traits>
+template <typename Traits>
 __device__ void FoldPack(typename Traits::Statistic (&value)[Traits::kPack]) {
 #pragma unroll
   for (int half = Traits::kPack / 2; half >= Traits::kChannels; half /= 2) {
@@ -293,7 +293,7 @@ struct Partials {
   }
 };
 
-template <class Sums>
+template <typename Sums>
 __device__ Sums ShuffleDown(const Sums& sums, unsigned offset, int width) {
   constexpr int kWords = sizeof(Sums) / sizeof(double);
   double word[kWords];
@@ -307,7 +307,7 @@ __device__ Sums ShuffleDown(const Sums& sums, unsigned offset, int width) {
 
 // Adds up the lanes of each channel of a tile: write(channel, read(thread, j) + ...), the channel
 // being the j-th of that thread's column.
-template <class Sums, class Traits, class Read, class Write>
+template <typename Sums, typename Traits, typename Read, typename Write>
 __device__ void MergeTile(const Tile<Traits>& tile, Read read, Write write) {
   const Tiling& t = tile.tiling();
   const unsigned slot = threadIdx.x / t.mergers;
@@ -335,7 +335,7 @@ __device__ inline std::int64_t MergeChannel() {
 
 // Adds up the splits of MergeChannel(), `read(split) + …`; the first kBlockChannels threads have
 // the result. All threads call it.
-template <class Sums, class Read>
+template <typename Sums, typename Read>
 __device__ Sums MergeSplits(std::uint32_t splits, Read read) {
   constexpr int kMergeBatch = 4;
   constexpr int kWarps = kThreads / kWarp;
@@ -382,7 +382,8 @@ inline int ChoosePack(const BatchNormShape& shape, DType dtype,
   return 1;
 }
 
-template <template <class> class Kernels, class T, bool kChannelsFirst, class... Arguments>
+template <template <typename> typename Kernels, typename T, bool kChannelsFirst,
+          typename... Arguments>
 cudaError_t RunWithPack(int pack, const Arguments&... arguments) {
   constexpr int kWide = cuda::kVectorBytes / static_cast<int>(sizeof(T));
   if (pack == kWide) return Kernels<Traits<T, kWide, kChannelsFirst>>::Run(arguments...);
@@ -390,14 +391,14 @@ cudaError_t RunWithPack(int pack, const Arguments&... arguments) {
   return Kernels<Traits<T, 1, kChannelsFirst>>::Run(arguments...);
 }
 
-template <template <class> class Kernels, class T, class... Arguments>
+template <template <typename> typename Kernels, typename T, typename... Arguments>
 cudaError_t RunWithLayout(bool channels_first, int pack, const Arguments&... arguments) {
   return channels_first ? RunWithPack<Kernels, T, true>(pack, arguments...)
                         : RunWithPack<Kernels, T, false>(pack, arguments...);
 }
 
 // Tiles the arrays and calls Kernels<Traits>::Run(tiling, arguments...) with the traits that fit.
-template <template <class> class Kernels, class... Arguments>
+template <template <typename> typename Kernels, typename... Arguments>
 const char* Run(const BatchNormShape& shape, DType dtype, std::initializer_list<const void*> arrays,
                 const Arguments&... arguments) {
   const int pack = ChoosePack(shape, dtype, arrays);

@@ -55,10 +55,10 @@ inline __device__ double ReadScale(const DeviceScalar& scale) {
 constexpr int kVectorBytes = 16;
 
 // How many accumulator elements one 16-byte access moves; a pack of the gradient has as many.
-template <class Acc>
+template <typename Acc>
 constexpr int kPackSize = kVectorBytes / static_cast<int>(sizeof(Acc));
 
-template <class T, int kSize>
+template <typename T, int kSize>
 struct alignas(sizeof(T) * kSize) Pack {
   T value[kSize];
 };
@@ -80,10 +80,10 @@ struct Word<16> {
 };
 }  // namespace internal
 
-template <class P>
+template <typename P>
 using WordOf = typename internal::Word<sizeof(P)>::Type;
 
-template <class P>
+template <typename P>
 __device__ P LoadPack(const P* from) {
   const WordOf<P> word = *reinterpret_cast<const WordOf<P>*>(from);
   P result;
@@ -92,7 +92,7 @@ __device__ P LoadPack(const P* from) {
 }
 
 // For what is read once: leaves the cache to others.
-template <class P>
+template <typename P>
 __device__ P LoadPackOnce(const P* from) {
   const WordOf<P> word = __ldcs(reinterpret_cast<const WordOf<P>*>(from));
   P result;
@@ -100,7 +100,7 @@ __device__ P LoadPackOnce(const P* from) {
   return result;
 }
 
-template <class P>
+template <typename P>
 __device__ void StorePack(P* to, const P& pack) {
   WordOf<P> word;
   std::memcpy(&word, &pack, sizeof(P));
@@ -109,7 +109,7 @@ __device__ void StorePack(P* to, const P& pack) {
 
 // Unlike <<<>>> followed by cudaGetLastError, never reports what an earlier call left behind; and
 // what this one reports, it clears.
-template <class Params>
+template <typename Params>
 cudaError_t Launch(void (*kernel)(Params), std::int64_t blocks, int threads, const Params& params,
                    cudaStream_t stream) {
   void* arguments[] = {const_cast<Params*>(&params)};

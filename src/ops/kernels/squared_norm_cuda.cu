@@ -24,7 +24,7 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kPacksPerThread = 8;
 constexpr int kChunkBytes = kThreads * kPacksPerThread * kVectorBytes;
 
-template <class T>
+template <typename T>
 constexpr int kChunkSize = kChunkBytes / static_cast<int>(sizeof(T));  // values
 
 std::int64_t ChunksOf(const SquaredNormItem& item) {
@@ -66,7 +66,7 @@ __device__ double SumOfBlock(double sum) {
 }
 
 // The values that a thread adds, in this order: those of its packs, which are kThreads packs apart.
-template <class T>
+template <typename T>
 class ThreadSum {
  public:
   __device__ ThreadSum(const T* values, int size) : values_(values), size_(size) {}
@@ -127,7 +127,7 @@ class ThreadSum {
   double sum_ = 0;
 };
 
-template <class T>
+template <typename T>
 __device__ double SumOfThread(const void* values, std::int64_t size, std::int64_t chunk) {
   const std::int64_t begin = chunk * kChunkSize<T>;
   const std::int64_t left = size - begin;
@@ -136,7 +136,7 @@ __device__ double SumOfThread(const void* values, std::int64_t size, std::int64_
       .Run();
 }
 
-template <class Params>
+template <typename Params>
 __global__ void __launch_bounds__(kThreads, 3) ChunksKernel(const __grid_constant__ Params params) {
   const std::int64_t block = blockIdx.x;
   const int entry = cuda::FindEntry(params.first_chunk, params.count, block);
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) params.sums[tensor] = sum;
 }
 
-template <class Params>
+template <typename Params>
 cudaError_t LaunchChunks(const SquaredNormItem* items, std::size_t count, double* chunk_sums,
                          cudaStream_t stream) {
   Params params;

@@ -27,7 +27,7 @@ constexpr std::int64_t ChunksOf(std::int64_t size, std::int64_t chunk_size) {
 }
 
 // The last entry whose first chunk is not beyond `chunk`.
-template <class Chunk>
+template <typename Chunk>
 __host__ __device__ int FindEntry(const Chunk* first_chunk, int count, Chunk chunk) {
   int low = 0;
   int high = count;
@@ -53,7 +53,7 @@ struct TablePart {
 
 // Fills tables with a list, in order, where tensor i has `chunks_of(i)` chunks: `fill(i, part)` for
 // each entry of a table, then `launch(entries, chunks)`. Tensors without chunks are left out.
-template <class CountChunks, class Fill, class Launcher>
+template <typename CountChunks, typename Fill, typename Launcher>
 cudaError_t ForEachTable(std::size_t count, int capacity, CountChunks chunks_of, Fill fill,
                          Launcher launch) {
   int entries = 0;
@@ -93,7 +93,7 @@ inline bool DriverTakesLargeParams() {
 
 // All of a table is copied at each launch, so a short list gets a small one. Returns the launcher
 // of the small table or, where that cannot hold `count` tensors and the driver takes more, `large`.
-template <class Small, class Large, class Launcher>
+template <typename Small, typename Large, typename Launcher>
 Launcher ChooseTable(std::size_t count, Launcher small, Launcher large) {
   static_assert(sizeof(Small) <= kSmallParamBytes, "too large for a kernel parameter");
   static_assert(sizeof(Large) <= kLargeParamBytes, "too large for a kernel parameter");

@@ -90,7 +90,7 @@ struct Lion {
 };
 
 // Whether all of an item can be read in packs that lie within rows.
-template <class Rule>
+template <typename Rule>
 __host__ __device__ bool IsPacked(const UpdateItem& item) {
   auto address = reinterpret_cast<std::uintptr_t>(item.value) |
                  reinterpret_cast<std::uintptr_t>(item.accumulator);
@@ -105,7 +105,7 @@ __host__ __device__ bool IsPacked(const UpdateItem& item) {
 }
 
 // Values.
-template <class Rule>
+template <typename Rule>
 __host__ __device__ int ChunkSize(const UpdateItem& item, bool packed) {
   if (item.touched_rows == nullptr) return kThreads * Rule::kValues;
   return kThreads * kFlagSteps * (packed ? kFullPack : 1);
@@ -165,7 +165,7 @@ __device__ float Widen(const RawPack<kPack>& raw, DType dtype, int j) {
 }
 
 // One chunk's work: the values of an item from `begin` on.
-template <class Rule, int kPack>
+template <typename Rule, int kPack>
 class ChunkUpdater {
  public:
   __device__ ChunkUpdater(const UpdateItem& item, std::int64_t begin, const Factors& factors,
@@ -329,7 +329,7 @@ class ChunkUpdater {
   FloatPack* slots_[kMaxSlots];
 };
 
-template <class Rule, class Params>
+template <typename Rule, typename Params>
 __global__ void __launch_bounds__(kThreads, Rule::kBlocks)
     UpdateKernel(const __grid_constant__ Params params) {
   const UpdateScalars& scalars = params.scalars;
@@ -350,7 +350,7 @@ __global__ void __launch_bounds__(kThreads, Rule::kBlocks)
   }
 }
 
-template <class Rule, class Params>
+template <typename Rule, typename Params>
 cudaError_t LaunchTables(const UpdateItem* items, std::size_t count, const UpdateSettings& settings,
                          const UpdateScalars& scalars, cudaStream_t stream) {
   Params params;
@@ -373,7 +373,7 @@ cudaError_t LaunchTables(const UpdateItem* items, std::size_t count, const Updat
       });
 }
 
-template <class Rule>
+template <typename Rule>
 cudaError_t LaunchRule(const UpdateItem* items, std::size_t count, const UpdateSettings& settings,
                        const UpdateScalars& scalars, cudaStream_t stream) {
   static_assert(Rule::kSlots <= kMaxSlots, "too many slots");
