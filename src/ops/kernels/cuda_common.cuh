@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "accumulate.h"
+#include "dtype.h"
 
 namespace accumops {
 namespace cuda {

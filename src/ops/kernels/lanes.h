@@ -56,8 +56,9 @@ V LoadWide(const BFloat16* from) {
   }
   __builtin_memcpy(&values, parts, sizeof values);
 #else
-  const auto halves = LoadAs<Vector<std::uint16_t, sizeof(V) / 2> >(from);
-  const auto words = __builtin_convertvector(halves, Vector<std::uint32_t, sizeof(V)>) << 16;
+  using Halves = Vector<std::uint16_t, sizeof(V) / 2>;
+  using Words = Vector<std::uint32_t, sizeof(V)>;
+  const Words words = __builtin_convertvector(LoadAs<Halves>(from), Words) << 16;
   __builtin_memcpy(&values, &words, sizeof values);
 #endif
   return values;
