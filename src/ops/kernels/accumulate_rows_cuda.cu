@@ -15,11 +15,10 @@
 namespace accumops {
 namespace {
 
+using cuda::kAllLanes;
 using cuda::kPackSize;
+using cuda::kWarp;
 using cuda::Pack;
-
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / kWarp;

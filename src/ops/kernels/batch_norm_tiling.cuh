@@ -21,8 +21,9 @@
 namespace accumops {
 namespace batch_norm {
 
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
+using cuda::kAllLanes;
+using cuda::kWarp;
+
 constexpr int kThreads = 256;
 
 template <typename Pack, int kSize>

@@ -1,5 +1,5 @@
-// What the CUDA kernels share: element types, packs of elements that move in one access, the
-// rounding that accumulate.h promises, launching.
+// What the CUDA kernels share: element types, the rounding that accumulate.h promises, packs of
+// elements that move in one access, launching.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -51,6 +51,9 @@ inline __device__ double ReadScale(const DeviceScalar& scale) {
   return scale.dtype == DType::kFloat64 ? *static_cast<const double*>(scale.data)
                                         : *static_cast<const float*>(scale.data);
 }
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;  // of a warp
 
 constexpr int kVectorBytes = 16;
 

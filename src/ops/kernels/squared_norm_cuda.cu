@@ -14,11 +14,11 @@
 namespace accumops {
 namespace {
 
+using cuda::kAllLanes;
 using cuda::kVectorBytes;
+using cuda::kWarp;
 using cuda::Pack;
 
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kPacksPerThread = 8;
