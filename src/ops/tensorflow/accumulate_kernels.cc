@@ -1,6 +1,5 @@
 // AccumOps>Accumulate on the CPU and, where the library has CUDA kernels, on GPUs: checks the
 // inputs, calls a launcher.
-#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -15,14 +14,6 @@
 
 namespace accumops {
 namespace {
-
-using ::tensorflow::DataType;
-using ::tensorflow::DataTypeString;
-using ::tensorflow::OpInputList;
-using ::tensorflow::OpKernelConstruction;
-using ::tensorflow::OpKernelContext;
-using ::tensorflow::Tensor;
-using ::tensorflow::TensorShape;
 
 // The op's inputs, checked; alive for one call.
 struct Inputs {
@@ -50,8 +41,6 @@ struct Inputs {
 absl::Status Inputs::Read(OpKernelContext* ctx) {
   TF_RETURN_IF_ERROR(ctx->input_list("gradients", &gradients));
   TF_RETURN_IF_ERROR(ctx->input_list("indices", &indices));
-  TF_RETURN_IF_ERROR(ctx->input("scale", &scale));
-  TF_RETURN_IF_ERROR(ctx->input("overwrite", &overwrite));
   OpInputList accumulators, touched;
   TF_RETURN_IF_ERROR(ctx->input_list("accumulators", &accumulators));
   TF_RETURN_IF_ERROR(ctx->input_list("touched_rows", &touched));
@@ -61,13 +50,8 @@ absl::Status Inputs::Read(OpKernelContext* ctx) {
         "Accumulate got ", accumulators.size(), " accumulators, ", gradients.size(), " gradients, ",
         indices.size(), " indices and ", touched.size(), " touched rows."));
   }
-  for (const auto& [name, tensor] :
-       {std::pair("scale", scale), std::pair("overwrite", overwrite)}) {
-    if (tensor->dims() != 0) {
-      return absl::InvalidArgumentError(absl::StrCat(name, " must be a scalar, not of shape ",
-                                                     tensor->shape().DebugString(), "."));
-    }
-  }
+  TF_RETURN_IF_ERROR(RequireScalar(ctx, "scale", &scale));
+  TF_RETURN_IF_ERROR(RequireScalar(ctx, "overwrite", &overwrite));
   dense = static_cast<std::size_t>(accumulators.size() - indices.size());
   untracked = static_cast<std::size_t>(accumulators.size() - touched.size());
   TF_RETURN_IF_ERROR(variables.Add(ctx, "accumulators"));

@@ -12,11 +12,6 @@
 namespace accumops {
 namespace {
 
-using ::tensorflow::DataType;
-using ::tensorflow::TensorShape;
-using ::tensorflow::XlaOpKernel;
-using ::tensorflow::XlaOpKernelContext;
-
 constexpr DataType kFloat = tensorflow::DT_FLOAT;
 
 // A variable's new values: its own, and its slots'.
@@ -27,7 +22,7 @@ struct Step {
 
 class UpdateXlaOp : public XlaOpKernel {
  public:
-  explicit UpdateXlaOp(tensorflow::OpKernelConstruction* construction) : XlaOpKernel(construction) {
+  explicit UpdateXlaOp(OpKernelConstruction* construction) : XlaOpKernel(construction) {
     OP_REQUIRES_OK(construction, attributes_.Read(*construction));
   }
 
@@ -76,8 +71,8 @@ class UpdateXlaOp : public XlaOpKernel {
     TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(input, &dtype, &found));
     if (dtype != kFloat || (known && found != *shape)) {
       return absl::InvalidArgumentError(
-          absl::StrCat("Input ", input, " of Update is ", tensorflow::DataTypeString(dtype),
-                       " of shape ", found.DebugString(), "; it must be float",
+          absl::StrCat("Input ", input, " of Update is ", DataTypeString(dtype), " of shape ",
+                       found.DebugString(), "; it must be float",
                        known ? absl::StrCat(" of shape ", shape->DebugString()) : "", "."));
     }
     *shape = found;
