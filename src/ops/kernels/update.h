@@ -28,7 +28,22 @@ struct CUstream_st;
 
 namespace accumops {
 
+// A new rule is written in this file and in
+//   src/ops/kernels     update_span.cc, update_cuda.cu
+//   src/ops/python      update_bindings.cc (the docstring)
+//   src/ops/tensorflow  update_attributes.h (if it has new settings), update_op.cc, update_xla.cc
+//   accumops            ops/update.py, ops/reference.py, optimizer/fused.py, verification/update.py
 enum class UpdateRule : std::uint8_t { kSgd, kMomentum, kNesterov, kAdam, kAmsgrad, kLion };
+
+// The names by which Python and TensorFlow know the rules.
+struct NamedUpdateRule {
+  const char* name;
+  UpdateRule rule;
+};
+inline constexpr NamedUpdateRule kUpdateRules[] = {
+    {"sgd", UpdateRule::kSgd},           {"momentum", UpdateRule::kMomentum},
+    {"nesterov", UpdateRule::kNesterov}, {"adam", UpdateRule::kAdam},
+    {"amsgrad", UpdateRule::kAmsgrad},   {"lion", UpdateRule::kLion}};
 
 constexpr int kMaxSlots = 3;
 

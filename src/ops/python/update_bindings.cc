@@ -12,19 +12,12 @@
 namespace accumops {
 namespace {
 
-constexpr struct {
-  const char* name;
-  UpdateRule rule;
-} kRules[] = {{"sgd", UpdateRule::kSgd},           {"momentum", UpdateRule::kMomentum},
-              {"nesterov", UpdateRule::kNesterov}, {"adam", UpdateRule::kAdam},
-              {"amsgrad", UpdateRule::kAmsgrad},   {"lion", UpdateRule::kLion}};
-
 constexpr const char* kSlotNames[kMaxSlots] = {"slots[0]", "slots[1]", "slots[2]"};
 
 UpdateRule ToRule(py::handle object) {
   if (!PyUnicode_Check(object.ptr())) WrongType("rule", "a str", object);
   std::string names;
-  for (const auto& [name, rule] : kRules) {
+  for (const auto& [name, rule] : kUpdateRules) {
     if (py::str(object).equal(py::str(name))) return rule;
     names += (names.empty() ? "'" : ", '") + std::string(name) + "'";
   }
