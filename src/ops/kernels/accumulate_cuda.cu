@@ -68,7 +68,7 @@ __host__ __device__ ChunkParts SplitChunk(std::uintptr_t accumulator, std::uintp
           (gradient + head * sizeof(Grad)) % (kPackSize<Acc> * sizeof(Grad)) == 0};
 }
 
-// One chunk's work. Gradients are read first: they need not wait for `overwrite` to arrive.
+// Does one chunk. Gradients are read first: they need not wait for `overwrite` to arrive.
 template <typename Acc, typename Grad>
 class ChunkAccumulator {
  public:
@@ -84,7 +84,7 @@ class ChunkAccumulator {
     }
     AccumulatePacks(reinterpret_cast<AccPack*>(accumulator + parts.head),
                     reinterpret_cast<const GradPack*>(gradient + parts.head), parts.packs);
-    // By the last threads: in a small tensor the first ones are waiting for their packs.
+    // The last threads do the edges: in a small tensor the first ones are waiting for their packs.
     const int edge = kThreads - 1 - static_cast<int>(threadIdx.x);
     const int i = edge < parts.head ? edge : edge + parts.packs * kPackSize<Acc>;
     if (i < size) {
@@ -98,7 +98,7 @@ class ChunkAccumulator {
   using AccPack = Pack<Acc, kPackSize<Acc>>;
   using GradPack = Pack<Grad, kPackSize<Acc>>;
 
-  // What to add to so that every product remains as it is; +0 would lose the sign of -0.
+  // Stands for an accumulator that is not read: -0 + x is x, while +0 + x loses the sign of -0.
   static constexpr Acc kZero = static_cast<Acc>(-0.0);
 
   __device__ void AccumulatePacks(AccPack* accumulator, const GradPack* gradient, int packs) {
@@ -152,7 +152,7 @@ class ChunkAccumulator {
     }
   }
 
-  // Checks in passing, wanted or not: the kernel waits for memory anyway.
+  // Checks every gradient, even where nobody asks: the kernel waits for memory anyway.
   __device__ Acc Sum(Acc acc, Grad grad) {
     const Acc x = static_cast<Acc>(cuda::ToFloat(grad));
     finite_ = finite_ && cuda::IsFinite(x);

@@ -103,7 +103,7 @@ class Scatter {
   using GradPack = Pack<Grad, kPackSize<Acc>>;
 
   struct Fetched {
-    uint2 index;  // none beyond the list's end
+    uint2 index;  // NoIndex() beyond the list's end
     GradPack value;
   };
 
@@ -191,7 +191,7 @@ class Scatter {
     StoreColumns(to, sum);
   }
 
-  // Sets the bits of all entries of the round that have the row of this thread's entry.
+  // Sets a bit for each entry of the round that has the same row as this thread's entry.
   __device__ void FindSameRow(unsigned (&same_row)[kMaskWords]) const {
     std::int64_t row[kMaskWords];
 #pragma unroll
@@ -213,7 +213,7 @@ class Scatter {
 
   __device__ void AddEntries(unsigned entries, const AccPack (*product)[kLanes],
                              AccPack& sum) const {
-    // Where there are many, reading them all keeps the reads from waiting for one another.
+    // With many entries all products are read, so that the reads do not wait for one another.
     if (__popc(entries) > kWarp / 4) {
 #pragma unroll 8
       for (int i = 0; i < kWarp; ++i) {
@@ -250,7 +250,7 @@ class Scatter {
     return make_uint2(static_cast<const unsigned*>(p_.indices)[position], 0);
   }
 
-  // Either width reads it as kNoRow.
+  // RowOf() makes it kNoRow in either width.
   static __device__ uint2 NoIndex() { return make_uint2(0xffffffffu, 0xffffffffu); }
 
   __device__ std::int64_t RowOf(uint2 index) const {
@@ -368,7 +368,7 @@ cudaError_t LaunchClear(const AccumulateRowsItem& item, const bool* overwrite, i
                       stream);
 }
 
-// The fewest groups, for each scans the indices once more, that leave few processors idle.
+// The fewest groups that leave few processors idle: each group scans the indices once more.
 std::uint32_t ChooseGroups(std::int64_t slices, std::int64_t processors) {
   std::int64_t groups = processors / slices > 1 ? processors / slices : 1;
   for (;; ++groups) {

@@ -13,8 +13,8 @@ using batch_norm::Tiling;
 using batch_norm::Walk;
 
 struct GradientSums {
-  double dy;
-  double product;  // of dy and x - mean, where the mean is without its rest
+  double dy;       // the sum of dy
+  double product;  // the sum of dy * (x - mean), where the mean is without its rest
 
   __device__ void Add(const GradientSums& other) {
     dy += other.dy;
@@ -140,7 +140,7 @@ struct InputParams {
   const void* inverse;
   const void* dgamma;
   const void* dbeta;
-  const std::int64_t* count;  // null: statistics do not depend on x
+  const std::int64_t* count;  // null where the statistics do not depend on x
 };
 
 // dx = scale * dy + slope * (x - shift) + offset
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   for (int first = tile.lane(); first < tile.packs(); first += kBatch * lanes) {
     Word x_word[kBatch];
     Word dy_word[kBatch];
-    unsigned taken = 0;  // by bit: whether the statistics were made of it
+    unsigned taken = 0;  // a bit for each pack that the statistics were made of
     Walk<Traits> ahead = walk;
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {

@@ -1,6 +1,5 @@
-// Compiled once for each instruction set, with ACCUMOPS_INSTRUCTION_SET naming the namespace. The
-// vectors are the compiler's own, of 64 bytes everywhere: an instruction set with narrower ones
-// takes several for each and computes the same.
+// Compiled once for each instruction set, with ACCUMOPS_INSTRUCTION_SET naming the namespace. All
+// of them use vectors of 64 bytes, so that they add in the same order: see lanes.h.
 #include "batch_norm_span.h"
 
 #include <type_traits>
@@ -15,7 +14,7 @@ namespace {
 using FloatLanes = Vector<float, 64>;
 using DoubleLanes = Vector<double, 64>;
 
-// The type in which a data type's statistics are, and a vector of them.
+// The type of a data type's statistics, and a vector of it.
 template <typename T>
 struct Wide {
   using Value = float;
@@ -53,17 +52,17 @@ constexpr std::int64_t kAheadBytes = 2048;
 template <typename T>
 constexpr std::int64_t kAhead = kAheadBytes / static_cast<std::int64_t>(sizeof(T));
 
-// How far ahead is worth fetching down a chunk's columns, in elements: narrow rows are read as one
-// array, of wide ones the same columns some rows later.
+// How far ahead it pays to fetch down a chunk's columns, in elements. Narrow rows are read as one
+// array; in wide rows the same columns are fetched, some rows later.
 template <typename T>
 std::int64_t RowsAhead(std::int64_t stride) {
   const auto size = static_cast<std::int64_t>(sizeof(T));
   return 4 * stride + (stride * size < kAheadBytes ? kAhead<T> : 0);
 }
 
-// How the results of a block are made. A block without gaps is gone through as it lies in memory;
-// parts of longer rows from the last row, which is what was read last and is in the cache, to the
-// first, fetching some rows ahead.
+// The order in which the results of a block are made. A block without gaps is gone through as it
+// lies in memory. Parts of longer rows are gone through from the last row, which was read last and
+// is in the cache, to the first, and some rows are fetched ahead.
 struct Walk {
   std::int64_t first;  // row
   std::int64_t step;   // 1 or -1 rows
@@ -83,13 +82,14 @@ void Prefetch(const T* p, std::int64_t ahead) {
   __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead * std::int64_t{sizeof(T)});
 }
 
-// Rows whose sums are kept in the data's precision before they are added up in double, and columns
-// that are in registers meanwhile. A chunk stays in the L1 cache, where it is read twice.
+// A chunk is so many rows, whose sums are kept in the data's precision before they are added up in
+// double, of so many vectors, whose sums stay in registers. It is read twice, from the L1 cache.
 constexpr std::int64_t kChunkRows = 128;
 constexpr std::int64_t kVectors = 4;
 
-// Moments of a chunk's columns: the mean to the precision of their values, and about it the sums of
-// first and second powers. The first, zero but for rounding, is what the mean lacks.
+// Merges a chunk's moments into the moments of its columns. `middle` is the chunk's mean in the
+// precision of its values; `first` and `second` are sums about it, of distances and of their
+// squares. `first`, zero but for rounding, is what the mean lacks.
 template <typename V>
 void Merge(const V* middle, const V* first, const V* second, std::int64_t columns, double size,
            double count, double* mean, double* centred) {
@@ -183,8 +183,9 @@ void MomentsTyped(const BatchNormBlock& block, const T* x, const bool* mask, dou
   }
 }
 
-// Of a run of values of one channel: vectors first, kVectors of them side by side, and then what
-// does not fill one. `step(lanes)` and `step(value)` add to sums[k].
+// Goes through a run of one channel's values: first vectors, kVectors of them side by side, and
+// then the values that do not fill one. vector_step(i, k) takes the vector at i, to add to sum k;
+// scalar_step(i) takes the value at i.
 template <typename T, typename VectorStep, typename ScalarStep>
 void OverRun(std::int64_t size, const VectorStep& vector_step, const ScalarStep& scalar_step) {
   std::int64_t i = 0;
@@ -195,7 +196,7 @@ void OverRun(std::int64_t size, const VectorStep& vector_step, const ScalarStep&
   for (; i < size; ++i) scalar_step(i);
 }
 
-// The lanes of all vectors and the rest of the run, in a fixed order.
+// The sum of all vectors' lanes and the rest of the run, added in a fixed order.
 template <typename T>
 double Total(const Lanes<T>* sums, double rest) {
   double total = rest;
