@@ -8,8 +8,8 @@
 // - A tile leaves two doubles a channel, 1 or 2% of what it read, and a kernel of its own adds them
 //   up. The last block to finish could do that, but one block reads them more slowly than many do,
 //   and clearing its counter is a launch, too.
-// - A thread's moments are taken about the mean of its first values, so nothing cancels that one
-//   thread did not sum. All that follows is double.
+// - A thread takes its moments about the mean of its first values, so only values that one thread
+//   sums can cancel. All that follows is double.
 #pragma once
 
 #include <initializer_list>
@@ -42,7 +42,7 @@ struct Traits {
   using Pack = cuda::Pack<T, kSize>;
   // What waits to be used stays packed: 16-bit values would take a register each.
   using Word = typename WordOf<Pack, kSize>::Type;
-  // Also what a thread sums in.
+  // The type of the statistics, and of a thread's sums.
   using Statistic = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
   static constexpr int kPack = kSize;
@@ -52,7 +52,7 @@ struct Traits {
   // Which of the column's channels a pack's value belongs to.
   static constexpr __host__ __device__ int ChannelOf(int j) { return kFirst ? 0 : j; }
 
-  // Takes more loads at once to keep the memory busy.
+  // Whether it takes more loads at once to keep the memory busy.
   static constexpr bool kNarrow = sizeof(Pack) < 8;
 };
 
@@ -81,8 +81,8 @@ struct Tiling {
   std::int64_t packs;       // of a column
   std::int64_t run_packs;   // packs of a column that follow one another in memory
   std::int64_t run_stride;  // elements from one such run to the next
-  int step_packs;           // a lane's next pack is this much further in the run
-  std::int64_t step;        // and this many elements away, unless the run ends before
+  int step_packs;           // packs within the run from a lane's pack to its next
+  std::int64_t step;        // elements from a lane's pack to its next, if no run ends between them
 
   std::int64_t tiles() const { return std::int64_t{slices} * splits; }
 };
@@ -148,7 +148,7 @@ class Walk {
   }
 
  private:
-  // Beyond what a tile has, all lengths are the same.
+  // Lengths beyond a tile's need not be told apart, so they fit into an int.
   static __device__ int Clamp(std::int64_t packs) {
     constexpr int kLong = 1 << 30;
     return packs < kLong ? static_cast<int>(packs) : kLong;
@@ -160,7 +160,7 @@ class Walk {
 };
 
 // A tile as one of its threads sees it. Slots number the tile's channels such that neighbouring
-// threads have neighbouring ones: what is shared by slot is free of bank conflicts.
+// threads have neighbouring slots: shared memory that is indexed by slot has no bank conflicts.
 template <typename Traits>
 class Tile {
  public:
@@ -218,7 +218,7 @@ __device__ typename Traits::Word Load(const typename Traits::T* from) {
   return *reinterpret_cast<const typename Traits::Word*>(from);
 }
 
-// The last time that it is read: what else waits in the cache stays there.
+// Loads what is not read again, without displacing other data from the cache.
 template <typename Traits>
 __device__ typename Traits::Word LoadLast(const typename Traits::T* from) {
   if constexpr (Traits::kPack == 1) {
@@ -228,7 +228,7 @@ __device__ typename Traits::Word LoadLast(const typename Traits::T* from) {
   }
 }
 
-// Past what waits in the cache.
+// Stores without displacing other data from the cache.
 template <typename Traits>
 __device__ void Store(typename Traits::T* to, const typename Traits::Pack& pack) {
   typename Traits::Word word;
@@ -262,13 +262,13 @@ inline __device__ void Round(float x, cuda::BFloat16& to) {
 #endif
 }
 
-// Of each thread, for each channel of its column.
+// Each thread's sums, for each channel of its column.
 template <typename Traits, int kQuantities>
 struct TileSums {
   typename Traits::Statistic value[kQuantities][Traits::kChannels][kThreads];
 };
 
-// Where a column is one channel, adds up a pack's values in the first.
+// Adds up a pack's values in the first one, where a column is one channel.
 template <typename Traits>
 __device__ void FoldPack(typename Traits::Statistic (&value)[Traits::kPack]) {
 #pragma unroll
@@ -278,11 +278,11 @@ __device__ void FoldPack(typename Traits::Statistic (&value)[Traits::kPack]) {
   }
 }
 
-// What tiles leave: by split, and there by channel.
+// The sums that tiles leave, ordered by split and within a split by channel.
 struct Partials {
   double* first;
   double* second;
-  std::int64_t* count;  // of a split's values: all channels have the same
+  std::int64_t* count;  // values of a channel in each split, the same for all channels
 
   static std::int64_t Bytes(const Tiling& t) {
     return t.splits * (2 * t.channels + 1) * static_cast<std::int64_t>(sizeof(double));
@@ -326,7 +326,8 @@ __device__ void MergeTile(const Tile<Traits>& tile, Read read, Write write) {
   if (exists && merger == 0) write(tile.ChannelOf(slot), sums);
 }
 
-constexpr int kBlockChannels = 4;  // of the kernels that add up splits: the doubles of a sector
+// Channels of a block, in the kernels that add up splits: as many doubles as a memory sector has.
+constexpr int kBlockChannels = 4;
 
 inline std::int64_t MergeBlocks(const Tiling& t) { return CeilDivide(t.channels, kBlockChannels); }
 
@@ -368,7 +369,7 @@ __device__ Sums MergeSplits(std::uint32_t splits, Read read) {
   return sums;
 }
 
-// Elements that move in one access: 16 bytes of them, 8 or one element.
+// How many elements move in one access: as many as 16 bytes have, as 8 bytes have, or one.
 inline int ChoosePack(const BatchNormShape& shape, DType dtype,
                       std::initializer_list<const void*> arrays) {
   const std::int64_t contiguous = shape.inner != 1 ? shape.inner : shape.channels;

@@ -31,7 +31,7 @@ inline __device__ float ToFloat(BFloat16 x) {
 inline __device__ float ToFloat(float x) { return x; }
 inline __device__ double ToFloat(double x) { return x; }
 
-// On the bits: comparing doubles is slow where a GPU has few float64 units.
+// Looks at the bits: comparing doubles is slow where a GPU has few float64 units.
 inline __device__ bool IsFinite(float x) {
   return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u;
 }
@@ -94,7 +94,7 @@ __device__ P LoadPack(const P* from) {
   return result;
 }
 
-// For what is read once: leaves the cache to others.
+// Loads what is read once, and leaves the cache to other data.
 template <typename P>
 __device__ P LoadPackOnce(const P* from) {
   const WordOf<P> word = __ldcs(reinterpret_cast<const WordOf<P>*>(from));
@@ -110,8 +110,8 @@ __device__ void StorePack(P* to, const P& pack) {
   *reinterpret_cast<WordOf<P>*>(to) = word;
 }
 
-// Unlike <<<>>> followed by cudaGetLastError, never reports what an earlier call left behind; and
-// what this one reports, it clears.
+// Unlike <<<>>> followed by cudaGetLastError, never reports an error that an earlier call left
+// behind; and it clears the error that it reports.
 template <typename Params>
 cudaError_t Launch(void (*kernel)(Params), std::int64_t blocks, int threads, const Params& params,
                    cudaStream_t stream) {

@@ -11,8 +11,8 @@ namespace accumops {
 namespace ACCUMOPS_INSTRUCTION_SET {
 namespace {
 
-// On the bits: comparisons of floats would not survive -ffinite-math, and integers vectorise as a
-// reduction.
+// Looks at the bits: comparisons of floats would not survive -ffinite-math, and integers vectorise
+// as a reduction.
 bool IsFinite(Float16 value) { return (value.bits & 0x7c00) != 0x7c00; }
 bool IsFinite(BFloat16 value) { return (value.bits & 0x7f80) != 0x7f80; }
 bool IsFinite(float value) {

@@ -5,8 +5,8 @@
 //   tensor's size and type; where a tensor is not aligned, its packs are read value by value.
 // - The last block of a tensor could add up its chunks, but clearing its counter is a launch, too.
 // - In float64 the square of a float32 is exact, and a GPU for computing converts and adds as fast
-//   as it reads. Where the float64 rate is 1/64 of float32's, both go through the float64 units:
-//   those bound 16-bit types, and float32 where the memory is fast for such a GPU.
+//   as it reads. Where the float64 rate is 1/64 of float32's, conversions and sums wait for the
+//   float64 units: always with 16-bit types, and with float32 where such a GPU has fast memory.
 #include "cuda_common.cuh"
 #include "squared_norm.h"
 #include "tensor_table.cuh"
@@ -65,7 +65,7 @@ __device__ double SumOfBlock(double sum) {
   return sum;
 }
 
-// The values that a thread adds, in this order: those of its packs, which are kThreads packs apart.
+// Adds up a thread's values, in order: its packs are kThreads packs apart.
 template <typename T>
 class ThreadSum {
  public:
@@ -105,7 +105,7 @@ class ThreadSum {
 #pragma unroll
       for (int j = 0; j < kPack; ++j) Add(pack.value[j]);
     }
-    // Zeros have stood for what follows in this thread's order, so the incomplete pack is the last.
+    // The incomplete pack is the last in its thread's order: from it on, zeros were added above.
     const int packs = size_ / kPack;
     if (packs % kThreads == static_cast<int>(threadIdx.x)) AddSingly(packs * kPack);
   }

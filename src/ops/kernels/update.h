@@ -68,7 +68,7 @@ struct UpdateItem {
   float* slots[kMaxSlots];   // m, v, w; as many as the rule has
   const float* accumulator;  // or null
   const void* latest;        // a gradient that no accumulator has yet, or null
-  const bool* touched_rows;  // a flag for each row: others stay as they are, slots too; or null
+  const bool* touched_rows;  // a flag for each row, or null; false leaves values and slots alone
   std::int64_t size;         // values
   std::int64_t row_size;     // values of a row, at least 1; used with touched_rows
   DType latest_dtype;        // not kFloat64
@@ -83,7 +83,7 @@ struct UpdateSettings {
   float clip;  // no clamp where it is 0
 };
 
-// What the step reads where it lives: host memory for the CPU, device memory for CUDA.
+// The scalars of a step: in host memory for the CPU, in device memory for CUDA.
 struct UpdateScalars {
   const float* scales;  // one for all items, or one for each
   bool scale_for_each;
