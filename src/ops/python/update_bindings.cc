@@ -37,7 +37,7 @@ UpdateSettings ToSettings(py::handle rule, py::handle beta_1, py::handle beta_2,
           static_cast<float>(ToMagnitude(clip, "clip"))};
 }
 
-// None, or a bool for each value.
+// Whether each value decays: from None, for all of them, or from a sequence.
 std::vector<bool> ToDecays(py::handle object, std::size_t count) {
   if (object.is_none()) return std::vector<bool>(count, true);
   if (!PySequence_Check(object.ptr()) || PyUnicode_Check(object.ptr())) {
@@ -58,7 +58,7 @@ std::vector<bool> ToDecays(py::handle object, std::size_t count) {
   return decays;
 }
 
-// What a step reads beside the arrays of its items.
+// The scalars that a step reads.
 class Scalars {
  public:
   Scalars(py::handle scales, py::handle rate, py::handle decay, py::handle weight,
@@ -143,7 +143,7 @@ class Scalars {
   Values host_ = {};
 };
 
-// The arrays of a step, checked and by item.
+// The arrays of a step, by item.
 class Items {
  public:
   Items(py::handle values, py::handle slots, py::handle accumulators, py::handle latest,

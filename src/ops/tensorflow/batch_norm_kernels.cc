@@ -8,7 +8,7 @@
 namespace accumops {
 namespace {
 
-// The launchers of a device. Each returns an error, or what the launcher does.
+// The launchers of a device.
 struct Cpu {
   static absl::Status Forward(OpKernelContext* ctx, const BatchNormForward& args) {
     PoolExecutor executor(ctx);
@@ -25,7 +25,7 @@ struct Cpu {
     BatchNormGradientCpu(args, executor);
     return absl::OkStatus();
   }
-  // Whether a result may take the place of what it is made from.
+  // Whether a result may be written over the array that it is made from.
   static constexpr bool kInPlace = true;
 };
 
@@ -93,7 +93,7 @@ class BatchNormOpBase : public ParallelKernel {
     *shape = {1, x.dim_size(axis_), 1};
     for (int i = 0; i < axis_; ++i) shape->outer *= x.dim_size(i);
     for (int i = axis_ + 1; i < x.dims(); ++i) shape->inner *= x.dim_size(i);
-    // Nothing is nothing, however many rows of it there are: no kernel goes through them.
+    // An array without values may have any number of rows: no kernel has to go through them.
     if (shape->inner == 0) *shape = {0, shape->channels, 1};
     return absl::OkStatus();
   }
@@ -133,7 +133,7 @@ class BatchNormOpBase : public ParallelKernel {
   DType dtype_ = DType::kFloat32;
 };
 
-// Output 0, in the place of an input that nobody else needs, where the device allows it.
+// Output 0: in the memory of an input that nothing else reads, where the device allows it.
 template <typename Launchers>
 absl::Status InPlaceOf(OpKernelContext* ctx, int input, Tensor** output) {
   const TensorShape& shape = ctx->input(input).shape();

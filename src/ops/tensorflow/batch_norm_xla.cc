@@ -30,7 +30,7 @@ class Channels {
 
   xla::XlaOp values() const { return values_; }
   xla::XlaOp Widen(xla::XlaOp x) const { return xla::ConvertElementType(x, type_); }
-  // A value for each channel, at all of its places.
+  // Puts a value for each channel at all places of the channel.
   xla::XlaOp Spread(xla::XlaOp channels) const {
     return xla::BroadcastInDim(channels, sizes_, {axis_});
   }
@@ -176,7 +176,7 @@ class GradientXlaOp : public BatchNormXlaOp {
         (x.values() - x.Spread(ctx->Input(3)) - x.Spread(ctx->Input(4))) * x.Spread(inverse);
     const xla::XlaOp dbeta = x.Sum(dy);
     const xla::XlaOp dgamma = x.Sum(dy * normal);
-    // Of no values at all, or of given moments, there is nothing that comes back through them.
+    // Nothing comes back through moments of no values, or through moments that were given.
     const xla::XlaOp count = x.Widen(ctx->Input(6));
     const xla::XlaOp zero = xla::Zero(ctx->builder(), type());
     const xla::XlaOp share =

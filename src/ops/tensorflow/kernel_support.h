@@ -23,7 +23,7 @@ using ::tensorflow::OpKernelContext;
 using ::tensorflow::Tensor;
 using ::tensorflow::TensorShape;
 
-// For the types that the ops' signatures admit; a variable's own type is checked before.
+// Takes the types that the ops' signatures admit. A variable's own type has to be checked before.
 DType ToDType(DataType dtype);
 
 // TensorFlow's own pool, so that an op never competes with it for cores.
@@ -37,8 +37,8 @@ class PoolExecutor : public Executor {
   tensorflow::thread::ThreadPool* pool_;
 };
 
-// A kernel that shares its work among threads by itself. One that is expensive TensorFlow hands to
-// another thread first, which takes longer to wake than a small layer to compute.
+// A kernel that shares its work among threads by itself. TensorFlow hands an expensive kernel to
+// another thread first, and to wake that takes longer than to compute a small layer.
 class ParallelKernel : public tensorflow::OpKernel {
  public:
   using OpKernel::OpKernel;

@@ -10,6 +10,7 @@
 namespace accumops {
 namespace {
 
+// The launchers of a device.
 struct Cpu {
   static absl::Status Merge(OpKernelContext*, const MomentsMerge& args) {
     MergeMomentsCpu(args);

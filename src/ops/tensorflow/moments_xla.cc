@@ -69,7 +69,7 @@ class MergeMomentsXlaOp : public XlaOpKernel {
       const xla::XlaOp zero = xla::Zero(builder, xla::F64);
       const xla::XlaOp share = xla::Select(xla::Gt(total, none), Wide(added) / Wide(total), zero);
       const xla::XlaOp delta = Wide(ctx->Input(moments)) + Wide(ctx->Input(moments + 1)) - mean;
-      // Of no values there are no moments: they may be NaN.
+      // A batch without values has no moments: what stands for them may be NaN.
       const xla::XlaOp some = xla::Broadcast(xla::Gt(added, none), {channels});
       centred = xla::Select(some,
                             centred + Wide(ctx->Input(moments + 2)) * Wide(added) +

@@ -12,15 +12,15 @@
 namespace accumops {
 
 struct UpdateAttributes {
-  int count = 0;         // of variables
-  int slots = 0;         // of all variables together
+  int count = 0;         // how many variables
+  int slots = 0;         // how many slots all variables have together
   int accumulators = 0;  // as many as variables, or none
   bool has_latest = false;
   std::vector<std::int64_t> rows_of;
   std::vector<bool> decays;
   UpdateSettings settings = {};
 
-  // From an OpKernelConstruction or an InferenceContext.
+  // Reads them from an OpKernelConstruction or an InferenceContext.
   template <typename Context>
   absl::Status Read(Context& context) {
     std::string rule;

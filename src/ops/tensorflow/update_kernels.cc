@@ -54,8 +54,8 @@ class UpdateInputs {
   explicit UpdateInputs(const UpdateAttributes& attributes) : attributes_(attributes) {}
 
   absl::Status Read(OpKernelContext* ctx);
-  // Gives variables and slots that a reader still holds buffers of their own. On an error none has
-  // another value than before.
+  // Gives each variable and slot whose buffer a reader still holds a buffer of its own. On an error
+  // all of them have the values that they had before.
   absl::Status MakeWritable(OpKernelContext* ctx, CopyBytes copy) {
     const int written = attributes_.count + attributes_.slots;
     return variables_.MakeWritable(ctx, copy, static_cast<std::size_t>(written));

@@ -14,7 +14,7 @@ namespace {
 
 constexpr DataType kFloat = tensorflow::DT_FLOAT;
 
-// A variable's new values: its own, and its slots'.
+// The new values of a variable and of its slots.
 struct Step {
   xla::XlaOp value;
   std::vector<xla::XlaOp> slots;
@@ -63,7 +63,7 @@ class UpdateXlaOp : public XlaOpKernel {
            static_cast<int>(attributes_.rows_of.size()) + i;
   }
 
-  // Reads a variable that has to be float, of `shape` where that is known already.
+  // Reads a variable, which has to be float, and of `shape` where the shape is `known` already.
   static absl::Status ReadFloat(XlaOpKernelContext* ctx, int input, TensorShape* shape, bool known,
                                 xla::XlaOp* value) {
     DataType dtype;
