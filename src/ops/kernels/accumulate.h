@@ -30,12 +30,6 @@ struct AccumulateItem {
 void AccumulateCpu(const AccumulateItem* items, std::size_t count, double scale, bool overwrite,
                    bool* all_finite, Executor& executor);
 
-// A scalar that the kernel reads from device memory.
-struct DeviceScalar {
-  const void* data;
-  DType dtype;  // kFloat32 or kFloat64
-};
-
 // All pointers within the items, `overwrite` and `all_finite` are device memory; the item list
 // itself is read before the call returns. Returns null, or the text of the CUDA error.
 const char* AccumulateCuda(const AccumulateItem* items, std::size_t count, DeviceScalar scale,

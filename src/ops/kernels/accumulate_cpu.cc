@@ -21,7 +21,8 @@ std::int64_t BytesPerElement(const AccumulateItem& item) {
   return static_cast<std::int64_t>(SizeOf(item.accumulator_dtype) + SizeOf(item.gradient_dtype));
 }
 
-// The element at which byte `offset` of an item's work falls: 0 before it, its size past it.
+// The element at byte `offset` of an item's work, rounded down to a place for a cut. An offset
+// before the item gives 0, one past it the item's size.
 std::int64_t Cut(const AccumulateItem& item, std::int64_t offset) {
   if (offset <= 0) return 0;
   const std::int64_t element = offset / BytesPerElement(item);

@@ -23,7 +23,7 @@ constexpr int kPacksPerThread = 4;
 constexpr int kScalarsPerThread = 8;
 constexpr int kChunkBytes = kThreads * kPacksPerThread * cuda::kVectorBytes;  // of accumulator
 
-template <class Acc>
+template <typename Acc>
 constexpr int kChunkSize = kChunkBytes / static_cast<int>(sizeof(Acc));  // elements
 
 // Pointers are at least aligned to their elements.
@@ -58,7 +58,7 @@ struct ChunkParts {
   bool aligned;  // whether the gradient is aligned where the accumulator is
 };
 
-template <class Acc, class Grad>
+template <typename Acc, typename Grad>
 __host__ __device__ ChunkParts SplitChunk(std::uintptr_t accumulator, std::uintptr_t gradient,
                                           int size) {
   const int misaligned = static_cast<int>(accumulator % cuda::kVectorBytes / sizeof(Acc));
@@ -68,8 +68,8 @@ __host__ __device__ ChunkParts SplitChunk(std::uintptr_t accumulator, std::uintp
           (gradient + head * sizeof(Grad)) % (kPackSize<Acc> * sizeof(Grad)) == 0};
 }
 
-// One chunk's work. Gradients are read first: they need not wait for `overwrite` to arrive.
-template <class Acc, class Grad>
+// Does one chunk. Gradients are read first: they need not wait for `overwrite` to arrive.
+template <typename Acc, typename Grad>
 class ChunkAccumulator {
  public:
   __device__ ChunkAccumulator(Acc scale, bool overwrite) : scale_(scale), overwrite_(overwrite) {}
@@ -84,7 +84,7 @@ class ChunkAccumulator {
     }
     AccumulatePacks(reinterpret_cast<AccPack*>(accumulator + parts.head),
                     reinterpret_cast<const GradPack*>(gradient + parts.head), parts.packs);
-    // By the last threads: in a small tensor the first ones are waiting for their packs.
+    // The last threads do the edges: in a small tensor the first ones are waiting for their packs.
     const int edge = kThreads - 1 - static_cast<int>(threadIdx.x);
     const int i = edge < parts.head ? edge : edge + parts.packs * kPackSize<Acc>;
     if (i < size) {
@@ -98,7 +98,7 @@ class ChunkAccumulator {
   using AccPack = Pack<Acc, kPackSize<Acc>>;
   using GradPack = Pack<Grad, kPackSize<Acc>>;
 
-  // What to add to so that every product remains as it is; +0 would lose the sign of -0.
+  // Stands for an accumulator that is not read: -0 + x is x, while +0 + x loses the sign of -0.
   static constexpr Acc kZero = static_cast<Acc>(-0.0);
 
   __device__ void AccumulatePacks(AccPack* accumulator, const GradPack* gradient, int packs) {
@@ -152,7 +152,7 @@ class ChunkAccumulator {
     }
   }
 
-  // Checks in passing, wanted or not: the kernel waits for memory anyway.
+  // Checks every gradient, even where nobody asks: the kernel waits for memory anyway.
   __device__ Acc Sum(Acc acc, Grad grad) {
     const Acc x = static_cast<Acc>(cuda::ToFloat(grad));
     finite_ = finite_ && cuda::IsFinite(x);
@@ -165,7 +165,7 @@ class ChunkAccumulator {
 };
 
 // Returns whether the gradients this thread saw were finite.
-template <class Acc, class Grad>
+template <typename Acc, typename Grad>
 __device__ bool AccumulateChunk(void* accumulator, const void* gradient, std::int64_t size,
                                 std::uint32_t chunk, double scale, bool overwrite) {
   const std::int64_t begin = static_cast<std::int64_t>(chunk) * kChunkSize<Acc>;
@@ -177,7 +177,7 @@ __device__ bool AccumulateChunk(void* accumulator, const void* gradient, std::in
   return chunk_accumulator.finite();
 }
 
-template <class Params>
+template <typename Params>
 __global__ void __launch_bounds__(kThreads, 4)
     AccumulateKernel(const __grid_constant__ Params params) {
   const bool overwrite = *params.overwrite;
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (!finite && params.all_finite != nullptr) *params.all_finite = false;
 }
 
-template <class Params>
+template <typename Params>
 cudaError_t LaunchTables(const AccumulateItem* items, std::size_t count, DeviceScalar scale,
                          const bool* overwrite, bool* all_finite, cudaStream_t stream) {
   Params params;

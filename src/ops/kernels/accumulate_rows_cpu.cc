@@ -63,8 +63,8 @@ bool AddRows(const AccumulateRowsItem& item, const Index* indices, double scale,
   const SpanFunctions& functions = CurrentSpanFunctions();
   std::atomic<bool> finite{true};
 
-  // Each part owns some rows and walks all positions in order: no two threads meet in a row, and
-  // the order of additions within one is that of the positions, however many parts there are.
+  // Each part owns some rows and walks all positions in order: no two threads meet in a row, and a
+  // row's additions have the order of the positions, however many parts there are.
   const auto add = [&](std::int64_t part) {
     for (std::int64_t i = 0; i < item.count; ++i) {
       const auto row = static_cast<std::int64_t>(indices[i]);

@@ -15,11 +15,10 @@
 namespace accumops {
 namespace {
 
+using cuda::kAllLanes;
 using cuda::kPackSize;
+using cuda::kWarp;
 using cuda::Pack;
-
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / kWarp;
@@ -32,7 +31,7 @@ constexpr int kTile = kThreads * kIndicesPerThread;  // indices scanned at once
 constexpr int kListCapacity = kTile * 3 / 2;
 constexpr std::int64_t kNoRow = -1;
 
-template <class Acc>
+template <typename Acc>
 constexpr int kSliceSize = kLanes * kPackSize<Acc>;  // columns
 
 struct ScatterParams {
@@ -58,7 +57,7 @@ __host__ __device__ inline std::uint32_t GroupOfRow(std::int64_t row, std::uint3
   return static_cast<std::uint32_t>((static_cast<std::uint64_t>(hash) * groups) >> 32);
 }
 
-template <class Acc, class Grad>
+template <typename Acc, typename Grad>
 class Scatter {
  public:
   struct Shared {
@@ -104,7 +103,7 @@ class Scatter {
   using GradPack = Pack<Grad, kPackSize<Acc>>;
 
   struct Fetched {
-    uint2 index;  // none beyond the list's end
+    uint2 index;  // NoIndex() beyond the list's end
     GradPack value;
   };
 
@@ -192,7 +191,7 @@ class Scatter {
     StoreColumns(to, sum);
   }
 
-  // Sets the bits of all entries of the round that have the row of this thread's entry.
+  // Sets a bit for each entry of the round that has the same row as this thread's entry.
   __device__ void FindSameRow(unsigned (&same_row)[kMaskWords]) const {
     std::int64_t row[kMaskWords];
 #pragma unroll
@@ -214,7 +213,7 @@ class Scatter {
 
   __device__ void AddEntries(unsigned entries, const AccPack (*product)[kLanes],
                              AccPack& sum) const {
-    // Where there are many, reading them all keeps the reads from waiting for one another.
+    // With many entries all products are read, so that the reads do not wait for one another.
     if (__popc(entries) > kWarp / 4) {
 #pragma unroll 8
       for (int i = 0; i < kWarp; ++i) {
@@ -251,7 +250,7 @@ class Scatter {
     return make_uint2(static_cast<const unsigned*>(p_.indices)[position], 0);
   }
 
-  // Either width reads it as kNoRow.
+  // RowOf() makes it kNoRow in either width.
   static __device__ uint2 NoIndex() { return make_uint2(0xffffffffu, 0xffffffffu); }
 
   __device__ std::int64_t RowOf(uint2 index) const {
@@ -261,7 +260,7 @@ class Scatter {
 
   // This thread's columns of a row: adjacent ones where the rows are aligned, else every eighth, so
   // that neighbours still read neighbours. Columns beyond the last read as zero.
-  template <class P, class T>
+  template <typename P, typename T>
   __device__ P LoadColumns(const T* row) const {
     P result = {};
     if (p_.aligned) {
@@ -303,7 +302,7 @@ class Scatter {
   bool finite_ = true;
 };
 
-template <class Acc, class Grad>
+template <typename Acc, typename Grad>
 __global__ void __launch_bounds__(kThreads, 1)
     ScatterKernel(const __grid_constant__ ScatterParams params) {
   __shared__ typename Scatter<Acc, Grad>::Shared shared;
@@ -369,7 +368,7 @@ cudaError_t LaunchClear(const AccumulateRowsItem& item, const bool* overwrite, i
                       stream);
 }
 
-// The fewest groups, for each scans the indices once more, that leave few processors idle.
+// The fewest groups that leave few processors idle: each group scans the indices once more.
 std::uint32_t ChooseGroups(std::int64_t slices, std::int64_t processors) {
   std::int64_t groups = processors / slices > 1 ? processors / slices : 1;
   for (;; ++groups) {
@@ -383,7 +382,7 @@ bool IsAligned(const void* pointer, std::size_t bytes) {
   return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0;
 }
 
-template <class Acc, class Grad>
+template <typename Acc, typename Grad>
 cudaError_t LaunchScatter(const AccumulateRowsItem& item, DeviceScalar scale, bool* all_finite,
                           int processors, cudaStream_t stream) {
   const std::int64_t slices = (item.columns - 1) / kSliceSize<Acc> + 1;
@@ -406,7 +405,7 @@ cudaError_t LaunchScatter(const AccumulateRowsItem& item, DeviceScalar scale, bo
   return cuda::Launch(ScatterKernel<Acc, Grad>, slices * params.groups, kThreads, params, stream);
 }
 
-template <class Acc>
+template <typename Acc>
 cudaError_t LaunchScatter(const AccumulateRowsItem& item, DeviceScalar scale, bool* all_finite,
                           int processors, cudaStream_t stream) {
   switch (item.values_dtype) {

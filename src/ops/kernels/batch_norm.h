@@ -2,13 +2,13 @@
 // inner = 1, channels first (N, C, H, W) is (N, C, H * W).
 //
 //   training    y = (x - mean) * inverse * gamma + beta,  inverse = 1 / sqrt(variance + epsilon)
-//               mean and biased variance are those of the channel's values, of `mask`'s where it is
-//               given: it has a value for each of `outer` rows and needs inner = 1
+//               with the mean and the biased variance of the channel's values. A mask has a flag
+//               for each of `outer` rows and needs inner = 1: rows whose flag is false do not count
 //   inference   the same with a mean and a variance that are given
-//   gradient    of training: with n values a channel, all sums over them, and x^ = (x - mean) *
-//               inverse: dbeta = sum(dy), dgamma = sum(dy * x^),
+//   gradient    for training, with n values a channel, sums over the channel's values, and
+//               x^ = (x - mean) * inverse: dbeta = sum(dy), dgamma = sum(dy * x^),
 //               dx = gamma * inverse * (dy - mask * (dbeta + x^ * dgamma) / n)
-//               of inference: dx = gamma * inverse * dy
+//               for inference: dx = gamma * inverse * dy
 //
 // Moments are centred sums of chunks of rows, merged by Chan's formula in double, in a fixed order:
 // nothing cancels where a mean is large beside its deviation, and any number of threads gives the
@@ -31,7 +31,7 @@ struct BatchNormShape {
   std::int64_t inner;
 };
 
-// All of `channels` values, of the statistics' type.
+// Arrays of `channels` values in the statistics' type.
 struct BatchNormStatistics {
   void* mean;
   void* rest;      // the mean is mean + rest
@@ -44,7 +44,7 @@ struct BatchNormForward {
   DType dtype;  // of x and y
   const void* x;
   void* y;
-  const bool* mask;  // `outer` values, or null
+  const bool* mask;  // `outer` flags, or null
   const void* gamma;
   const void* beta;
   double epsilon;
@@ -54,7 +54,7 @@ struct BatchNormForward {
 
 struct BatchNormInference {
   BatchNormShape shape;
-  DType dtype;
+  DType dtype;  // of x and y
   const void* x;
   void* y;
   const void* gamma;
@@ -70,10 +70,10 @@ struct BatchNormGradient {
   const void* x;
   const void* dy;
   void* dx;
-  const bool* mask;
+  const bool* mask;  // `outer` flags, or null
   const void* gamma;
-  BatchNormStatistics statistics;
-  const std::int64_t* count;  // null for the gradient of inference
+  BatchNormStatistics statistics;  // its variance is not read
+  const std::int64_t* count;       // null for the gradient of inference
   void* dgamma;
   void* dbeta;
 };
@@ -86,8 +86,8 @@ void BatchNormForwardCpu(const BatchNormForward& args, Executor& executor);
 void BatchNormInferenceCpu(const BatchNormInference& args, Executor& executor);
 void BatchNormGradientCpu(const BatchNormGradient& args, Executor& executor);
 
-// Bytes of device memory that the forward pass and the gradient need to work in. It need not be
-// cleared, and is aligned as what cudaMalloc returns.
+// Bytes of device memory that the forward pass and the gradient need to work in. The memory need
+// not be cleared, and must be aligned as cudaMalloc aligns.
 std::int64_t BatchNormWorkspaceCuda(const BatchNormShape& shape, DType dtype);
 // All pointers are device memory. They return null, or the text of the CUDA error.
 const char* BatchNormForwardCuda(const BatchNormForward& args, void* workspace,

@@ -17,11 +17,11 @@ constexpr std::int64_t kTileBytes = 256 << 10;
 constexpr std::int64_t kTileColumns = 512;
 // Rows of a tile are a multiple of this, as long as they keep their sums in the data's precision.
 constexpr std::int64_t kRows = 128;
-// Few channels are folded: several rows become one of at least so many columns.
+// Few channels are folded: several rows become one row of at least this many columns.
 constexpr std::int64_t kFoldedColumns = 64;
 constexpr std::int64_t kLanes = 16;
-// All rows of some columns, a panel, stay in a core's own cache from the sums to the results where
-// they are no more of x than this.
+// A panel is all rows of some columns. Up to this much of x, it stays in a core's own cache from
+// the sums to the results.
 constexpr std::int64_t kPanelBytes = 2 << 20;
 // Above this, results bypass the caches: they would evict what they are made from.
 constexpr std::int64_t kStreamingBytes = 16 << 20;
@@ -96,8 +96,9 @@ Tile TileAt(const Layout& layout, std::int64_t index) {
           std::min(layout.tile_columns, layout.width() - column), row_tile};
 }
 
-// Columns of a panel, of which each thread has as many, or 0: where panels would be too long or too
-// narrow to be quicker than all sums and then all results. The values are the same.
+// Columns of a panel, such that all threads get equally many panels. 0 where panels would be too
+// long or too narrow to be quicker than all sums first and then all results. Both give the same
+// values.
 std::int64_t PanelColumns(const Layout& layout, DType dtype, const Executor& executor) {
   if (layout.channels_first || layout.fold != 1 || layout.rows == 0) return 0;
   const std::int64_t row_bytes = layout.columns * static_cast<std::int64_t>(SizeOf(dtype));
@@ -157,7 +158,7 @@ Pointer At(Pointer data, std::int64_t offset, std::size_t size) {
   return static_cast<Byte*>(data) + offset * static_cast<std::int64_t>(size);
 }
 
-// Arrays of factors, one value for each column of a row: those of the channels, again and again.
+// Arrays of factors with a value for each column of a row: the channels' values, again and again.
 class Factors {
  public:
   Factors(const Layout& layout, DType dtype)
@@ -207,7 +208,7 @@ void Write(void* values, DType dtype, std::int64_t i, double value) {
   }
 }
 
-// Moments of `size` values each, for columns or channels.
+// Moments of columns or channels that have `count` values each.
 struct Moments {
   explicit Moments(std::int64_t width)
       : mean(static_cast<std::size_t>(width)), centred(static_cast<std::size_t>(width)) {}
@@ -215,7 +216,7 @@ struct Moments {
   double count = 0;
   std::vector<double> mean, centred;
 
-  // Adds those of `width` columns, of `size` values each.
+  // Merges the moments of `width` columns that have `size` values each.
   void Add(const double* other_mean, const double* other_centred, std::int64_t width, double size) {
     if (size == 0) return;
     CurrentBatchNormSpanFunctions().merge(other_mean, other_centred, width, size, count,
@@ -224,7 +225,7 @@ struct Moments {
   }
 };
 
-// The moments of all channels, from those of the tiles' columns.
+// The moments of all channels, merged from the moments of the tiles' columns.
 Moments FindMoments(const Layout& layout, const void* x, const bool* mask, DType dtype,
                     Executor& executor) {
   const BatchNormSpanFunctions& functions = CurrentBatchNormSpanFunctions();

@@ -1,6 +1,7 @@
 // Training's forward pass is three kernels: moments of tiles, statistics of channels, and a second
-// reading that normalizes. That one starts with the array's end, which the first has just left in
-// the L2 cache, and marks what it reads and writes as the first to go. See batch_norm_tiling.cuh.
+// reading that normalizes. The last kernel starts with the array's end, which the first has just
+// left in the L2 cache, and marks what it reads and writes as the first to evict. See
+// batch_norm_tiling.cuh.
 #include "batch_norm.h"
 #include "batch_norm_tiling.cuh"
 
@@ -13,12 +14,12 @@ using batch_norm::Tile;
 using batch_norm::Tiling;
 using batch_norm::Walk;
 
-// Of `count` values.
+// The moments of `count` values, as sums about a shift.
 struct Moments {
   double count;
   double shift;
-  double sum;      // of their distances from shift
-  double squares;  // of these, the sum
+  double sum;      // of the values' distances from the shift
+  double squares;  // the sum of these distances' squares
 
   static __device__ Moments Of(double count, double mean, double centred) {
     return {count, mean, 0, centred};
@@ -31,7 +32,7 @@ struct Moments {
     return result < 0 ? 0 : result;
   }
 
-  // Chan's formula, but for the division: that can wait until all are together.
+  // Chan's formula without its division, which waits until all moments are merged.
   __device__ void Add(const Moments& other) {
     if (other.count == 0) return;
     if (count == 0) shift = other.shift;
@@ -49,7 +50,7 @@ struct MomentsParams {
   Partials partials;
 };
 
-template <class Traits>
+template <typename Traits>
 __global__ void __launch_bounds__(kThreads, 4)
     MomentsKernel(const __grid_constant__ MomentsParams p) {
   using T = typename Traits::T;
@@ -107,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       const Pack pack = batch_norm::Unpack<Traits>(origin);
 #pragma unroll
       for (int j = 0; j < kChannels; ++j) shift[j] = cuda::ToFloat(pack.value[j]);
-      // On to the mean of the batch, in case that was an outlier.
+      // Moves the shift to the batch's mean, in case the batch's first value is an outlier.
       add([&](int j, Stat distance) { sum[j] += distance; });
       batch_norm::FoldPack<Traits>(sum);
       const Stat share = Stat{1} / static_cast<Stat>(__popc(taken) * (kPack / kChannels));
@@ -154,7 +155,7 @@ struct StatisticsParams {
   std::int64_t* count;
 };
 
-template <class Stat>
+template <typename Stat>
 __global__ void __launch_bounds__(kThreads)
     StatisticsKernel(const __grid_constant__ StatisticsParams p) {
   const std::int64_t channel = batch_norm::MergeChannel();
@@ -185,13 +186,13 @@ struct NormalizeParams {
   const void* beta;
   const void* mean;
   const void* rest;      // null for zeros
-  const void* inverse;   // or null, and it is made of
-  const void* variance;  // this and
-  double epsilon;
+  const void* inverse;   // null where the kernel makes it from variance and epsilon
+  const void* variance;  // read where inverse is null
+  double epsilon;        // read where inverse is null
 };
 
 // y = (x - shift) * scale + offset
-template <class Stat>
+template <typename Stat>
 struct Factors {
   Stat shift;
   Stat scale;
@@ -210,7 +211,7 @@ struct Factors {
   }
 };
 
-template <class Traits>
+template <typename Traits>
 __global__ void __launch_bounds__(kThreads, 4)
     NormalizeKernel(const __grid_constant__ NormalizeParams p) {
   using T = typename Traits::T;
@@ -261,7 +262,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-template <class Traits>
+template <typename Traits>
 struct ForwardKernels {
   static cudaError_t Run(const Tiling& tiling, const BatchNormForward& args, void* workspace,
                          cudaStream_t stream) {
@@ -286,7 +287,7 @@ struct ForwardKernels {
   }
 };
 
-template <class Traits>
+template <typename Traits>
 struct InferenceKernels {
   static cudaError_t Run(const Tiling& tiling, const BatchNormInference& args,
                          cudaStream_t stream) {
@@ -304,7 +305,7 @@ struct CountParams {
   std::int64_t* count;
 };
 
-// Where there are no channels nothing else is done; one thread will do.
+// For an array without channels, of which nothing else is computed; one thread is enough.
 __global__ void CountKernel(const __grid_constant__ CountParams p) {
   std::int64_t rows = p.mask == nullptr ? p.rows : 0;
   for (std::int64_t r = 0; p.mask != nullptr && r < p.rows; ++r) rows += p.mask[r];
@@ -314,7 +315,7 @@ __global__ void CountKernel(const __grid_constant__ CountParams p) {
 }  // namespace
 
 std::int64_t BatchNormWorkspaceCuda(const BatchNormShape& shape, DType dtype) {
-  // The pack depends on the pointers, too.
+  // The pack depends on the pointers, too, so this is the most that any pack needs.
   std::int64_t bytes = 0;
   for (int pack = 1; pack * SizeOf(dtype) <= cuda::kVectorBytes; pack *= 2) {
     const std::int64_t needed = Partials::Bytes(batch_norm::MakeTiling(shape, dtype, pack));

@@ -13,8 +13,8 @@ using batch_norm::Tiling;
 using batch_norm::Walk;
 
 struct GradientSums {
-  double dy;
-  double product;  // of dy and x - mean, where the mean is without its rest
+  double dy;       // the sum of dy
+  double product;  // the sum of dy * (x - mean), where the mean is without its rest
 
   __device__ void Add(const GradientSums& other) {
     dy += other.dy;
@@ -30,7 +30,7 @@ struct SumsParams {
   Partials partials;
 };
 
-template <class Traits>
+template <typename Traits>
 __global__ void __launch_bounds__(kThreads, 3)
     GradientSumsKernel(const __grid_constant__ SumsParams p) {
   using T = typename Traits::T;
@@ -110,7 +110,7 @@ struct ParametersParams {
   void* dbeta;
 };
 
-template <class Stat>
+template <typename Stat>
 __global__ void __launch_bounds__(kThreads)
     ParametersKernel(const __grid_constant__ ParametersParams p) {
   const std::int64_t channel = batch_norm::MergeChannel();
@@ -140,11 +140,11 @@ struct InputParams {
   const void* inverse;
   const void* dgamma;
   const void* dbeta;
-  const std::int64_t* count;  // null: statistics do not depend on x
+  const std::int64_t* count;  // null where the statistics do not depend on x
 };
 
 // dx = scale * dy + slope * (x - shift) + offset
-template <class Stat>
+template <typename Stat>
 struct Factors {
   Stat scale;
   Stat shift;
@@ -165,7 +165,7 @@ struct Factors {
   }
 };
 
-template <class Traits>
+template <typename Traits>
 __global__ void __launch_bounds__(kThreads, 3)
     InputGradientKernel(const __grid_constant__ InputParams p) {
   using T = typename Traits::T;
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   for (int first = tile.lane(); first < tile.packs(); first += kBatch * lanes) {
     Word x_word[kBatch];
     Word dy_word[kBatch];
-    unsigned taken = 0;  // by bit: whether the statistics were made of it
+    unsigned taken = 0;  // a bit for each pack that the statistics were made of
     Walk<Traits> ahead = walk;
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
 }
 
-template <class Traits>
+template <typename Traits>
 struct GradientKernels {
   static cudaError_t Run(const Tiling& tiling, const BatchNormGradient& args, void* workspace,
                          cudaStream_t stream) {

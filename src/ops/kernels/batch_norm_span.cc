@@ -1,22 +1,20 @@
-// Compiled once for each instruction set, with ACCUMOPS_INSTRUCTION_SET naming the namespace. The
-// vectors are the compiler's own, of 64 bytes everywhere: an instruction set with narrower ones
-// takes several for each and computes the same.
+// Compiled once for each instruction set, with ACCUMOPS_INSTRUCTION_SET naming the namespace. All
+// of them use vectors of 64 bytes, so that they add in the same order: see lanes.h.
 #include "batch_norm_span.h"
 
 #include <type_traits>
 
 #include "elements.h"
+#include "lanes.h"
 
 namespace accumops {
 namespace ACCUMOPS_INSTRUCTION_SET {
 namespace {
 
-using FloatLanes = float __attribute__((vector_size(64)));
-using DoubleLanes = double __attribute__((vector_size(64)));
-using WordLanes = std::uint32_t __attribute__((vector_size(64)));
-using HalfLanes = std::uint16_t __attribute__((vector_size(32)));
+using FloatLanes = Vector<float, 64>;
+using DoubleLanes = Vector<double, 64>;
 
-// The type in which a data type's statistics are, and a vector of them.
+// The type of a data type's statistics, and a vector of it.
 template <typename T>
 struct Wide {
   using Value = float;
@@ -34,95 +32,14 @@ using Lanes = typename Wide<T>::Lanes;
 template <typename T>
 constexpr std::int64_t kLanes = sizeof(Lanes<T>) / sizeof(Value<T>);
 
-FloatLanes FromWords(WordLanes words) {
-  FloatLanes lanes;
-  __builtin_memcpy(&lanes, &words, sizeof lanes);
-  return lanes;
-}
-
-template <typename Vector, typename T>
-Vector LoadAs(const T* p) {
-  Vector vector;
-  __builtin_memcpy(&vector, p, sizeof vector);
-  return vector;
-}
-
-FloatLanes Load(const float* p) { return LoadAs<FloatLanes>(p); }
-DoubleLanes Load(const double* p) { return LoadAs<DoubleLanes>(p); }
-FloatLanes Load(const BFloat16* p) {
-  return FromWords(__builtin_convertvector(LoadAs<HalfLanes>(p), WordLanes) << 16);
-}
-FloatLanes Load(const Float16* p) {
-  FloatLanes lanes;
-#if defined(__AVX512F__)
-  lanes = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__F16C__)
-  const auto* halves = reinterpret_cast<const __m128i*>(p);
-  const __m256 parts[] = {_mm256_cvtph_ps(_mm_loadu_si128(halves)),
-                          _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
-  __builtin_memcpy(&lanes, parts, sizeof lanes);
-#else
-  for (int i = 0; i < kLanes<Float16>; ++i) lanes[i] = Widen(p[i]);
-#endif
-  return lanes;
-}
-
-// What is stored of a vector: the data type's bits.
-const FloatLanes& Pack(const float*, const FloatLanes& lanes) { return lanes; }
-const DoubleLanes& Pack(const double*, const DoubleLanes& lanes) { return lanes; }
-HalfLanes Pack(const BFloat16*, FloatLanes lanes) {
-  const WordLanes words = LoadAs<WordLanes>(&lanes);
-  const WordLanes rounded = words + 0x7fffu + ((words >> 16) & 1u);
-  const WordLanes quiet = words | 0x400000u;
-  return __builtin_convertvector(((words & 0x7fffffffu) > 0x7f800000u ? quiet : rounded) >> 16,
-                                 HalfLanes);
-}
-HalfLanes Pack(const Float16*, FloatLanes lanes) {
-  HalfLanes halves;
-#if defined(__AVX512F__)
-  const __m256i bits = _mm512_cvtps_ph(LoadAs<__m512>(&lanes), _MM_FROUND_TO_NEAREST_INT);
-  __builtin_memcpy(&halves, &bits, sizeof halves);
-#elif defined(__F16C__)
-  const auto* values = reinterpret_cast<const float*>(&lanes);
-  const __m128i parts[] = {_mm256_cvtps_ph(_mm256_loadu_ps(values), _MM_FROUND_TO_NEAREST_INT),
-                           _mm256_cvtps_ph(_mm256_loadu_ps(values + 8), _MM_FROUND_TO_NEAREST_INT)};
-  __builtin_memcpy(&halves, parts, sizeof halves);
-#else
-  for (int i = 0; i < kLanes<Float16>; ++i) halves[i] = Narrow<Float16>(lanes[i]).bits;
-#endif
-  return halves;
-}
-
-void StreamBytes(void* to, const void* from, std::size_t bytes) {
-#if defined(__AVX512F__)
-  if (bytes == 64) {
-    _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
-    return;
-  }
-#endif
-#if defined(__AVX__)
-  for (std::size_t i = 0; i < bytes / 32; ++i) {
-    _mm256_stream_si256(static_cast<__m256i*>(to) + i,
-                        _mm256_loadu_si256(static_cast<const __m256i*>(from) + i));
-  }
-#elif defined(__SSE2__)
-  for (std::size_t i = 0; i < bytes / 16; ++i) {
-    _mm_stream_si128(static_cast<__m128i*>(to) + i,
-                     _mm_loadu_si128(static_cast<const __m128i*>(from) + i));
-  }
-#else
-  __builtin_memcpy(to, from, bytes);
-#endif
+template <typename T>
+Lanes<T> Load(const T* from) {
+  return LoadWide<Lanes<T>>(from);
 }
 
 template <bool kStreaming, typename T>
-void Store(T* p, Lanes<T> lanes) {
-  const auto packed = Pack(p, lanes);
-  if (kStreaming) {
-    StreamBytes(p, &packed, sizeof packed);
-  } else {
-    __builtin_memcpy(p, &packed, sizeof packed);
-  }
+void Store(T* to, Lanes<T> lanes) {
+  StoreNarrow<kStreaming>(to, lanes);
 }
 
 void Store(float* p, float value) { *p = value; }
@@ -130,28 +47,22 @@ void Store(double* p, double value) { *p = value; }
 void Store(BFloat16* p, float value) { *p = Narrow<BFloat16>(value); }
 void Store(Float16* p, float value) { *p = Narrow<Float16>(value); }
 
-void FinishStreaming() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
-
 // The processor's own prefetcher stops at each 4 KiB page; TensorFlow's memory has no larger ones.
 constexpr std::int64_t kAheadBytes = 2048;
 template <typename T>
 constexpr std::int64_t kAhead = kAheadBytes / static_cast<std::int64_t>(sizeof(T));
 
-// How far ahead is worth fetching down a chunk's columns, in elements: narrow rows are read as one
-// array, of wide ones the same columns some rows later.
+// How far ahead it pays to fetch down a chunk's columns, in elements. Narrow rows are read as one
+// array; in wide rows the same columns are fetched, some rows later.
 template <typename T>
 std::int64_t RowsAhead(std::int64_t stride) {
   const auto size = static_cast<std::int64_t>(sizeof(T));
   return 4 * stride + (stride * size < kAheadBytes ? kAhead<T> : 0);
 }
 
-// How the results of a block are made. A block without gaps is gone through as it lies in memory;
-// parts of longer rows from the last row, which is what was read last and is in the cache, to the
-// first, fetching some rows ahead.
+// The order in which the results of a block are made. A block without gaps is gone through as it
+// lies in memory. Parts of longer rows are gone through from the last row, which was read last and
+// is in the cache, to the first, and some rows are fetched ahead.
 struct Walk {
   std::int64_t first;  // row
   std::int64_t step;   // 1 or -1 rows
@@ -171,13 +82,14 @@ void Prefetch(const T* p, std::int64_t ahead) {
   __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead * std::int64_t{sizeof(T)});
 }
 
-// Rows whose sums are kept in the data's precision before they are added up in double, and columns
-// that are in registers meanwhile. A chunk stays in the L1 cache, where it is read twice.
+// A chunk is so many rows, whose sums are kept in the data's precision before they are added up in
+// double, of so many vectors, whose sums stay in registers. It is read twice, from the L1 cache.
 constexpr std::int64_t kChunkRows = 128;
 constexpr std::int64_t kVectors = 4;
 
-// Moments of a chunk's columns: the mean to the precision of their values, and about it the sums of
-// first and second powers. The first, zero but for rounding, is what the mean lacks.
+// Merges a chunk's moments into the moments of its columns. `middle` is the chunk's mean in the
+// precision of its values; `first` and `second` are sums about it, of distances and of their
+// squares. `first`, zero but for rounding, is what the mean lacks.
 template <typename V>
 void Merge(const V* middle, const V* first, const V* second, std::int64_t columns, double size,
            double count, double* mean, double* centred) {
@@ -271,8 +183,9 @@ void MomentsTyped(const BatchNormBlock& block, const T* x, const bool* mask, dou
   }
 }
 
-// Of a run of values of one channel: vectors first, kVectors of them side by side, and then what
-// does not fill one. `step(lanes)` and `step(value)` add to sums[k].
+// Goes through a run of one channel's values: first vectors, kVectors of them side by side, and
+// then the values that do not fill one. vector_step(i, k) takes the vector at i, to add to sum k;
+// scalar_step(i) takes the value at i.
 template <typename T, typename VectorStep, typename ScalarStep>
 void OverRun(std::int64_t size, const VectorStep& vector_step, const ScalarStep& scalar_step) {
   std::int64_t i = 0;
@@ -283,7 +196,7 @@ void OverRun(std::int64_t size, const VectorStep& vector_step, const ScalarStep&
   for (; i < size; ++i) scalar_step(i);
 }
 
-// The lanes of all vectors and the rest of the run, in a fixed order.
+// The sum of all vectors' lanes and the rest of the run, added in a fixed order.
 template <typename T>
 double Total(const Lanes<T>* sums, double rest) {
   double total = rest;

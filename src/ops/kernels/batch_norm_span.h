@@ -17,8 +17,8 @@ struct BatchNormBlock {
   DType dtype;
 };
 
-// What a column's values are normalized with, or what its gradients are made with. For `uniform`
-// blocks, rows of a single channel, the arrays have one value; else one for each column. They are
+// The factors that normalize a column's values, or make its gradients. For `uniform` blocks, whose
+// rows are of a single channel, each array has one value; else one for each column. Values are
 // double for float64 data and float for all other.
 struct BatchNormFactors {
   const void* shift;
@@ -30,20 +30,22 @@ struct BatchNormFactors {
 };
 
 struct BatchNormSpanFunctions {
-  // Adds the block's moments to those of its columns, by Chan's formula: `mean` and `centred` are
-  // of `*count` values and more. With a mask only the rows that it has count.
+  // Merges the block's moments into the moments of its columns, by Chan's formula. `mean` and
+  // `centred` are of `*count` values before, and of the block's as well after. With a mask only
+  // rows whose flag is true count.
   void (*moments)(const BatchNormBlock& block, const void* x, const bool* mask, double* count,
                   double* mean, double* centred);
-  // The same of one channel, whose values are all of the block's.
+  // The same for a single channel that has all of the block's values.
   void (*uniform_moments)(const BatchNormBlock& block, const void* x, double* count, double* mean,
                           double* centred);
-  // Adds moments of `size` values a column to those of `count`, which the caller counts.
+  // Merges moments of `size` values a column into moments of `count`. The caller updates the count.
   void (*merge)(const double* mean, const double* centred, std::int64_t columns, double size,
                 double count, double* merged_mean, double* merged_centred);
   // y = (x - shift) * scale + offset
   void (*normalize)(const BatchNormBlock& block, const void* x, void* y,
                     const BatchNormFactors& factors);
-  // sum_dy += sum(dy), sum_product += sum(dy * (x - shift)), of each column or of all.
+  // sum_dy += sum(dy), sum_product += sum(dy * (x - shift)), for each column, or for a `uniform`
+  // block as a whole.
   void (*gradient_sums)(const BatchNormBlock& block, const void* x, const void* dy,
                         const BatchNormFactors& factors, double* sum_dy, double* sum_product);
   // dx = scale * dy + mask * (slope * (x - shift) + offset)
@@ -51,7 +53,7 @@ struct BatchNormSpanFunctions {
                    const bool* mask, const BatchNormFactors& factors);
 };
 
-// Those of the instruction set in use, see span.h.
+// The functions of the instruction set in use, see span.h.
 const BatchNormSpanFunctions& CurrentBatchNormSpanFunctions();
 
 }  // namespace accumops

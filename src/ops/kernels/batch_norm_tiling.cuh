@@ -8,8 +8,8 @@
 // - A tile leaves two doubles a channel, 1 or 2% of what it read, and a kernel of its own adds them
 //   up. The last block to finish could do that, but one block reads them more slowly than many do,
 //   and clearing its counter is a launch, too.
-// - A thread's moments are taken about the mean of its first values, so nothing cancels that one
-//   thread did not sum. All that follows is double.
+// - A thread takes its moments about the mean of its first values, so only values that one thread
+//   sums can cancel. All that follows is double.
 #pragma once
 
 #include <initializer_list>
@@ -21,27 +21,28 @@
 namespace accumops {
 namespace batch_norm {
 
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
+using cuda::kAllLanes;
+using cuda::kWarp;
+
 constexpr int kThreads = 256;
 
-template <class Pack, int kSize>
+template <typename Pack, int kSize>
 struct WordOf {
   using Type = cuda::WordOf<Pack>;
 };
-template <class T>
+template <typename T>
 struct WordOf<cuda::Pack<T, 1>, 1> {
   using Type = T;
 };
 
 // What a kernel is compiled for.
-template <class Element, int kSize, bool kFirst>
+template <typename Element, int kSize, bool kFirst>
 struct Traits {
   using T = Element;
   using Pack = cuda::Pack<T, kSize>;
   // What waits to be used stays packed: 16-bit values would take a register each.
   using Word = typename WordOf<Pack, kSize>::Type;
-  // Also what a thread sums in.
+  // The type of the statistics, and of a thread's sums.
   using Statistic = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
   static constexpr int kPack = kSize;
@@ -51,7 +52,7 @@ struct Traits {
   // Which of the column's channels a pack's value belongs to.
   static constexpr __host__ __device__ int ChannelOf(int j) { return kFirst ? 0 : j; }
 
-  // Takes more loads at once to keep the memory busy.
+  // Whether it takes more loads at once to keep the memory busy.
   static constexpr bool kNarrow = sizeof(Pack) < 8;
 };
 
@@ -80,8 +81,8 @@ struct Tiling {
   std::int64_t packs;       // of a column
   std::int64_t run_packs;   // packs of a column that follow one another in memory
   std::int64_t run_stride;  // elements from one such run to the next
-  int step_packs;           // a lane's next pack is this much further in the run
-  std::int64_t step;        // and this many elements away, unless the run ends before
+  int step_packs;           // packs within the run from a lane's pack to its next
+  std::int64_t step;        // elements from a lane's pack to its next, if no run ends between them
 
   std::int64_t tiles() const { return std::int64_t{slices} * splits; }
 };
@@ -120,7 +121,7 @@ inline Tiling MakeTiling(const BatchNormShape& shape, DType dtype, int pack) {
 }
 
 // Goes through a lane's packs of a tile.
-template <class Traits>
+template <typename Traits>
 class Walk {
  public:
   __device__ Walk(const Tiling& tiling, std::int64_t channel, std::int64_t pack) : t_(tiling) {
@@ -147,7 +148,7 @@ class Walk {
   }
 
  private:
-  // Beyond what a tile has, all lengths are the same.
+  // Lengths beyond a tile's need not be told apart, so they fit into an int.
   static __device__ int Clamp(std::int64_t packs) {
     constexpr int kLong = 1 << 30;
     return packs < kLong ? static_cast<int>(packs) : kLong;
@@ -159,8 +160,8 @@ class Walk {
 };
 
 // A tile as one of its threads sees it. Slots number the tile's channels such that neighbouring
-// threads have neighbouring ones: what is shared by slot is free of bank conflicts.
-template <class Traits>
+// threads have neighbouring slots: shared memory that is indexed by slot has no bank conflicts.
+template <typename Traits>
 class Tile {
  public:
   __device__ Tile(const Tiling& tiling, std::uint32_t index)
@@ -204,7 +205,7 @@ class Tile {
   int packs_;
 };
 
-template <class Traits, class Function>
+template <typename Traits, typename Function>
 __device__ void ForEachSlot(const Tile<Traits>& tile, Function function) {
   const unsigned slot = threadIdx.x;
   if (slot >= tile.slots()) return;
@@ -212,13 +213,13 @@ __device__ void ForEachSlot(const Tile<Traits>& tile, Function function) {
   if (channel < tile.tiling().channels) function(slot, channel);
 }
 
-template <class Traits>
+template <typename Traits>
 __device__ typename Traits::Word Load(const typename Traits::T* from) {
   return *reinterpret_cast<const typename Traits::Word*>(from);
 }
 
-// The last time that it is read: what else waits in the cache stays there.
-template <class Traits>
+// Loads what is not read again, without displacing other data from the cache.
+template <typename Traits>
 __device__ typename Traits::Word LoadLast(const typename Traits::T* from) {
   if constexpr (Traits::kPack == 1) {
     return *from;
@@ -227,8 +228,8 @@ __device__ typename Traits::Word LoadLast(const typename Traits::T* from) {
   }
 }
 
-// Past what waits in the cache.
-template <class Traits>
+// Stores without displacing other data from the cache.
+template <typename Traits>
 __device__ void Store(typename Traits::T* to, const typename Traits::Pack& pack) {
   typename Traits::Word word;
   std::memcpy(&word, &pack, sizeof(pack));
@@ -239,7 +240,7 @@ __device__ void Store(typename Traits::T* to, const typename Traits::Pack& pack)
   }
 }
 
-template <class Traits>
+template <typename Traits>
 __device__ typename Traits::Pack Unpack(const typename Traits::Word& word) {
   typename Traits::Pack pack;
   std::memcpy(&pack, &word, sizeof(pack));
@@ -261,14 +262,14 @@ inline __device__ void Round(float x, cuda::BFloat16& to) {
 #endif
 }
 
-// Of each thread, for each channel of its column.
-template <class Traits, int kQuantities>
+// Each thread's sums, for each channel of its column.
+template <typename Traits, int kQuantities>
 struct TileSums {
   typename Traits::Statistic value[kQuantities][Traits::kChannels][kThreads];
 };
 
-// Where a column is one channel, adds up a pack's values in the first.
-template <class Traits>
+// Adds up a pack's values in the first one, where a column is one channel.
+template <typename Traits>
 __device__ void FoldPack(typename Traits::Statistic (&value)[Traits::kPack]) {
 #pragma unroll
   for (int half = Traits::kPack / 2; half >= Traits::kChannels; half /= 2) {
@@ -277,11 +278,11 @@ __device__ void FoldPack(typename Traits::Statistic (&value)[Traits::kPack]) {
   }
 }
 
-// What tiles leave: by split, and there by channel.
+// The sums that tiles leave, ordered by split and within a split by channel.
 struct Partials {
   double* first;
   double* second;
-  std::int64_t* count;  // of a split's values: all channels have the same
+  std::int64_t* count;  // values of a channel in each split, the same for all channels
 
   static std::int64_t Bytes(const Tiling& t) {
     return t.splits * (2 * t.channels + 1) * static_cast<std::int64_t>(sizeof(double));
@@ -293,7 +294,7 @@ struct Partials {
   }
 };
 
-template <class Sums>
+template <typename Sums>
 __device__ Sums ShuffleDown(const Sums& sums, unsigned offset, int width) {
   constexpr int kWords = sizeof(Sums) / sizeof(double);
   double word[kWords];
@@ -307,7 +308,7 @@ __device__ Sums ShuffleDown(const Sums& sums, unsigned offset, int width) {
 
 // Adds up the lanes of each channel of a tile: write(channel, read(thread, j) + ...), the channel
 // being the j-th of that thread's column.
-template <class Sums, class Traits, class Read, class Write>
+template <typename Sums, typename Traits, typename Read, typename Write>
 __device__ void MergeTile(const Tile<Traits>& tile, Read read, Write write) {
   const Tiling& t = tile.tiling();
   const unsigned slot = threadIdx.x / t.mergers;
@@ -325,7 +326,8 @@ __device__ void MergeTile(const Tile<Traits>& tile, Read read, Write write) {
   if (exists && merger == 0) write(tile.ChannelOf(slot), sums);
 }
 
-constexpr int kBlockChannels = 4;  // of the kernels that add up splits: the doubles of a sector
+// Channels of a block, in the kernels that add up splits: as many doubles as a memory sector has.
+constexpr int kBlockChannels = 4;
 
 inline std::int64_t MergeBlocks(const Tiling& t) { return CeilDivide(t.channels, kBlockChannels); }
 
@@ -335,7 +337,7 @@ __device__ inline std::int64_t MergeChannel() {
 
 // Adds up the splits of MergeChannel(), `read(split) + …`; the first kBlockChannels threads have
 // the result. All threads call it.
-template <class Sums, class Read>
+template <typename Sums, typename Read>
 __device__ Sums MergeSplits(std::uint32_t splits, Read read) {
   constexpr int kMergeBatch = 4;
   constexpr int kWarps = kThreads / kWarp;
@@ -367,7 +369,7 @@ __device__ Sums MergeSplits(std::uint32_t splits, Read read) {
   return sums;
 }
 
-// Elements that move in one access: 16 bytes of them, 8 or one element.
+// How many elements move in one access: as many as 16 bytes have, as 8 bytes have, or one.
 inline int ChoosePack(const BatchNormShape& shape, DType dtype,
                       std::initializer_list<const void*> arrays) {
   const std::int64_t contiguous = shape.inner != 1 ? shape.inner : shape.channels;
@@ -382,7 +384,8 @@ inline int ChoosePack(const BatchNormShape& shape, DType dtype,
   return 1;
 }
 
-template <template <class> class Kernels, class T, bool kChannelsFirst, class... Arguments>
+template <template <typename> typename Kernels, typename T, bool kChannelsFirst,
+          typename... Arguments>
 cudaError_t RunWithPack(int pack, const Arguments&... arguments) {
   constexpr int kWide = cuda::kVectorBytes / static_cast<int>(sizeof(T));
   if (pack == kWide) return Kernels<Traits<T, kWide, kChannelsFirst>>::Run(arguments...);
@@ -390,14 +393,14 @@ cudaError_t RunWithPack(int pack, const Arguments&... arguments) {
   return Kernels<Traits<T, 1, kChannelsFirst>>::Run(arguments...);
 }
 
-template <template <class> class Kernels, class T, class... Arguments>
+template <template <typename> typename Kernels, typename T, typename... Arguments>
 cudaError_t RunWithLayout(bool channels_first, int pack, const Arguments&... arguments) {
   return channels_first ? RunWithPack<Kernels, T, true>(pack, arguments...)
                         : RunWithPack<Kernels, T, false>(pack, arguments...);
 }
 
 // Tiles the arrays and calls Kernels<Traits>::Run(tiling, arguments...) with the traits that fit.
-template <template <class> class Kernels, class... Arguments>
+template <template <typename> typename Kernels, typename... Arguments>
 const char* Run(const BatchNormShape& shape, DType dtype, std::initializer_list<const void*> arrays,
                 const Arguments&... arguments) {
   const int pack = ChoosePack(shape, dtype, arrays);

@@ -1,5 +1,5 @@
-// What the CUDA kernels share: element types, packs of elements that move in one access, the
-// rounding that accumulate.h promises, launching.
+// What the CUDA kernels share: element types, the rounding that accumulate.h promises, packs of
+// elements that move in one access, launching.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "accumulate.h"
+#include "dtype.h"
 
 namespace accumops {
 namespace cuda {
@@ -31,7 +31,7 @@ inline __device__ float ToFloat(BFloat16 x) {
 inline __device__ float ToFloat(float x) { return x; }
 inline __device__ double ToFloat(double x) { return x; }
 
-// On the bits: comparing doubles is slow where a GPU has few float64 units.
+// Looks at the bits: comparing doubles is slow where a GPU has few float64 units.
 inline __device__ bool IsFinite(float x) {
   return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u;
 }
@@ -52,13 +52,16 @@ inline __device__ double ReadScale(const DeviceScalar& scale) {
                                         : *static_cast<const float*>(scale.data);
 }
 
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;  // of a warp
+
 constexpr int kVectorBytes = 16;
 
 // How many accumulator elements one 16-byte access moves; a pack of the gradient has as many.
-template <class Acc>
+template <typename Acc>
 constexpr int kPackSize = kVectorBytes / static_cast<int>(sizeof(Acc));
 
-template <class T, int kSize>
+template <typename T, int kSize>
 struct alignas(sizeof(T) * kSize) Pack {
   T value[kSize];
 };
@@ -80,10 +83,10 @@ struct Word<16> {
 };
 }  // namespace internal
 
-template <class P>
+template <typename P>
 using WordOf = typename internal::Word<sizeof(P)>::Type;
 
-template <class P>
+template <typename P>
 __device__ P LoadPack(const P* from) {
   const WordOf<P> word = *reinterpret_cast<const WordOf<P>*>(from);
   P result;
@@ -91,8 +94,8 @@ __device__ P LoadPack(const P* from) {
   return result;
 }
 
-// For what is read once: leaves the cache to others.
-template <class P>
+// Loads what is read once, and leaves the cache to other data.
+template <typename P>
 __device__ P LoadPackOnce(const P* from) {
   const WordOf<P> word = __ldcs(reinterpret_cast<const WordOf<P>*>(from));
   P result;
@@ -100,16 +103,16 @@ __device__ P LoadPackOnce(const P* from) {
   return result;
 }
 
-template <class P>
+template <typename P>
 __device__ void StorePack(P* to, const P& pack) {
   WordOf<P> word;
   std::memcpy(&word, &pack, sizeof(P));
   *reinterpret_cast<WordOf<P>*>(to) = word;
 }
 
-// Unlike <<<>>> followed by cudaGetLastError, never reports what an earlier call left behind; and
-// what this one reports, it clears.
-template <class Params>
+// Unlike <<<>>> followed by cudaGetLastError, never reports an error that an earlier call left
+// behind; and it clears the error that it reports.
+template <typename Params>
 cudaError_t Launch(void (*kernel)(Params), std::int64_t blocks, int threads, const Params& params,
                    cudaStream_t stream) {
   void* arguments[] = {const_cast<Params*>(&params)};

@@ -1,4 +1,4 @@
-// The element types that the kernels read and write.
+// The element types that the kernels read and write, and a scalar of one of them.
 #pragma once
 
 #include <cstddef>
@@ -26,5 +26,11 @@ constexpr bool CanAccumulate(DType accumulator, DType gradient) {
   return accumulator == DType::kFloat64 ||
          (accumulator == DType::kFloat32 && gradient != DType::kFloat64);
 }
+
+// A scalar that a CUDA kernel reads from device memory.
+struct DeviceScalar {
+  const void* data;
+  DType dtype;  // kFloat32 or kFloat64
+};
 
 }  // namespace accumops

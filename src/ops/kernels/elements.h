@@ -79,10 +79,10 @@ inline Float16 Narrow<Float16>(float value) {
   std::uint32_t bits = ToBits(value);
   const std::uint32_t sign = bits & 0x80000000u;
   bits ^= sign;
-  if (bits >= 143u << 23) {  // what float16 has no room for, Inf and NaN
+  if (bits >= 143u << 23) {  // too large for float16, Inf or NaN
     bits = bits > 0x7f800000u ? 0x7e00u : 0x7c00u;
   } else if (bits < kLeastNormal) {
-    // A sum of whose mantissa the float16's bits are the last ones, rounded by the processor.
+    // The last bits of this sum's mantissa are the float16's bits, rounded by the processor.
     constexpr std::uint32_t kHalf = 126u << 23;
     bits = ToBits(FromBits(bits) + FromBits(kHalf)) - kHalf;
   } else {

@@ -1,13 +1,13 @@
 // The moments of a window's micro-batches together, and the running statistics that move by them.
 //
-//   window <- merge(window, batch), by Chan's formula, in double; one without values is a new one
+//   window <- merge(window, batch), by Chan's formula, in double; starts anew without values in it
 //   calls  <- calls + 1
-//   and where that ends the window, which then is empty again, if it had values at all
+//   and where that ends the window, which then is empty again: if it had values,
 //   moving <- moving * momentum + (mean and biased variance of the window) * (1 - momentum)
 //
 // A call with moving statistics ends the window where `limit` calls have been made, where it brings
-// no batch, and where there is no window: then the batch is all of it. A call without leaves it
-// open.
+// no batch, and where there is no window: then the batch is all of it. A call without moving
+// statistics leaves the window open.
 #pragma once
 
 #include <cstdint>
@@ -18,26 +18,26 @@ struct CUstream_st;
 
 namespace accumops {
 
-// Of each channel, as batch_norm.h computes them: float32, or float64 for float64 data.
+// A batch's moments, as batch_norm.h computes them.
 struct BatchMoments {
-  const std::int64_t* count;  // one value; null where there is no batch
-  const void* mean;
-  const void* rest;
-  const void* variance;
-  DType dtype;
+  const std::int64_t* count;  // one number; null where there is no batch
+  const void* mean;           // of each channel, rounded
+  const void* rest;           // of each channel: the mean is mean + rest
+  const void* variance;       // of each channel, biased
+  DType dtype;                // kFloat32, or kFloat64 for float64 data
 };
 
 struct MomentsWindow {
   enum Counter { kValues, kCalls, kLimit, kCounters };
   std::int64_t* counters;  // null where there is no window
-  double* mean;            // of each channel, as the next
-  double* centred;         // the sum of squared distances from the mean
+  double* mean;            // of each channel
+  double* centred;         // of each channel, the sum of squared distances from its mean
 };
 
 struct MovingStatistics {
-  void* mean;  // of each channel, as the next; null where there are none
-  void* variance;
-  DType dtype;  // float32 or float64
+  void* mean;      // of each channel; null where there are no moving statistics
+  void* variance;  // of each channel
+  DType dtype;     // kFloat32 or kFloat64
   double momentum;
 };
 

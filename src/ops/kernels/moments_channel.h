@@ -7,11 +7,11 @@
 
 namespace accumops {
 
-// What the counters say of a merge, before it is made.
+// What a merge does, from the counters as they are before it.
 struct MergePlan {
   double before;  // values in the window
-  double added;   // the batch's
-  double total;
+  double added;   // values in the batch
+  double total;   // values in both
   bool ends;
 
   constexpr explicit MergePlan(const MomentsMerge& args)
@@ -38,7 +38,7 @@ constexpr T Moved(T moving, double value, double momentum) {
   return moving * static_cast<T>(momentum) + static_cast<T>(value) * static_cast<T>(1 - momentum);
 }
 
-// `Batch` is the type of the batch's moments, `Moving` that of the running statistics.
+// `Batch` is the type of the batch's moments, `Moving` the type of the running statistics.
 template <typename Batch, typename Moving>
 constexpr void MergeChannel(const MomentsMerge& args, const MergePlan& plan, std::int64_t c) {
   double mean = plan.before == 0 ? 0 : args.window.mean[c];

@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kThreads = 1024;
 
-template <class Batch, class Moving>
+template <typename Batch, typename Moving>
 __global__ void __launch_bounds__(kThreads)
     MergeMomentsKernel(const __grid_constant__ MomentsMerge args) {
   const MergePlan plan(args);

@@ -56,11 +56,11 @@ void ParallelFor(Executor& executor, std::int64_t count,
   try {
     for (std::int64_t i = 0; i < helpers; ++i) executor.Schedule([loop] { loop->Work(); });
   } catch (const std::bad_alloc&) {
-    // Those that were scheduled refer to `body`: go on with them, not back to the caller.
+    // Helpers that were scheduled refer to `body`, so the loop has to end before this returns.
   }
   loop->Work();
-  // Waits for the indices that helpers have claimed, not for helpers that never got to start. They
-  // mostly are about to be done, and to sleep and be woken takes longer than that.
+  // Waits for the indices that helpers have claimed, not for helpers that never got to start. Most
+  // helpers are about to be done: first the thread spins, as sleeping and waking would take longer.
   const auto give_up = std::chrono::steady_clock::now() + kPatience;
   while (loop->done.load(std::memory_order_acquire) != count &&
          std::chrono::steady_clock::now() < give_up) {

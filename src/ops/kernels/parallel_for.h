@@ -1,5 +1,5 @@
-// Splits a loop over the threads of whoever owns them: TensorFlow's pool inside an op, this
-// library's own elsewhere.
+// Splits a loop over the threads of an executor: TensorFlow's pool inside an op, this library's own
+// pool elsewhere.
 #pragma once
 
 #include <cstdint>

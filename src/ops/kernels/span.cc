@@ -2,6 +2,7 @@
 #include "span.h"
 
 #include "elements.h"
+#include "lanes.h"
 
 #define ACCUMOPS_STRING_(x) #x
 #define ACCUMOPS_STRING(x) ACCUMOPS_STRING_(x)
@@ -10,8 +11,8 @@ namespace accumops {
 namespace ACCUMOPS_INSTRUCTION_SET {
 namespace {
 
-// On the bits: comparisons of floats would not survive -ffinite-math, and integers vectorise as a
-// reduction.
+// Looks at the bits: comparisons of floats would not survive -ffinite-math, and integers vectorise
+// as a reduction.
 bool IsFinite(Float16 value) { return (value.bits & 0x7c00) != 0x7c00; }
 bool IsFinite(BFloat16 value) { return (value.bits & 0x7f80) != 0x7f80; }
 bool IsFinite(float value) {
@@ -37,49 +38,20 @@ bool AccumulateScalar(Accumulator* accumulator, const Gradient* gradient, std::i
   return bad == 0;
 }
 
-// Lanes: a vector of float32, its loads from each gradient type, and a running record of non-finite
-// lanes.
+// Lanes: a vector of float32 as wide as the registers, and a record of its non-finite values.
 #if defined(__AVX512F__)
 #define ACCUMOPS_VECTORS 1
-using Lanes = __m512;
+using Lanes = Vector<float, 64>;
 using Record = __mmask16;
-constexpr std::int64_t kLanes = 16;
-Lanes Broadcast(float x) { return _mm512_set1_ps(x); }
-Lanes Load(const float* p) { return _mm512_loadu_ps(p); }
-Lanes Load(const Float16* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-Lanes Load(const BFloat16* p) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-Lanes Multiply(Lanes a, Lanes b) { return _mm512_mul_ps(a, b); }
-Lanes Add(Lanes a, Lanes b) { return _mm512_add_ps(a, b); }
-void Store(float* p, Lanes x) { _mm512_storeu_ps(p, x); }
-void Stream(float* p, Lanes x) { _mm512_stream_ps(p, x); }
 Record NoRecord() { return 0; }
 // Quiet NaN, signalling NaN, +Inf, -Inf.
 Record Note(Record r, Lanes x) { return r | _mm512_fpclass_ps_mask(x, 0x01 | 0x80 | 0x08 | 0x10); }
 bool Clean(Record r) { return r == 0; }
 #elif defined(__AVX2__)
 #define ACCUMOPS_VECTORS 1
-using Lanes = __m256;
-using Record = __m256;
-constexpr std::int64_t kLanes = 8;
-Lanes Broadcast(float x) { return _mm256_set1_ps(x); }
-Lanes Load(const float* p) { return _mm256_loadu_ps(p); }
-Lanes Load(const Float16* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-Lanes Load(const BFloat16* p) {
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-}
-Lanes Multiply(Lanes a, Lanes b) { return _mm256_mul_ps(a, b); }
-Lanes Add(Lanes a, Lanes b) { return _mm256_add_ps(a, b); }
-void Store(float* p, Lanes x) { _mm256_storeu_ps(p, x); }
-void Stream(float* p, Lanes x) { _mm256_stream_ps(p, x); }
-Record NoRecord() { return _mm256_setzero_ps(); }
+using Lanes = Vector<float, 32>;
+using Record = Lanes;
+Record NoRecord() { return Record{}; }
 Record Note(Record r, Lanes x) {
   const Lanes magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
   const Lanes infinity = _mm256_set1_ps(__builtin_inff());
@@ -89,6 +61,7 @@ bool Clean(Record r) { return _mm256_movemask_ps(r) == 0; }
 #endif
 
 #if defined(ACCUMOPS_VECTORS)
+constexpr std::int64_t kLanes = sizeof(Lanes) / sizeof(float);
 constexpr std::uintptr_t kCacheLine = 64;
 
 // Elements before `p` reaches a cache line, so that no store splits one and streaming stores are
@@ -108,20 +81,16 @@ template <bool kOverwrite, bool kStreaming, bool kCheck, typename Gradient>
 bool AccumulateVectors(float* accumulator, const Gradient* gradient, std::int64_t size,
                        float scale) {
   constexpr std::int64_t kUnroll = 4;
-  const Lanes factor = Broadcast(scale);
+  const Lanes factor = scale - Lanes{};  // scale + Lanes{} would lose the sign of -0
   Record record = NoRecord();
   const auto step = [&](std::int64_t i) __attribute__((always_inline)) {
     Prefetch(gradient + i + kAhead);
     if (!kOverwrite) Prefetch(accumulator + i + kAhead);
-    const Lanes g = Load(gradient + i);
+    const Lanes g = LoadWide<Lanes>(gradient + i);
     if (kCheck) record = Note(record, g);
-    const Lanes product = Multiply(factor, g);
-    const Lanes result = kOverwrite ? product : Add(Load(accumulator + i), product);
-    if (kStreaming) {
-      Stream(accumulator + i, result);
-    } else {
-      Store(accumulator + i, result);
-    }
+    const Lanes product = factor * g;
+    const Lanes result = kOverwrite ? product : LoadWide<Lanes>(accumulator + i) + product;
+    StoreNarrow<kStreaming>(accumulator + i, result);
   };
   const std::int64_t head = Head(accumulator, size);
   bool finite = AccumulateScalar<kOverwrite, kCheck>(accumulator, gradient, 0, head, scale);
@@ -131,7 +100,7 @@ bool AccumulateVectors(float* accumulator, const Gradient* gradient, std::int64_
   }
   for (; i + kLanes <= size; i += kLanes) step(i);
   finite &= AccumulateScalar<kOverwrite, kCheck>(accumulator, gradient, i, size, scale);
-  if (kStreaming) _mm_sfence();
+  if (kStreaming) FinishStreaming();
   return finite && Clean(record);
 }
 #endif
@@ -190,17 +159,16 @@ void Triad(float* a, const float* b, const float* c, float scale, std::int64_t s
            bool streaming) {
   std::int64_t i = 0;
 #if defined(ACCUMOPS_VECTORS)
-  const Lanes factor = Broadcast(scale);
+  const Lanes factor = scale - Lanes{};
+  const auto sum = [&](std::int64_t at) __attribute__((always_inline)) {
+    return LoadWide<Lanes>(b + at) + factor * LoadWide<Lanes>(c + at);
+  };
   if (streaming) {
     for (const std::int64_t head = Head(a, size); i < head; ++i) a[i] = b[i] + scale * c[i];
-    for (; i + kLanes <= size; i += kLanes) {
-      Stream(a + i, Add(Load(b + i), Multiply(factor, Load(c + i))));
-    }
-    _mm_sfence();
+    for (; i + kLanes <= size; i += kLanes) StoreNarrow<true>(a + i, sum(i));
+    FinishStreaming();
   } else {
-    for (; i + kLanes <= size; i += kLanes) {
-      Store(a + i, Add(Load(b + i), Multiply(factor, Load(c + i))));
-    }
+    for (; i + kLanes <= size; i += kLanes) StoreNarrow<false>(a + i, sum(i));
   }
 #else
   (void)streaming;

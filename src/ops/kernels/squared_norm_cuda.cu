@@ -5,8 +5,8 @@
 //   tensor's size and type; where a tensor is not aligned, its packs are read value by value.
 // - The last block of a tensor could add up its chunks, but clearing its counter is a launch, too.
 // - In float64 the square of a float32 is exact, and a GPU for computing converts and adds as fast
-//   as it reads. Where the float64 rate is 1/64 of float32's, both go through the float64 units:
-//   those bound 16-bit types, and float32 where the memory is fast for such a GPU.
+//   as it reads. Where the float64 rate is 1/64 of float32's, conversions and sums wait for the
+//   float64 units: always with 16-bit types, and with float32 where such a GPU has fast memory.
 #include "cuda_common.cuh"
 #include "squared_norm.h"
 #include "tensor_table.cuh"
@@ -14,17 +14,17 @@
 namespace accumops {
 namespace {
 
+using cuda::kAllLanes;
 using cuda::kVectorBytes;
+using cuda::kWarp;
 using cuda::Pack;
 
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kPacksPerThread = 8;
 constexpr int kChunkBytes = kThreads * kPacksPerThread * kVectorBytes;
 
-template <class T>
+template <typename T>
 constexpr int kChunkSize = kChunkBytes / static_cast<int>(sizeof(T));  // values
 
 std::int64_t ChunksOf(const SquaredNormItem& item) {
@@ -65,8 +65,8 @@ __device__ double SumOfBlock(double sum) {
   return sum;
 }
 
-// The values that a thread adds, in this order: those of its packs, which are kThreads packs apart.
-template <class T>
+// Adds up a thread's values, in order: its packs are kThreads packs apart.
+template <typename T>
 class ThreadSum {
  public:
   __device__ ThreadSum(const T* values, int size) : values_(values), size_(size) {}
@@ -105,7 +105,7 @@ class ThreadSum {
 #pragma unroll
       for (int j = 0; j < kPack; ++j) Add(pack.value[j]);
     }
-    // Zeros have stood for what follows in this thread's order, so the incomplete pack is the last.
+    // The incomplete pack is the last in its thread's order: from it on, zeros were added above.
     const int packs = size_ / kPack;
     if (packs % kThreads == static_cast<int>(threadIdx.x)) AddSingly(packs * kPack);
   }
@@ -127,7 +127,7 @@ class ThreadSum {
   double sum_ = 0;
 };
 
-template <class T>
+template <typename T>
 __device__ double SumOfThread(const void* values, std::int64_t size, std::int64_t chunk) {
   const std::int64_t begin = chunk * kChunkSize<T>;
   const std::int64_t left = size - begin;
@@ -136,7 +136,7 @@ __device__ double SumOfThread(const void* values, std::int64_t size, std::int64_
       .Run();
 }
 
-template <class Params>
+template <typename Params>
 __global__ void __launch_bounds__(kThreads, 3) ChunksKernel(const __grid_constant__ Params params) {
   const std::int64_t block = blockIdx.x;
   const int entry = cuda::FindEntry(params.first_chunk, params.count, block);
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) params.sums[tensor] = sum;
 }
 
-template <class Params>
+template <typename Params>
 cudaError_t LaunchChunks(const SquaredNormItem* items, std::size_t count, double* chunk_sums,
                          cudaStream_t stream) {
   Params params;

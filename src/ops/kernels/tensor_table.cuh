@@ -11,11 +11,11 @@
 namespace accumops {
 namespace cuda {
 
-// What a kernel takes: with every version of CUDA, and with this one.
+// How large a kernel's parameters may be: with every version of CUDA, and with this one.
 constexpr std::size_t kSmallParamBytes = 4096;
 constexpr std::size_t kLargeParamBytes = CUDART_VERSION >= 12010 ? 32764 : kSmallParamBytes;
 
-// The capacity of a table that needs large parameters; where there are none, that of the small one.
+// The capacity of a table that needs large parameters. Where there are none, it is the small one.
 constexpr int LargeCapacity(int capacity, int small_capacity) {
   return kLargeParamBytes > kSmallParamBytes ? capacity : small_capacity;
 }
@@ -27,7 +27,7 @@ constexpr std::int64_t ChunksOf(std::int64_t size, std::int64_t chunk_size) {
 }
 
 // The last entry whose first chunk is not beyond `chunk`.
-template <class Chunk>
+template <typename Chunk>
 __host__ __device__ int FindEntry(const Chunk* first_chunk, int count, Chunk chunk) {
   int low = 0;
   int high = count;
@@ -42,10 +42,10 @@ __host__ __device__ int FindEntry(const Chunk* first_chunk, int count, Chunk chu
   return low;
 }
 
-// Where an entry stands, and what of its tensor it has: all chunks, unless a grid cannot have so
-// many.
+// An entry of a table and the chunks of its tensor that it covers: all of them, unless a grid
+// cannot have so many.
 struct TablePart {
-  int entry;
+  int entry;                 // its position in the table
   std::int64_t first_chunk;  // of the entry, counted through the table
   std::int64_t begin;        // the tensor's first chunk that is in the entry
   std::int64_t chunks;
@@ -53,7 +53,7 @@ struct TablePart {
 
 // Fills tables with a list, in order, where tensor i has `chunks_of(i)` chunks: `fill(i, part)` for
 // each entry of a table, then `launch(entries, chunks)`. Tensors without chunks are left out.
-template <class CountChunks, class Fill, class Launcher>
+template <typename CountChunks, typename Fill, typename Launcher>
 cudaError_t ForEachTable(std::size_t count, int capacity, CountChunks chunks_of, Fill fill,
                          Launcher launch) {
   int entries = 0;
@@ -91,9 +91,10 @@ inline bool DriverTakesLargeParams() {
   return result;
 }
 
-// All of a table is copied at each launch, so a short list gets a small one. Returns the launcher
-// of the small table or, where that cannot hold `count` tensors and the driver takes more, `large`.
-template <class Small, class Large, class Launcher>
+// All of a table is copied at each launch, so a short list gets a small table. Returns the launcher
+// of the small table, or `large` where the small one cannot hold `count` tensors and the driver
+// takes large parameters.
+template <typename Small, typename Large, typename Launcher>
 Launcher ChooseTable(std::size_t count, Launcher small, Launcher large) {
   static_assert(sizeof(Small) <= kSmallParamBytes, "too large for a kernel parameter");
   static_assert(sizeof(Large) <= kLargeParamBytes, "too large for a kernel parameter");

@@ -28,7 +28,22 @@ struct CUstream_st;
 
 namespace accumops {
 
+// A new rule is written in this file and in
+//   src/ops/kernels     update_span.cc, update_cuda.cu
+//   src/ops/python      update_bindings.cc (the docstring)
+//   src/ops/tensorflow  update_attributes.h (if it has new settings), update_op.cc, update_xla.cc
+//   accumops            ops/update.py, ops/reference.py, optimizer/fused.py, verification/update.py
 enum class UpdateRule : std::uint8_t { kSgd, kMomentum, kNesterov, kAdam, kAmsgrad, kLion };
+
+// The names by which Python and TensorFlow know the rules.
+struct NamedUpdateRule {
+  const char* name;
+  UpdateRule rule;
+};
+inline constexpr NamedUpdateRule kUpdateRules[] = {
+    {"sgd", UpdateRule::kSgd},           {"momentum", UpdateRule::kMomentum},
+    {"nesterov", UpdateRule::kNesterov}, {"adam", UpdateRule::kAdam},
+    {"amsgrad", UpdateRule::kAmsgrad},   {"lion", UpdateRule::kLion}};
 
 constexpr int kMaxSlots = 3;
 
@@ -53,7 +68,7 @@ struct UpdateItem {
   float* slots[kMaxSlots];   // m, v, w; as many as the rule has
   const float* accumulator;  // or null
   const void* latest;        // a gradient that no accumulator has yet, or null
-  const bool* touched_rows;  // a flag for each row: others stay as they are, slots too; or null
+  const bool* touched_rows;  // a flag for each row, or null; false leaves values and slots alone
   std::int64_t size;         // values
   std::int64_t row_size;     // values of a row, at least 1; used with touched_rows
   DType latest_dtype;        // not kFloat64
@@ -68,7 +83,7 @@ struct UpdateSettings {
   float clip;  // no clamp where it is 0
 };
 
-// What the step reads where it lives: host memory for the CPU, device memory for CUDA.
+// The scalars of a step: in host memory for the CPU, in device memory for CUDA.
 struct UpdateScalars {
   const float* scales;  // one for all items, or one for each
   bool scale_for_each;

@@ -1,12 +1,12 @@
 // One pass over all that a step reads and writes. Tables and chunks are as in accumulate_cuda.cu;
 // beyond that:
 //
-// - A thread holds its share of a chunk in registers, so that all loads are in flight together.
-//   Rules that have more slots take fewer values, for that.
+// - A thread holds its share of a chunk in registers, so that all loads are in flight together. So
+//   rules with more slots take fewer values.
 // - The types of the latest gradients are branches of one kernel, the same for all of a block. A
 //   kernel for each would be four times the code.
-// - Where rows are touched or not, a thread first collects the flags of its share of a larger chunk
-//   and then does what they leave: an untouched row costs its flag and no more.
+// - Where rows have flags, a thread first collects the flags of its share of a larger chunk, then
+//   updates the touched rows: an untouched row costs its flag and no more.
 // - Packs are 16 bytes where a whole tensor is aligned, and single values where it is not, as in
 //   the last chunk of a tensor that packs do not divide.
 #include "cuda_common.cuh"
@@ -22,8 +22,9 @@ constexpr int kThreads = 256;
 constexpr int kFullPack = cuda::kPackSize<float>;
 constexpr int kFlagSteps = 16;  // packs, full or single, whose flags a thread collects at once
 
-// What a rule does with one value: x is the value, after its decay, g its gradient, and m, v, w its
-// slots. kValues is what a thread holds of each array, kBlocks how many blocks share a processor.
+// Step() is a rule's step for one value: x is the value after its decay, g its gradient, and
+// `slots` are its m, v and w. kValues is how many values of each array a thread holds, kBlocks how
+// many blocks share a processor.
 struct Sgd {
   static constexpr int kSlots = 0;
   static constexpr int kValues = 12;
@@ -90,7 +91,7 @@ struct Lion {
 };
 
 // Whether all of an item can be read in packs that lie within rows.
-template <class Rule>
+template <typename Rule>
 __host__ __device__ bool IsPacked(const UpdateItem& item) {
   auto address = reinterpret_cast<std::uintptr_t>(item.value) |
                  reinterpret_cast<std::uintptr_t>(item.accumulator);
@@ -104,8 +105,8 @@ __host__ __device__ bool IsPacked(const UpdateItem& item) {
          (latest & (kFullPack * SizeOf(item.latest_dtype) - 1)) == 0;
 }
 
-// Values.
-template <class Rule>
+// How many values a chunk has.
+template <typename Rule>
 __host__ __device__ int ChunkSize(const UpdateItem& item, bool packed) {
   if (item.touched_rows == nullptr) return kThreads * Rule::kValues;
   return kThreads * kFlagSteps * (packed ? kFullPack : 1);
@@ -164,8 +165,8 @@ __device__ float Widen(const RawPack<kPack>& raw, DType dtype, int j) {
                                   : cuda::ToFloat(cuda::BFloat16{bits});
 }
 
-// One chunk's work: the values of an item from `begin` on.
-template <class Rule, int kPack>
+// Does one chunk: the values of an item from `begin` on.
+template <typename Rule, int kPack>
 class ChunkUpdater {
  public:
   __device__ ChunkUpdater(const UpdateItem& item, std::int64_t begin, const Factors& factors,
@@ -207,7 +208,7 @@ class ChunkUpdater {
     return result;
   }
 
-  // All flags are on their way before the first is looked at, and only two divisions find them.
+  // Loads all flags before it looks at the first, and finds them with only two divisions.
   __device__ unsigned Touched(int packs) const {
     constexpr int kStep = kThreads * kPack;
     constexpr std::int64_t kFar = 1 << 30;  // beyond every chunk
@@ -264,7 +265,7 @@ class ChunkUpdater {
         if (wanted >> k & 1) latest[k] = LoadRaw<kPack>(from, dtype, first + k * kThreads);
       }
     }
-    // What to add to so that every product remains as it is; +0 would lose the sign of -0.
+    // Stands for an accumulator that is not read: -0 + x is x, while +0 + x loses the sign of -0.
     const float zero = has_latest ? -0.0f : 0.0f;
     const bool counts = item_.accumulator != nullptr && !factors_.overwrite;
 #pragma unroll
@@ -329,7 +330,7 @@ class ChunkUpdater {
   FloatPack* slots_[kMaxSlots];
 };
 
-template <class Rule, class Params>
+template <typename Rule, typename Params>
 __global__ void __launch_bounds__(kThreads, Rule::kBlocks)
     UpdateKernel(const __grid_constant__ Params params) {
   const UpdateScalars& scalars = params.scalars;
@@ -350,7 +351,7 @@ __global__ void __launch_bounds__(kThreads, Rule::kBlocks)
   }
 }
 
-template <class Rule, class Params>
+template <typename Rule, typename Params>
 cudaError_t LaunchTables(const UpdateItem* items, std::size_t count, const UpdateSettings& settings,
                          const UpdateScalars& scalars, cudaStream_t stream) {
   Params params;
@@ -373,7 +374,7 @@ cudaError_t LaunchTables(const UpdateItem* items, std::size_t count, const Updat
       });
 }
 
-template <class Rule>
+template <typename Rule>
 cudaError_t LaunchRule(const UpdateItem* items, std::size_t count, const UpdateSettings& settings,
                        const UpdateScalars& scalars, cudaStream_t stream) {
   static_assert(Rule::kSlots <= kMaxSlots, "too many slots");

@@ -9,7 +9,7 @@ namespace accumops {
 namespace ACCUMOPS_INSTRUCTION_SET {
 namespace {
 
-// Gradients are made so many at a time, in the L1 cache, and used from there.
+// So many gradients are made at a time, in the L1 cache, and used from there.
 constexpr std::int64_t kRun = 256;
 
 // The processor's own prefetcher stops at each 4 KiB page; TensorFlow's memory has no larger ones.
@@ -23,7 +23,7 @@ void Prefetch(const T* from, std::int64_t size) {
   for (std::int64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(p + i);
 }
 
-// gradient = scale * (accumulator + weight * latest), as far as they are there.
+// gradient = scale * (accumulator + weight * latest), where either summand may be missing.
 template <bool kAccumulated, bool kLatest, typename T>
 void ScaledSum(const UpdateSpan& span, std::int64_t begin, std::int64_t size,
                float* __restrict gradient) {
@@ -77,8 +77,8 @@ void FindGradients(const UpdateSpan& span, std::int64_t begin, std::int64_t size
   }
 }
 
-// What a rule does with one value: x is the value, after its decay, g its gradient, and m, v, w its
-// slots.
+// Step() is a rule's step for one value: x is the value after its decay, g its gradient, and
+// `slots` are its m, v and w.
 struct Sgd {
   static constexpr int kSlots = 0;
   static float Step(float x, float g, float*, float rate, const UpdateSettings&) {
@@ -181,8 +181,8 @@ void Update(const UpdateSpan& span, const UpdateSettings& settings) {
   }
 }
 
-// Vectors of the compiler's, which every instruction set makes of what it has: so all of them add
-// in the same order.
+// Vectors of the compiler's own, which every instruction set makes of what it has: so all
+// instruction sets add in the same order.
 constexpr std::int64_t kLanes = 4;
 using Doubles __attribute__((vector_size(32))) = double;
 using Floats __attribute__((vector_size(16))) = float;

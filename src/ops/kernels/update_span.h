@@ -9,7 +9,7 @@
 
 namespace accumops {
 
-// A run of values that lie side by side, and what belongs to them.
+// A run of values that lie side by side, with their slots, gradients and factors.
 struct UpdateSpan {
   float* value;
   float* slots[kMaxSlots];
@@ -26,7 +26,7 @@ struct UpdateSpanFunctions {
   double (*squared_norm)(const void* values, std::int64_t size, DType dtype);
 };
 
-// Those of the instruction set in use, see span.h.
+// The functions of the instruction set in use, see span.h.
 const UpdateSpanFunctions& CurrentUpdateSpanFunctions();
 
 }  // namespace accumops

@@ -11,7 +11,7 @@
 namespace accumops {
 namespace {
 
-// What both have beside the arrays that they add.
+// The arguments that accumulate() and accumulate_rows() share.
 struct Options {
   Scalar scale;
   Overwrite overwrite;

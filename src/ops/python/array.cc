@@ -45,8 +45,8 @@ Element ElementOf(char kind, std::int64_t item_size) {
 }
 
 Element ElementOf(const py::dtype& dtype) {
-  // Of a type that NumPy does not know itself; its number holds for the life of the process, and
-  // asking for the name each time would cost more than the rest of an array's checks.
+  // NumPy numbers types that it does not know itself, for the life of the process. To ask for the
+  // name each time would cost more than the rest of an array's checks.
   static int bfloat16_number = -1;
   const char order = dtype.byteorder();
   if (order == (PY_LITTLE_ENDIAN ? '>' : '<')) return Element::kOther;
@@ -81,7 +81,7 @@ Array FromNumpy(py::array array, Name name) {
   throw py::type_error(name.str() + " has a malformed __cuda_array_interface__: " + what);
 }
 
-// Or -1, which no entry of an interface may be.
+// The value as an integer, or -1 where it is none: no entry of an interface may be -1.
 std::int64_t ToInteger(py::handle value) {
   const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
   const long long result = index ? PyLong_AsLongLong(index.ptr()) : -1;
@@ -347,8 +347,8 @@ void RejectOverlaps(const std::vector<const Array*>& written,
   for (const Array* array : read) {
     if (array->bytes == 0) continue;
     const Range range(*array);
-    // Disjoint ranges end in the order in which they begin, so of those that begin before this one
-    // ends the last reaches furthest.
+    // Disjoint ranges end in the order in which they begin: among the ranges that begin before this
+    // one ends, the last reaches furthest.
     const auto after =
         std::lower_bound(ranges.begin(), ranges.end(), range.end,
                          [](const Range& r, std::uintptr_t end) { return r.begin < end; });

@@ -50,34 +50,35 @@ struct Array {
   bool writable;
   bool contiguous;  // in C order, and aligned to its elements
   bool on_device;
-  std::uintptr_t producer_stream = 0;  // that the interface says to wait for; 0 for none
+  std::uintptr_t producer_stream = 0;  // the stream to wait for, as the interface says; 0 for none
 };
 
 // Views the object's memory. Throws TypeError if it is not an array.
 Array ToArray(py::handle object, Name name);
 std::optional<Array> ToOptionalArray(py::handle object, const char* argument);
 std::vector<Array> ToArrays(py::handle sequence, const char* argument);
-// Of a sequence whose items may be None.
+// The same for a sequence whose items may be None.
 std::vector<std::optional<Array>> ToOptionalArrays(py::handle sequence, const char* argument);
 bool HasCudaInterface(py::handle object);
 
 void RequireContiguous(const Array& array);
 void RequireWritable(const Array& array);
-// All of one call's arrays lie in host memory, or all in CUDA memory.
+// Throws unless both arrays lie in host memory, or both in CUDA memory.
 void RequireSameSide(const Array& array, const Array& first);
 void RequireElement(const Array& array, std::initializer_list<Element> allowed,
                     const char* description);
 void RequireOneElement(const Array& array);
 void RequireShape(const Array& array, const std::vector<std::int64_t>& shape,
                   const std::string& because);
-// Of an array of any type that the kernels know.
+// The type of an array. Throws TypeError unless the kernels know it.
 DType ToDType(const Array& array);
-// Of an accumulator, and of what is added to it.
+// The type of an accumulator, which must be float32 or float64.
 DType AccumulatorDType(const Array& array);
+// The type of a gradient, which must not be wider than the accumulator's.
 DType GradientDType(const Array& gradient, const Array& accumulator);
 
-// What a call writes shares no memory with anything else in it: threads would race, and an index
-// could change after it was checked.
+// Throws where an array that a call writes shares memory with another of its arrays: threads would
+// race, and an index could change after it was checked.
 void RejectOverlaps(const std::vector<const Array*>& written,
                     const std::vector<const Array*>& read);
 

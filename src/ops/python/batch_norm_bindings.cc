@@ -30,7 +30,7 @@ BatchNormShape ToShape(const Array& x, std::int64_t axis) {
   if (shape.channels == 0) {
     throw py::value_error("x has shape " + ShapeText(x.shape) + "; it must have channels");
   }
-  // Of no values there may be any number of places, and the kernels would visit each.
+  // An array without values may have any number of rows, and the kernels would visit each.
   if (shape.inner == 0) shape.outer = 0;
   return shape;
 }
@@ -47,11 +47,11 @@ class Arguments {
   const BatchNormShape& shape() const { return shape_; }
   DType dtype() const { return dtype_; }
 
-  // An array like x.
+  // They take an array like x.
   const void* ReadLike(const Array& array) { return call_.Read(RequireLike(array)), array.data; }
   void* WriteLike(const Array& array) { return call_.Write(RequireLike(array)), array.data; }
 
-  // A value for each channel.
+  // They take an array with a value for each channel.
   void* ReadChannels(const Array& array) { return call_.Read(RequireChannels(array)), array.data; }
   void* WriteChannels(const Array& array) {
     return call_.Write(RequireChannels(array)), array.data;

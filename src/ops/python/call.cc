@@ -10,7 +10,7 @@
 namespace accumops {
 namespace {
 
-constexpr std::uintptr_t kWorkspaceAlignment = 256;  // that of cudaMalloc
+constexpr std::uintptr_t kWorkspaceAlignment = 256;  // bytes, as cudaMalloc aligns
 
 }  // namespace
 

@@ -35,10 +35,10 @@ void WithoutGil(const Body& body) {
   if (exception) std::rethrow_exception(exception);
 }
 
-// The argument `threads`: None is as many as there are processors.
+// The number of threads that the argument `threads` asks for: None is one for each processor.
 int ThreadCount(py::handle threads);
 double ToNumber(py::handle object, const char* argument, const char* expected = "a number");
-// Of an argument that must be at least 0, and finite.
+// The value of an argument that must be finite and at least 0.
 double ToMagnitude(py::handle object, const char* argument);
 [[noreturn]] void WrongType(const char* argument, const char* expected, py::handle got);
 void RequireLength(const char* argument, std::size_t length, std::size_t expected,
@@ -75,10 +75,10 @@ class Call {
   Call(py::handle threads, std::uintptr_t stream)
       : threads_(ThreadCount(threads)), stream_(stream) {}
 
-  // They throw where an array is not one to read, or to write. It must live until Run() is done.
+  // They throw where an array cannot be read, or written. It must live until Run() is done.
   void Read(const Array& array);
   void Write(const Array& array);
-  // Of a scalar, where it is an array.
+  // Reads a scalar, where it is an array.
   void ReadScalar(const std::optional<Array>& array);
 
   // Checks what concerns all arrays together and runs cpu(executor) or cuda(CudaCall&), which
@@ -121,7 +121,7 @@ class Workspace {
  public:
   explicit Workspace(py::handle object);
 
-  // What a call writes: where it is given.
+  // Adds the caller's memory to what the call writes.
   void AddTo(Call& call) const {
     if (array_) call.Write(*array_);
   }

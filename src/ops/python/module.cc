@@ -60,7 +60,7 @@ py::dict CallMemoryBandwidth(py::handle threads, std::int64_t bytes_per_array, i
 
 std::string InstructionSet() { return CurrentSpanFunctions().instruction_set; }
 
-// Those that this processor and build run: found out by choosing each, once, at import.
+// The instruction sets that this processor and build can use. Each is tried once, at import.
 const std::vector<std::string>& InstructionSets() {
   static const auto* const usable = [] {
     const std::string current = InstructionSet();

@@ -9,7 +9,7 @@
 namespace accumops {
 namespace {
 
-// The arrays of an argument that is None or has so many; none where it is None.
+// The arrays of an argument that is a sequence of `length` arrays, or None: then there are none.
 std::vector<Array> ToGroup(py::handle object, const char* argument, std::size_t length,
                            const char* contents) {
   if (object.is_none()) return {};
@@ -18,7 +18,7 @@ std::vector<Array> ToGroup(py::handle object, const char* argument, std::size_t 
   return arrays;
 }
 
-// Of the second array, which are those of the first as well.
+// The type of an array, which must be the type of `first`, float32 or float64.
 DType ChannelsType(const Array& array, const Array& first) {
   RequireElement(array, {first.element}, ("that of " + first.name.str()).c_str());
   return AccumulatorDType(array);

@@ -12,19 +12,12 @@
 namespace accumops {
 namespace {
 
-constexpr struct {
-  const char* name;
-  UpdateRule rule;
-} kRules[] = {{"sgd", UpdateRule::kSgd},           {"momentum", UpdateRule::kMomentum},
-              {"nesterov", UpdateRule::kNesterov}, {"adam", UpdateRule::kAdam},
-              {"amsgrad", UpdateRule::kAmsgrad},   {"lion", UpdateRule::kLion}};
-
 constexpr const char* kSlotNames[kMaxSlots] = {"slots[0]", "slots[1]", "slots[2]"};
 
 UpdateRule ToRule(py::handle object) {
   if (!PyUnicode_Check(object.ptr())) WrongType("rule", "a str", object);
   std::string names;
-  for (const auto& [name, rule] : kRules) {
+  for (const auto& [name, rule] : kUpdateRules) {
     if (py::str(object).equal(py::str(name))) return rule;
     names += (names.empty() ? "'" : ", '") + std::string(name) + "'";
   }
@@ -44,7 +37,7 @@ UpdateSettings ToSettings(py::handle rule, py::handle beta_1, py::handle beta_2,
           static_cast<float>(ToMagnitude(clip, "clip"))};
 }
 
-// None, or a bool for each value.
+// Whether each value decays: from None, for all of them, or from a sequence.
 std::vector<bool> ToDecays(py::handle object, std::size_t count) {
   if (object.is_none()) return std::vector<bool>(count, true);
   if (!PySequence_Check(object.ptr()) || PyUnicode_Check(object.ptr())) {
@@ -65,7 +58,7 @@ std::vector<bool> ToDecays(py::handle object, std::size_t count) {
   return decays;
 }
 
-// What a step reads beside the arrays of its items.
+// The scalars that a step reads.
 class Scalars {
  public:
   Scalars(py::handle scales, py::handle rate, py::handle decay, py::handle weight,
@@ -150,7 +143,7 @@ class Scalars {
   Values host_ = {};
 };
 
-// The arrays of a step, checked and by item.
+// The arrays of a step, by item.
 class Items {
  public:
   Items(py::handle values, py::handle slots, py::handle accumulators, py::handle latest,

@@ -1,6 +1,5 @@
 // AccumOps>Accumulate on the CPU and, where the library has CUDA kernels, on GPUs: checks the
 // inputs, calls a launcher.
-#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -15,14 +14,6 @@
 
 namespace accumops {
 namespace {
-
-using ::tensorflow::DataType;
-using ::tensorflow::DataTypeString;
-using ::tensorflow::OpInputList;
-using ::tensorflow::OpKernelConstruction;
-using ::tensorflow::OpKernelContext;
-using ::tensorflow::Tensor;
-using ::tensorflow::TensorShape;
 
 // The op's inputs, checked; alive for one call.
 struct Inputs {
@@ -41,7 +32,7 @@ struct Inputs {
  private:
   absl::Status CheckAccumulator(std::size_t i) const;
   absl::Status CheckRows(std::size_t i, std::size_t sparse) const;
-  // Where the flags of accumulator i, which is tracked, stand among the variables.
+  // The position of the flags of accumulator i, which is tracked, among the variables.
   std::size_t FlagsOf(std::size_t i) const {
     return static_cast<std::size_t>(gradients.size()) + i - untracked;
   }
@@ -50,8 +41,6 @@ struct Inputs {
 absl::Status Inputs::Read(OpKernelContext* ctx) {
   TF_RETURN_IF_ERROR(ctx->input_list("gradients", &gradients));
   TF_RETURN_IF_ERROR(ctx->input_list("indices", &indices));
-  TF_RETURN_IF_ERROR(ctx->input("scale", &scale));
-  TF_RETURN_IF_ERROR(ctx->input("overwrite", &overwrite));
   OpInputList accumulators, touched;
   TF_RETURN_IF_ERROR(ctx->input_list("accumulators", &accumulators));
   TF_RETURN_IF_ERROR(ctx->input_list("touched_rows", &touched));
@@ -61,13 +50,8 @@ absl::Status Inputs::Read(OpKernelContext* ctx) {
         "Accumulate got ", accumulators.size(), " accumulators, ", gradients.size(), " gradients, ",
         indices.size(), " indices and ", touched.size(), " touched rows."));
   }
-  for (const auto& [name, tensor] :
-       {std::pair("scale", scale), std::pair("overwrite", overwrite)}) {
-    if (tensor->dims() != 0) {
-      return absl::InvalidArgumentError(absl::StrCat(name, " must be a scalar, not of shape ",
-                                                     tensor->shape().DebugString(), "."));
-    }
-  }
+  TF_RETURN_IF_ERROR(RequireScalar(ctx, "scale", &scale));
+  TF_RETURN_IF_ERROR(RequireScalar(ctx, "overwrite", &overwrite));
   dense = static_cast<std::size_t>(accumulators.size() - indices.size());
   untracked = static_cast<std::size_t>(accumulators.size() - touched.size());
   TF_RETURN_IF_ERROR(variables.Add(ctx, "accumulators"));
@@ -156,44 +140,9 @@ std::vector<AccumulateRowsItem> Inputs::RowsItems() const {
   return items;
 }
 
-class AccumulateOp : public ParallelKernel {
- public:
-  explicit AccumulateOp(OpKernelConstruction* construction) : ParallelKernel(construction) {
-    int outputs;
-    OP_REQUIRES_OK(construction, construction->GetAttr("check_finite", &outputs));
-    OP_REQUIRES(construction, outputs <= 1,
-                absl::InvalidArgumentError(
-                    absl::StrCat("check_finite must be 0 or 1, not ", outputs, ".")));
-    check_finite_ = outputs == 1;
-  }
-
-  void Compute(OpKernelContext* ctx) final {
-    bool* all_finite = nullptr;
-    if (check_finite_) {
-      Tensor* output = nullptr;
-      OP_REQUIRES_OK(ctx, ctx->allocate_output(0, TensorShape({}), &output));
-      all_finite = output->scalar<bool>().data();
-    }
-    Inputs inputs;
-    OP_REQUIRES_OK(ctx, inputs.Read(ctx));
-    OP_REQUIRES_OK(ctx, Run(ctx, inputs, all_finite));
-  }
-
- protected:
-  // Makes the variables writable and accumulates. On an error nothing has been added to any of
-  // them, unless a GPU fails between two launches.
-  virtual absl::Status Run(OpKernelContext* ctx, Inputs& inputs, bool* all_finite) = 0;
-
- private:
-  bool check_finite_ = false;
-};
-
-class AccumulateCpuOp : public AccumulateOp {
- public:
-  using AccumulateOp::AccumulateOp;
-
- protected:
-  absl::Status Run(OpKernelContext* ctx, Inputs& inputs, bool* all_finite) override {
+// The launchers of a device, and what stands around them.
+struct Cpu {
+  static absl::Status CheckIndices(const Inputs& inputs) {
     for (int i = 0; i < inputs.indices.size(); ++i) {
       const Tensor& rows = inputs.indices[i];
       const std::int64_t height = inputs.variables.tensor(inputs.dense + i).dim_size(0);
@@ -207,7 +156,9 @@ class AccumulateCpuOp : public AccumulateOp {
             inputs.variables.Describe(inputs.dense + i), ", which has ", height, " rows."));
       }
     }
-    TF_RETURN_IF_ERROR(inputs.variables.MakeWritable(ctx, CopyOnHost, inputs.variables.size()));
+    return absl::OkStatus();
+  }
+  static absl::Status Accumulate(OpKernelContext* ctx, const Inputs& inputs, bool* all_finite) {
     const double scale = inputs.scale->dtype() == tensorflow::DT_DOUBLE
                              ? inputs.scale->scalar<double>()()
                              : inputs.scale->scalar<float>()();
@@ -221,19 +172,14 @@ class AccumulateCpuOp : public AccumulateOp {
     }
     return absl::OkStatus();
   }
+  static constexpr CopyBytes kCopy = CopyOnHost;
 };
 
-REGISTER_KERNEL_BUILDER(Name("AccumOps>Accumulate").Device(tensorflow::DEVICE_CPU),
-                        AccumulateCpuOp);
-
 #if defined(ACCUMOPS_CUDA)
-class AccumulateGpuOp : public AccumulateOp {
- public:
-  using AccumulateOp::AccumulateOp;
-
- protected:
-  absl::Status Run(OpKernelContext* ctx, Inputs& inputs, bool* all_finite) override {
-    TF_RETURN_IF_ERROR(inputs.variables.MakeWritable(ctx, CopyOnDevice, inputs.variables.size()));
+struct Gpu {
+  // The indices are in device memory: the kernel skips those that are no rows.
+  static absl::Status CheckIndices(const Inputs&) { return absl::OkStatus(); }
+  static absl::Status Accumulate(OpKernelContext* ctx, const Inputs& inputs, bool* all_finite) {
     CUstream_st* stream = CudaStream(ctx);
     const DeviceScalar scale = {inputs.scale->data(), ToDType(inputs.scale->dtype())};
     const bool* overwrite = inputs.overwrite->scalar<bool>().data();
@@ -248,10 +194,47 @@ class AccumulateGpuOp : public AccumulateOp {
     }
     return absl::OkStatus();
   }
+  static constexpr CopyBytes kCopy = CopyOnDevice;
+};
+#endif
+
+template <typename Launchers>
+class AccumulateOp : public ParallelKernel {
+ public:
+  explicit AccumulateOp(OpKernelConstruction* construction) : ParallelKernel(construction) {
+    int outputs;
+    OP_REQUIRES_OK(construction, construction->GetAttr("check_finite", &outputs));
+    OP_REQUIRES(construction, outputs <= 1,
+                absl::InvalidArgumentError(
+                    absl::StrCat("check_finite must be 0 or 1, not ", outputs, ".")));
+    check_finite_ = outputs == 1;
+  }
+
+  // On an error nothing has been added to any variable, unless a GPU fails between two launches.
+  void Compute(OpKernelContext* ctx) final {
+    bool* all_finite = nullptr;
+    if (check_finite_) {
+      Tensor* output = nullptr;
+      OP_REQUIRES_OK(ctx, ctx->allocate_output(0, TensorShape({}), &output));
+      all_finite = output->scalar<bool>().data();
+    }
+    Inputs inputs;
+    OP_REQUIRES_OK(ctx, inputs.Read(ctx));
+    OP_REQUIRES_OK(ctx, Launchers::CheckIndices(inputs));
+    OP_REQUIRES_OK(ctx,
+                   inputs.variables.MakeWritable(ctx, Launchers::kCopy, inputs.variables.size()));
+    OP_REQUIRES_OK(ctx, Launchers::Accumulate(ctx, inputs, all_finite));
+  }
+
+ private:
+  bool check_finite_ = false;
 };
 
+REGISTER_KERNEL_BUILDER(Name("AccumOps>Accumulate").Device(tensorflow::DEVICE_CPU),
+                        AccumulateOp<Cpu>);
+#if defined(ACCUMOPS_CUDA)
 REGISTER_KERNEL_BUILDER(Name("AccumOps>Accumulate").Device(tensorflow::DEVICE_GPU),
-                        AccumulateGpuOp);
+                        AccumulateOp<Gpu>);
 #endif
 
 }  // namespace

@@ -14,11 +14,6 @@
 namespace accumops {
 namespace {
 
-using ::tensorflow::DataType;
-using ::tensorflow::TensorShape;
-using ::tensorflow::XlaOpKernel;
-using ::tensorflow::XlaOpKernelContext;
-
 xla::XlaComputation Binary(xla::PrimitiveType type, xla::XlaOp (*combine)(xla::XlaOp, xla::XlaOp),
                            const char* name) {
   xla::XlaBuilder builder(name);
@@ -54,8 +49,7 @@ xla::XlaOp Start(xla::XlaOp value, xla::XlaOp overwrite, xla::XlaOp zero,
 
 class AccumulateXlaOp : public XlaOpKernel {
  public:
-  explicit AccumulateXlaOp(tensorflow::OpKernelConstruction* construction)
-      : XlaOpKernel(construction) {
+  explicit AccumulateXlaOp(OpKernelConstruction* construction) : XlaOpKernel(construction) {
     OP_REQUIRES_OK(construction, construction->GetAttr("N", &count_));
     OP_REQUIRES_OK(construction, construction->GetAttr("M", &touched_));
     std::vector<DataType> index_types;
@@ -79,15 +73,14 @@ class AccumulateXlaOp : public XlaOpKernel {
       TensorShape shape;
       OP_REQUIRES_OK(ctx, ctx->GetVariableTypeAndShape(i, &dtype, &shape));
       const int gradient_input = count_ + i;
-      OP_REQUIRES(
-          ctx,
-          dtype == tensorflow::DT_DOUBLE ||
-              (dtype == tensorflow::DT_FLOAT &&
-               ctx->input_type(gradient_input) != tensorflow::DT_DOUBLE),
-          absl::InvalidArgumentError(absl::StrCat(
-              "accumulators[", i, "] is ", tensorflow::DataTypeString(dtype), " and gradients[", i,
-              "] is ", tensorflow::DataTypeString(ctx->input_type(gradient_input)),
-              ": accumulators are float32, or float64, which float64 gradients need.")));
+      OP_REQUIRES(ctx,
+                  dtype == tensorflow::DT_DOUBLE ||
+                      (dtype == tensorflow::DT_FLOAT &&
+                       ctx->input_type(gradient_input) != tensorflow::DT_DOUBLE),
+                  absl::InvalidArgumentError(absl::StrCat(
+                      "accumulators[", i, "] is ", DataTypeString(dtype), " and gradients[", i,
+                      "] is ", DataTypeString(ctx->input_type(gradient_input)),
+                      ": accumulators are float32, or float64, which float64 gradients need.")));
       xla::XlaOp accumulator;
       OP_REQUIRES_OK(ctx, ctx->ReadVariableInput(i, dtype, &shape, &accumulator));
       const xla::PrimitiveType type = dtype == tensorflow::DT_DOUBLE ? xla::F64 : xla::F32;

@@ -8,15 +8,7 @@
 namespace accumops {
 namespace {
 
-using ::tensorflow::DataType;
-using ::tensorflow::DataTypeString;
-using ::tensorflow::OpInputList;
-using ::tensorflow::OpKernelConstruction;
-using ::tensorflow::OpKernelContext;
-using ::tensorflow::Tensor;
-using ::tensorflow::TensorShape;
-
-// The launchers of a device. Each returns an error, or what the launcher does.
+// The launchers of a device.
 struct Cpu {
   static absl::Status Forward(OpKernelContext* ctx, const BatchNormForward& args) {
     PoolExecutor executor(ctx);
@@ -33,7 +25,7 @@ struct Cpu {
     BatchNormGradientCpu(args, executor);
     return absl::OkStatus();
   }
-  // Whether a result may take the place of what it is made from.
+  // Whether a result may be written over the array that it is made from.
   static constexpr bool kInPlace = true;
 };
 
@@ -101,7 +93,7 @@ class BatchNormOpBase : public ParallelKernel {
     *shape = {1, x.dim_size(axis_), 1};
     for (int i = 0; i < axis_; ++i) shape->outer *= x.dim_size(i);
     for (int i = axis_ + 1; i < x.dims(); ++i) shape->inner *= x.dim_size(i);
-    // Nothing is nothing, however many rows of it there are: no kernel goes through them.
+    // An array without values may have any number of rows: no kernel has to go through them.
     if (shape->inner == 0) *shape = {0, shape->channels, 1};
     return absl::OkStatus();
   }
@@ -110,11 +102,7 @@ class BatchNormOpBase : public ParallelKernel {
   static absl::Status CheckChannels(OpKernelContext* ctx, int first, int last,
                                     std::int64_t channels) {
     for (int i = first; i < last; ++i) {
-      if (ctx->input(i).shape() != TensorShape({channels})) {
-        return absl::InvalidArgumentError(
-            absl::StrCat("Input ", i, " has shape ", ctx->input(i).shape().DebugString(),
-                         "; it must have a value for each of ", channels, " channels."));
-      }
+      TF_RETURN_IF_ERROR(RequireChannels(i, ctx->input(i).shape(), channels));
     }
     return absl::OkStatus();
   }
@@ -145,7 +133,7 @@ class BatchNormOpBase : public ParallelKernel {
   DType dtype_ = DType::kFloat32;
 };
 
-// Output 0, in the place of an input that nobody else needs, where the device allows it.
+// Output 0: in the memory of an input that nothing else reads, where the device allows it.
 template <typename Launchers>
 absl::Status InPlaceOf(OpKernelContext* ctx, int input, Tensor** output) {
   const TensorShape& shape = ctx->input(input).shape();
@@ -199,9 +187,8 @@ class BatchNormGradOp : public BatchNormOpBase {
                                                         " and x has shape ",
                                                         x.shape().DebugString(), ".")));
     OP_REQUIRES_OK(ctx, CheckChannels(ctx, 2, 6, args.shape.channels));
-    OP_REQUIRES(ctx, ctx->input(6).dims() == 0,
-                absl::InvalidArgumentError(absl::StrCat("count must be a scalar, not of shape ",
-                                                        ctx->input(6).shape().DebugString(), ".")));
+    const Tensor* count = nullptr;
+    OP_REQUIRES_OK(ctx, RequireScalar(ctx, "count", &count));
     OP_REQUIRES_OK(ctx, Mask(ctx, x, &args.mask));
     Tensor* outputs[3];
     OP_REQUIRES_OK(ctx, InPlaceOf<Launchers>(ctx, 0, &outputs[0]));
@@ -214,7 +201,7 @@ class BatchNormGradOp : public BatchNormOpBase {
     args.dx = outputs[0]->data();
     args.gamma = ctx->input(2).data();
     args.statistics = {ctx->input(3).data(), ctx->input(4).data(), nullptr, ctx->input(5).data()};
-    args.count = ctx->input(6).scalar<std::int64_t>().data();
+    args.count = count->scalar<std::int64_t>().data();
     args.dgamma = outputs[1]->data();
     args.dbeta = outputs[2]->data();
     OP_REQUIRES_OK(ctx, Launchers::Gradient(ctx, args));

@@ -78,18 +78,18 @@ REGISTER_OP("AccumOps>BatchNorm")
     .Doc(R"doc(
 Normalizes x by its own moments: y = (x - mean) * inverse * gamma + beta.
 
-x: Of any rank from 1 on.
+x: An array of rank 1 or more.
 gamma: A factor for each channel, float, or double for double data.
 beta: A summand for each channel.
-mask: At most one, with x's dimensions but the last, which then is the channels': moments are those of the rows it has.
-y: Of x's shape and type.
-mean: Of each channel, rounded; mean + rest is the mean.
+mask: At most one, of x's shape without the channels, which must be last then: rows where it is false do not count.
+y: An array of x's shape and type.
+mean: Each channel's mean, rounded; mean + rest is the mean.
 rest: What rounding took from the mean.
-variance: Of each channel, biased.
+variance: Each channel's biased variance.
 inverse: 1 / sqrt(variance + epsilon).
 count: How many values of a channel there are, without masked ones.
-axis: That of the channels, from 0 on.
-epsilon: What is added to the variance.
+axis: The axis of the channels, from 0 on.
+epsilon: A summand of the variance.
 )doc");
 
 REGISTER_OP("AccumOps>BatchNormGrad")

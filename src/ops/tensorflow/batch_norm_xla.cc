@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "kernel_support.h"
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "tensorflow/compiler/tf2xla/xla_op_registry.h"
 #include "xla/hlo/builder/lib/constants.h"
@@ -11,11 +12,6 @@
 
 namespace accumops {
 namespace {
-
-using ::tensorflow::DataType;
-using ::tensorflow::TensorShape;
-using ::tensorflow::XlaOpKernel;
-using ::tensorflow::XlaOpKernelContext;
 
 xla::PrimitiveType WideType(DataType dtype) {
   return dtype == tensorflow::DT_DOUBLE ? xla::F64 : xla::F32;
@@ -34,7 +30,7 @@ class Channels {
 
   xla::XlaOp values() const { return values_; }
   xla::XlaOp Widen(xla::XlaOp x) const { return xla::ConvertElementType(x, type_); }
-  // A value for each channel, at all of its places.
+  // Puts a value for each channel at all places of the channel.
   xla::XlaOp Spread(xla::XlaOp channels) const {
     return xla::BroadcastInDim(channels, sizes_, {axis_});
   }
@@ -64,8 +60,7 @@ class Channels {
 
 class BatchNormXlaOp : public XlaOpKernel {
  public:
-  explicit BatchNormXlaOp(tensorflow::OpKernelConstruction* construction)
-      : XlaOpKernel(construction) {
+  explicit BatchNormXlaOp(OpKernelConstruction* construction) : XlaOpKernel(construction) {
     OP_REQUIRES_OK(construction, construction->GetAttr("axis", &axis_));
     OP_REQUIRES_OK(construction, construction->GetAttr("U", &statistics_));
     DataType data;
@@ -105,11 +100,7 @@ class BatchNormXlaOp : public XlaOpKernel {
           absl::StrCat("axis is ", axis_, ", but x has shape ", shape.DebugString(), "."));
     }
     for (int i = first; i < last; ++i) {
-      if (InputTensorShape(ctx, i) != TensorShape({shape.dim_size(axis_)})) {
-        return absl::InvalidArgumentError(absl::StrCat(
-            "Input ", i, " has shape ", InputTensorShape(ctx, i).DebugString(),
-            "; it must have a value for each of ", shape.dim_size(axis_), " channels."));
-      }
+      TF_RETURN_IF_ERROR(RequireChannels(i, InputTensorShape(ctx, i), shape.dim_size(axis_)));
     }
     return Channels(ctx->Input(input), shape, axis_, type());
   }
@@ -185,7 +176,7 @@ class GradientXlaOp : public BatchNormXlaOp {
         (x.values() - x.Spread(ctx->Input(3)) - x.Spread(ctx->Input(4))) * x.Spread(inverse);
     const xla::XlaOp dbeta = x.Sum(dy);
     const xla::XlaOp dgamma = x.Sum(dy * normal);
-    // Of no values at all, or of given moments, there is nothing that comes back through them.
+    // Nothing comes back through moments of no values, or through moments that were given.
     const xla::XlaOp count = x.Widen(ctx->Input(6));
     const xla::XlaOp zero = xla::Zero(ctx->builder(), type());
     const xla::XlaOp share =

@@ -11,9 +11,7 @@
 
 namespace accumops {
 
-using ::tensorflow::OpKernelContext;
-
-DType ToDType(tensorflow::DataType dtype) {
+DType ToDType(DataType dtype) {
   switch (dtype) {
     case tensorflow::DT_HALF:
       return DType::kFloat16;
@@ -28,6 +26,20 @@ DType ToDType(tensorflow::DataType dtype) {
 
 PoolExecutor::PoolExecutor(OpKernelContext* ctx)
     : pool_(ctx->device()->tensorflow_cpu_worker_threads()->workers) {}
+
+absl::Status RequireScalar(OpKernelContext* ctx, const char* name, const Tensor** scalar) {
+  TF_RETURN_IF_ERROR(ctx->input(name, scalar));
+  if ((*scalar)->dims() == 0) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(name, " must be a scalar, not of shape ",
+                                                 (*scalar)->shape().DebugString(), "."));
+}
+
+absl::Status RequireChannels(int input, const TensorShape& shape, std::int64_t channels) {
+  if (shape == TensorShape({channels})) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("Input ", input, " has shape ", shape.DebugString(),
+                   "; it must have a value for each of ", channels, " channels."));
+}
 
 absl::Status CopyOnHost(OpKernelContext*, void* to, const void* from, std::size_t bytes) {
   std::memcpy(to, from, bytes);

@@ -1,7 +1,8 @@
-// What the ops' kernels share: types, threads, streams.
+// What the ops' kernels share: types, checks of inputs, threads, streams.
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <utility>
 
@@ -14,13 +15,21 @@ struct CUstream_st;
 
 namespace accumops {
 
-// For the types that the ops' signatures admit; a variable's own type is checked before.
-DType ToDType(tensorflow::DataType dtype);
+using ::tensorflow::DataType;
+using ::tensorflow::DataTypeString;
+using ::tensorflow::OpInputList;
+using ::tensorflow::OpKernelConstruction;
+using ::tensorflow::OpKernelContext;
+using ::tensorflow::Tensor;
+using ::tensorflow::TensorShape;
+
+// Takes the types that the ops' signatures admit. A variable's own type has to be checked before.
+DType ToDType(DataType dtype);
 
 // TensorFlow's own pool, so that an op never competes with it for cores.
 class PoolExecutor : public Executor {
  public:
-  explicit PoolExecutor(tensorflow::OpKernelContext* ctx);
+  explicit PoolExecutor(OpKernelContext* ctx);
   int concurrency() const override { return pool_->NumThreads(); }
   void Schedule(std::function<void()> task) override { pool_->Schedule(std::move(task)); }
 
@@ -28,23 +37,26 @@ class PoolExecutor : public Executor {
   tensorflow::thread::ThreadPool* pool_;
 };
 
-// A kernel that shares its work among threads by itself. One that is expensive TensorFlow hands to
-// another thread first, which takes longer to wake than a small layer to compute.
+// A kernel that shares its work among threads by itself. TensorFlow hands an expensive kernel to
+// another thread first, and to wake that takes longer than to compute a small layer.
 class ParallelKernel : public tensorflow::OpKernel {
  public:
   using OpKernel::OpKernel;
   bool IsExpensive() override { return false; }
 };
 
-absl::Status CopyOnHost(tensorflow::OpKernelContext* ctx, void* to, const void* from,
-                        std::size_t bytes);
+// Reads the input `name`, which must be a scalar.
+absl::Status RequireScalar(OpKernelContext* ctx, const char* name, const Tensor** scalar);
+// Checks that the input at this position, of this shape, has a value for each channel.
+absl::Status RequireChannels(int input, const TensorShape& shape, std::int64_t channels);
+
+absl::Status CopyOnHost(OpKernelContext* ctx, void* to, const void* from, std::size_t bytes);
 
 #if defined(ACCUMOPS_CUDA)
-CUstream_st* CudaStream(tensorflow::OpKernelContext* ctx);
-// Of the text that a launcher returned.
+CUstream_st* CudaStream(OpKernelContext* ctx);
+// The error whose text a launcher returned, or none for null.
 absl::Status FromCuda(const char* error);
-absl::Status CopyOnDevice(tensorflow::OpKernelContext* ctx, void* to, const void* from,
-                          std::size_t bytes);
+absl::Status CopyOnDevice(OpKernelContext* ctx, void* to, const void* from, std::size_t bytes);
 #endif
 
 }  // namespace accumops

@@ -1,4 +1,4 @@
-// What the kernels of AccumOps>MergeMoments read when they are made.
+// The attributes of AccumOps>MergeMoments, as its kernels read them.
 #pragma once
 
 #include "absl/strings/str_cat.h"
@@ -7,9 +7,9 @@
 namespace accumops {
 
 struct MomentsAttributes {
-  int window = 0;   // variables: none or 2
-  int moving = 0;   // variables: none or 2
-  int batches = 0;  // none or 1, of 3 moments
+  int window = 0;   // variables: 0 or 2
+  int moving = 0;   // variables: 0 or 2
+  int batches = 0;  // 0 or 1; a batch has 3 moments
 
   absl::Status Read(const tensorflow::OpKernelConstruction& construction) {
     int parts;

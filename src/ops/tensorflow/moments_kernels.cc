@@ -10,14 +10,7 @@
 namespace accumops {
 namespace {
 
-using ::tensorflow::DataType;
-using ::tensorflow::DataTypeString;
-using ::tensorflow::OpInputList;
-using ::tensorflow::OpKernelConstruction;
-using ::tensorflow::OpKernelContext;
-using ::tensorflow::Tensor;
-using ::tensorflow::TensorShape;
-
+// The launchers of a device.
 struct Cpu {
   static absl::Status Merge(OpKernelContext*, const MomentsMerge& args) {
     MergeMomentsCpu(args);
@@ -72,11 +65,8 @@ class MergeMomentsOp : public ParallelKernel {
                                                         "; they must be vectors.")));
     args.channels = shape.dim_size(0);
     OP_REQUIRES_OK(ctx, ReadBatch(ctx, moments, shape, &args.batch));
-    const Tensor* momentum;
-    OP_REQUIRES_OK(ctx, ctx->input("momentum", &momentum));
-    OP_REQUIRES(ctx, momentum->dims() == 0,
-                absl::InvalidArgumentError(absl::StrCat("momentum must be a scalar, not of shape ",
-                                                        momentum->shape().DebugString(), ".")));
+    const Tensor* momentum = nullptr;
+    OP_REQUIRES_OK(ctx, RequireScalar(ctx, "momentum", &momentum));
     if (attributes_.window != 0) {
       OP_REQUIRES_OK(ctx, CheckVariable(variables, 0, tensorflow::DT_INT64,
                                         TensorShape({MomentsWindow::kCounters})));
@@ -115,13 +105,9 @@ class MergeMomentsOp : public ParallelKernel {
                                                        shape.DebugString(), "."));
       }
     }
-    OpInputList count;
-    TF_RETURN_IF_ERROR(ctx->input_list("count", &count));
-    if (count[0].dims() != 0) {
-      return absl::InvalidArgumentError(absl::StrCat("count must be a scalar, not of shape ",
-                                                     count[0].shape().DebugString(), "."));
-    }
-    *batch = {count[0].scalar<std::int64_t>().data(), moments[0].data(), moments[1].data(),
+    const Tensor* count = nullptr;  // the one item of its list
+    TF_RETURN_IF_ERROR(RequireScalar(ctx, "count", &count));
+    *batch = {count->scalar<std::int64_t>().data(), moments[0].data(), moments[1].data(),
               moments[2].data(), ToDType(moments[0].dtype())};
     return absl::OkStatus();
   }

@@ -42,8 +42,8 @@ window: None, or two variables. The first is int64: values of a channel in the w
   window. The second is double, of shape [2, channels]: means, and sums of squared distances from them.
 moving: None, where the window does not end here, or two float or double variables: running mean and variance.
 count: None, or a batch's number of values of a channel. Without a batch, and without a window, this is the end.
-moments: None, or of the batch the mean, the rest that rounding took from it, and the variance.
-momentum: What the running statistics keep of themselves.
+moments: None, or a batch's mean, the rest that rounding took from it, and its variance.
+momentum: The share of their old values that running statistics keep.
 )doc");
 
 }  // namespace

@@ -11,17 +11,11 @@
 namespace accumops {
 namespace {
 
-using ::tensorflow::DataType;
-using ::tensorflow::TensorShape;
-using ::tensorflow::XlaOpKernel;
-using ::tensorflow::XlaOpKernelContext;
-
 xla::XlaOp Wide(xla::XlaOp x) { return xla::ConvertElementType(x, xla::F64); }
 
 class MergeMomentsXlaOp : public XlaOpKernel {
  public:
-  explicit MergeMomentsXlaOp(tensorflow::OpKernelConstruction* construction)
-      : XlaOpKernel(construction) {
+  explicit MergeMomentsXlaOp(OpKernelConstruction* construction) : XlaOpKernel(construction) {
     OP_REQUIRES_OK(construction, attributes_.Read(*construction));
   }
 
@@ -35,7 +29,7 @@ class MergeMomentsXlaOp : public XlaOpKernel {
       OP_REQUIRES_OK(ctx, ctx->GetVariableTypeAndShape(attributes_.window, &moving_type, &shape));
       OP_REQUIRES(ctx, moving_type == tensorflow::DT_FLOAT || moving_type == tensorflow::DT_DOUBLE,
                   absl::InvalidArgumentError(absl::StrCat("Moving statistics are ",
-                                                          tensorflow::DataTypeString(moving_type),
+                                                          DataTypeString(moving_type),
                                                           "; they must be float or double.")));
     }
     if (attributes_.batches != 0) shape = InputTensorShape(ctx, moments);
@@ -75,7 +69,7 @@ class MergeMomentsXlaOp : public XlaOpKernel {
       const xla::XlaOp zero = xla::Zero(builder, xla::F64);
       const xla::XlaOp share = xla::Select(xla::Gt(total, none), Wide(added) / Wide(total), zero);
       const xla::XlaOp delta = Wide(ctx->Input(moments)) + Wide(ctx->Input(moments + 1)) - mean;
-      // Of no values there are no moments: they may be NaN.
+      // A batch without values has no moments: what stands for them may be NaN.
       const xla::XlaOp some = xla::Broadcast(xla::Gt(added, none), {channels});
       centred = xla::Select(some,
                             centred + Wide(ctx->Input(moments + 2)) * Wide(added) +
@@ -128,10 +122,10 @@ class MergeMomentsXlaOp : public XlaOpKernel {
     TensorShape found;
     TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(input, &found_type, &found));
     if (found_type != dtype || found != expected) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "Input ", input, " of MergeMoments is ", tensorflow::DataTypeString(found_type),
-          " of shape ", found.DebugString(), "; it must be ", tensorflow::DataTypeString(dtype),
-          " of shape ", expected.DebugString(), "."));
+      return absl::InvalidArgumentError(
+          absl::StrCat("Input ", input, " of MergeMoments is ", DataTypeString(found_type),
+                       " of shape ", found.DebugString(), "; it must be ", DataTypeString(dtype),
+                       " of shape ", expected.DebugString(), "."));
     }
     return ctx->ReadVariableInput(input, dtype, &found, value);
   }

@@ -12,15 +12,15 @@
 namespace accumops {
 
 struct UpdateAttributes {
-  int count = 0;         // of variables
-  int slots = 0;         // of all variables together
+  int count = 0;         // how many variables
+  int slots = 0;         // how many slots all variables have together
   int accumulators = 0;  // as many as variables, or none
   bool has_latest = false;
   std::vector<std::int64_t> rows_of;
   std::vector<bool> decays;
   UpdateSettings settings = {};
 
-  // From an OpKernelConstruction or an InferenceContext.
+  // Reads them from an OpKernelConstruction or an InferenceContext.
   template <typename Context>
   absl::Status Read(Context& context) {
     std::string rule;
@@ -40,20 +40,24 @@ struct UpdateAttributes {
     TF_RETURN_IF_ERROR(context.GetAttr("new_2", &settings.new_2));
     TF_RETURN_IF_ERROR(context.GetAttr("epsilon", &settings.epsilon));
     TF_RETURN_IF_ERROR(context.GetAttr("clip", &settings.clip));
-    settings.rule = RuleNamed(rule);
+    TF_RETURN_IF_ERROR(FindRule(rule));
     has_latest = !latest.empty();
     return Check(rule, static_cast<int>(latest.size()), touched);
   }
 
  private:
-  // For the names that the op's signature admits.
-  static UpdateRule RuleNamed(const std::string& name) {
-    if (name == "momentum") return UpdateRule::kMomentum;
-    if (name == "nesterov") return UpdateRule::kNesterov;
-    if (name == "adam") return UpdateRule::kAdam;
-    if (name == "amsgrad") return UpdateRule::kAmsgrad;
-    if (name == "lion") return UpdateRule::kLion;
-    return UpdateRule::kSgd;
+  // Fails for a name that the op's signature admits and update.h does not list.
+  absl::Status FindRule(const std::string& name) {
+    std::string known;
+    for (const NamedUpdateRule& each : kUpdateRules) {
+      if (name == each.name) {
+        settings.rule = each.rule;
+        return absl::OkStatus();
+      }
+      absl::StrAppend(&known, known.empty() ? "'" : ", '", each.name, "'");
+    }
+    return absl::InvalidArgumentError(
+        absl::StrCat("rule must be one of ", known, ", not '", name, "'."));
   }
 
   absl::Status Check(const std::string& rule, int latest, int touched) const {

@@ -13,13 +13,6 @@
 namespace accumops {
 namespace {
 
-using ::tensorflow::DataTypeString;
-using ::tensorflow::OpInputList;
-using ::tensorflow::OpKernelConstruction;
-using ::tensorflow::OpKernelContext;
-using ::tensorflow::Tensor;
-using ::tensorflow::TensorShape;
-
 // The launchers of a device.
 struct Cpu {
   static absl::Status Update(OpKernelContext* ctx, const std::vector<UpdateItem>& items,
@@ -61,8 +54,8 @@ class UpdateInputs {
   explicit UpdateInputs(const UpdateAttributes& attributes) : attributes_(attributes) {}
 
   absl::Status Read(OpKernelContext* ctx);
-  // Gives variables and slots that a reader still holds buffers of their own. On an error none has
-  // another value than before.
+  // Gives each variable and slot whose buffer a reader still holds a buffer of its own. On an error
+  // all of them have the values that they had before.
   absl::Status MakeWritable(OpKernelContext* ctx, CopyBytes copy) {
     const int written = attributes_.count + attributes_.slots;
     return variables_.MakeWritable(ctx, copy, static_cast<std::size_t>(written));
@@ -71,7 +64,7 @@ class UpdateInputs {
   UpdateScalars Scalars() const;
 
  private:
-  absl::Status CheckScalars() const;
+  absl::Status ReadScales(OpKernelContext* ctx);
   absl::Status CheckShapes() const;
   std::size_t slot(int slot, int i) const {
     return static_cast<std::size_t>((slot + 1) * attributes_.count + i);
@@ -93,12 +86,11 @@ class UpdateInputs {
 
 absl::Status UpdateInputs::Read(OpKernelContext* ctx) {
   TF_RETURN_IF_ERROR(ctx->input_list("latest", &latest_));
-  TF_RETURN_IF_ERROR(ctx->input("scales", &scales_));
-  TF_RETURN_IF_ERROR(ctx->input("rate", &rate_));
-  TF_RETURN_IF_ERROR(ctx->input("decay", &decay_));
-  TF_RETURN_IF_ERROR(ctx->input("weight", &weight_));
-  TF_RETURN_IF_ERROR(ctx->input("overwrite", &overwrite_));
-  TF_RETURN_IF_ERROR(CheckScalars());
+  TF_RETURN_IF_ERROR(RequireScalar(ctx, "rate", &rate_));
+  TF_RETURN_IF_ERROR(RequireScalar(ctx, "decay", &decay_));
+  TF_RETURN_IF_ERROR(RequireScalar(ctx, "weight", &weight_));
+  TF_RETURN_IF_ERROR(RequireScalar(ctx, "overwrite", &overwrite_));
+  TF_RETURN_IF_ERROR(ReadScales(ctx));
   for (const char* name : {"variables", "slots", "accumulators", "touched_rows"}) {
     TF_RETURN_IF_ERROR(variables_.Add(ctx, name));
   }
@@ -106,18 +98,8 @@ absl::Status UpdateInputs::Read(OpKernelContext* ctx) {
   return CheckShapes();
 }
 
-absl::Status UpdateInputs::CheckScalars() const {
-  const struct {
-    const char* name;
-    const Tensor* tensor;
-  } scalars[] = {
-      {"rate", rate_}, {"decay", decay_}, {"weight", weight_}, {"overwrite", overwrite_}};
-  for (const auto& [name, tensor] : scalars) {
-    if (tensor->dims() != 0) {
-      return absl::InvalidArgumentError(absl::StrCat(name, " must be a scalar, not of shape ",
-                                                     tensor->shape().DebugString(), "."));
-    }
-  }
+absl::Status UpdateInputs::ReadScales(OpKernelContext* ctx) {
+  TF_RETURN_IF_ERROR(ctx->input("scales", &scales_));
   if (scales_->dims() != 0 && scales_->shape() != TensorShape({attributes_.count})) {
     return absl::InvalidArgumentError(
         absl::StrCat("scales must be a scalar or have one for each of ", attributes_.count,

@@ -84,13 +84,13 @@ Makes an optimizer's step in place, for all variables, with gradients that are
 clamp(scale * ((overwrite ? 0 : accumulator) + weight * latest), -clip, clip).
 
 variables: float, each once.
-slots: What the rule keeps: the first slot of every variable, then the second of every one, and the third.
+slots: The rule's slots: the first slot of every variable, then the second of every one, and the third.
 accumulators: One for each variable, or none. They are not written.
 touched_rows: Bool variables with a flag for each row of the variables in rows_of: other rows stay as they are.
 latest: Gradients that the accumulators do not hold yet: one for each variable, or none.
 scales: A factor for all gradients, or one for each variable.
 rate: The learning rate, with the bias corrections.
-decay: What share of a value is taken from it before the step, where the variable decays.
+decay: The share of a value that is subtracted from it before the step, where the variable decays.
 weight: A factor for the latest gradients.
 overwrite: Whether accumulators count as zero.
 rows_of: Which variables have flags.
@@ -99,7 +99,7 @@ beta_1: The momentum, or Adam's and Lion's first decay rate.
 beta_2: Adam's and Lion's second decay rate.
 new_1: 1 - beta_1.
 new_2: 1 - beta_2.
-epsilon: Adam's.
+epsilon: A summand of Adam's denominator.
 clip: The largest magnitude of a gradient's values, or 0.
 )doc");
 

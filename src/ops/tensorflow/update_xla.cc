@@ -12,14 +12,9 @@
 namespace accumops {
 namespace {
 
-using ::tensorflow::DataType;
-using ::tensorflow::TensorShape;
-using ::tensorflow::XlaOpKernel;
-using ::tensorflow::XlaOpKernelContext;
-
 constexpr DataType kFloat = tensorflow::DT_FLOAT;
 
-// A variable's new values: its own, and its slots'.
+// The new values of a variable and of its slots.
 struct Step {
   xla::XlaOp value;
   std::vector<xla::XlaOp> slots;
@@ -27,7 +22,7 @@ struct Step {
 
 class UpdateXlaOp : public XlaOpKernel {
  public:
-  explicit UpdateXlaOp(tensorflow::OpKernelConstruction* construction) : XlaOpKernel(construction) {
+  explicit UpdateXlaOp(OpKernelConstruction* construction) : XlaOpKernel(construction) {
     OP_REQUIRES_OK(construction, attributes_.Read(*construction));
   }
 
@@ -68,7 +63,7 @@ class UpdateXlaOp : public XlaOpKernel {
            static_cast<int>(attributes_.rows_of.size()) + i;
   }
 
-  // Reads a variable that has to be float, of `shape` where that is known already.
+  // Reads a variable, which has to be float, and of `shape` where the shape is `known` already.
   static absl::Status ReadFloat(XlaOpKernelContext* ctx, int input, TensorShape* shape, bool known,
                                 xla::XlaOp* value) {
     DataType dtype;
@@ -76,8 +71,8 @@ class UpdateXlaOp : public XlaOpKernel {
     TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(input, &dtype, &found));
     if (dtype != kFloat || (known && found != *shape)) {
       return absl::InvalidArgumentError(
-          absl::StrCat("Input ", input, " of Update is ", tensorflow::DataTypeString(dtype),
-                       " of shape ", found.DebugString(), "; it must be float",
+          absl::StrCat("Input ", input, " of Update is ", DataTypeString(dtype), " of shape ",
+                       found.DebugString(), "; it must be float",
                        known ? absl::StrCat(" of shape ", shape->DebugString()) : "", "."));
     }
     *shape = found;

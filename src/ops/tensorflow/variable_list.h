@@ -12,7 +12,7 @@
 
 namespace accumops {
 
-// Where a tensor's bytes are copied: this processor, or the op's stream.
+// Copies a tensor's bytes, on this processor or on the op's stream.
 using CopyBytes = absl::Status (*)(tensorflow::OpKernelContext* ctx, void* to, const void* from,
                                    std::size_t bytes);
 
@@ -31,7 +31,7 @@ class VariableList {
   absl::Status Lock();
 
   const tensorflow::Tensor& tensor(std::size_t i) const { return *entries_[i].variable->tensor(); }
-  // How error messages call variable `i`, such as "accumulators[3] ('dense/kernel_accumulator')".
+  // What error messages call variable `i`, such as "accumulators[3] ('dense/kernel_accumulator')".
   std::string Describe(std::size_t i) const;
 
   std::size_t size() const { return entries_.size(); }

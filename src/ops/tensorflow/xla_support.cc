@@ -4,8 +4,8 @@
 
 namespace accumops {
 
-tensorflow::TensorShape InputTensorShape(tensorflow::XlaOpKernelContext* ctx, int input) {
-  tensorflow::TensorShape shape;
+TensorShape InputTensorShape(XlaOpKernelContext* ctx, int input) {
+  TensorShape shape;
   const auto xla_shape = ctx->InputXlaShape(input);
   if (xla_shape.ok()) {
     for (const std::int64_t size : xla_shape->dimensions()) shape.AddDim(size);

@@ -7,8 +7,15 @@
 
 namespace accumops {
 
-// The shape of an input that XLA knows; where it does not, the context fails.
-tensorflow::TensorShape InputTensorShape(tensorflow::XlaOpKernelContext* ctx, int input);
+using ::tensorflow::DataType;
+using ::tensorflow::DataTypeString;
+using ::tensorflow::OpKernelConstruction;
+using ::tensorflow::TensorShape;
+using ::tensorflow::XlaOpKernel;
+using ::tensorflow::XlaOpKernelContext;
+
+// The shape of an input. Where XLA does not know it, the context gets an error.
+TensorShape InputTensorShape(XlaOpKernelContext* ctx, int input);
 
 // a + b of scalars, to reduce with.
 xla::XlaComputation Sum(xla::PrimitiveType type);
