@@ -195,13 +195,14 @@ class WindowState(tf.Module):
             ValueError: If no window is open, when executing eagerly; in a graph `tf.errors.InvalidArgumentError`.
         """
         empty = f"{self._owner} has no open window to close: call `accumulate` first."
+        step = tf.convert_to_tensor(self.counters.step)
         checks = []
         if tf.executing_eagerly():
-            if int(self.counters.step) == 0:
+            if int(step) == 0:
                 raise ValueError(empty)
         else:
             with self.counters.place():
-                checks.append(tf.debugging.assert_positive(tf.convert_to_tensor(self.counters.step), message=empty))
+                checks.append(tf.debugging.assert_positive(step, message=empty))
         with tf.control_dependencies([check for check in checks if check is not None]):
             with Recording() as update:
                 yield Window(self._closing(), tf.convert_to_tensor(self.weight), self.touched_rows.track)
