@@ -119,7 +119,7 @@ def rule_of(optimizer: keras.optimizers.Optimizer) -> Rule | None:
 
 
 def steps_like(optimizer: keras.optimizers.Optimizer, kind: type[keras.optimizers.Optimizer]) -> bool:
-    """Whether an optimizer's `update_step` is that of a class of Keras."""
+    """Whether an optimizer makes the step of a class of Keras: it has no `update_step` of its own."""
     return type(optimizer).update_step is kind.update_step and "update_step" not in vars(optimizer)
 
 

@@ -59,9 +59,9 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
     """Batch normalization that is fused, and moves its running statistics once a window.
 
     A drop-in for `keras.layers.BatchNormalization`. Each micro-batch is normalized by its own moments, so the forward
-    pass differs from that of the large batch. The running statistics equal those of the large batch: they move once a
-    window, by the moments of all its micro-batches together, and so count the variance between micro-batches as well.
-    Statistics are float32 in half precision, and no float32 copy of the activations is made or kept.
+    pass is not the large batch's. The running statistics are the large batch's: they move once a window, by the moments
+    of all its micro-batches together, which count the variance between micro-batches as well. Statistics are float32 in
+    half precision, and no float32 copy of the activations is made or kept.
 
     A `GradientAccumulateModel`, `GradientAccumulateOptimizer` or `GradientAccumulator` that trains the layer ends its
     windows, partial windows included; `accum_steps` need not be given then, and may change. `replace_batchnorm_layers`

@@ -32,7 +32,7 @@ from accumops.window import replicas
 
 @keras.saving.register_keras_serializable(package="accumops")
 class GradientAccumulateModel(WrapperModel):
-    """Trains a model with windows of micro-batches: each window makes one update, that of the large batch.
+    """Trains a model with windows of micro-batches: each window makes one update, as the large batch would.
 
     Give it the model, or the `inputs` and `outputs` of one. The wrapped model keeps its layers and weights: predict
     with either, and save `model.model` to have it without accumops. Exactly one of `accum_steps` and
