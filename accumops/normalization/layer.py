@@ -24,7 +24,7 @@ import tensorflow as tf
 from accumops import ops
 from accumops.adapters.keras_layer import ExtraCheckpointState, in_stateless_scope
 from accumops.adapters.tensorflow import enclosing_functions
-from accumops.adapters.tracking import Untracked
+from accumops.adapters.untracked import Untracked
 from accumops.arguments import check_accum_steps
 from accumops.normalization import replica_moments
 from accumops.window import replicas

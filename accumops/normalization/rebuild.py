@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from accumops.adapters.keras_graph import (
+from accumops.adapters.keras_functional import (
     copy_path,
     copy_recompute_mode,
     copy_without_graph,

@@ -6,8 +6,8 @@ import keras
 import tensorflow as tf
 
 from accumops.adapters.keras_optimizer import can_skip_reduction, strategy_of
-from accumops.optimizer import rows
-from accumops.optimizer.wrapped import innermost
+from accumops.optimizer import row_update
+from accumops.optimizer.inner_optimizer import innermost
 
 
 def check_inner_optimizer(optimizer: keras.optimizers.Optimizer | None) -> keras.optimizers.Optimizer:
@@ -40,9 +40,9 @@ def check_gradient_clipping(gradient_clipping: Callable[..., object] | None) -> 
 def check_goes_with_lazy_rows(optimizer: keras.optimizers.Optimizer) -> None:
     """Raises if rows of tables cannot be updated alone by an optimizer."""
     inner = innermost(optimizer)
-    if not rows.knows(inner):
+    if not row_update.knows(inner):
         raise ValueError(
-            f"`lazy_sparse=True` knows the updates of {', '.join(rows.known_optimizers())}. "
+            f"`lazy_sparse=True` knows the updates of {', '.join(row_update.known_optimizers())}. "
             f"Received: {type(inner).__name__}"
         )
     if inner.use_ema:

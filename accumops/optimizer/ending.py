@@ -22,13 +22,13 @@ import tensorflow as tf
 
 from accumops.adapters.keras_optimizer import index_of, without_reduction
 from accumops.adapters.overriding import LOCK
-from accumops.optimizer import fused, rows
+from accumops.optimizer import fused_update, row_update
 from accumops.optimizer.checks import check_goes_with_lazy_rows, check_no_constraints
-from accumops.optimizer.fused import FusedUpdate
+from accumops.optimizer.fused_update import FusedUpdate
+from accumops.optimizer.inner_optimizer import innermost
 from accumops.optimizer.nonfinite import scale_of_loss
-from accumops.optimizer.wrapped import innermost
 from accumops.window import replicas
-from accumops.window.handover import CountedMicroBatch, Window
+from accumops.window.micro_batch import CountedMicroBatch, Window
 from accumops.window.state import WindowState
 
 Gradients = Sequence[tf.Tensor | tf.IndexedSlices | None]
@@ -53,14 +53,14 @@ class Ending:
         if self.gradient_clipping is not None and self.lazy_sparse:
             return FusedUpdate(None, "`gradient_clipping` goes over rows with `lazy_sparse=True`")
         with LOCK:
-            return fused.describe(self.optimizer, self.variables)
+            return fused_update.describe(self.optimizer, self.variables)
 
     @property
     def folds(self) -> bool:
         """Whether a window's last gradients can go straight into the update."""
         if self.state.strategy is not None:
             return False  # they are summed over the replicas first
-        needs_all = self.gradient_clipping is not None or fused.needs_norms(self.optimizer)
+        needs_all = self.gradient_clipping is not None or fused_update.needs_norms(self.optimizer)
         return not needs_all and bool(self.fused_update)
 
     def end_with(self, batch: CountedMicroBatch, given: Sequence[int]) -> None:
@@ -108,13 +108,13 @@ class Ending:
                 if i not in window.latest and window.accumulators[i] is not None and window.touched_rows(i) is not None
             ]
             check_no_constraints(in_rows)
-        fused.apply(self.optimizer, [window], self.variables, given, lazy=self.lazy_sparse)
+        fused_update.apply(self.optimizer, [window], self.variables, given, lazy=self.lazy_sparse)
 
     def _unfused(self, window: Window, given: Sequence[int]) -> None:
         inner = innermost(self.optimizer)
         if self.lazy_sparse:
             check_goes_with_lazy_rows(self.optimizer)
-        rows_suffice = rows.leaves_other_rows(inner) and inner.loss_scale_factor is None
+        rows_suffice = row_update.leaves_other_rows(inner) and inner.loss_scale_factor is None
         means: Gradients = window.means(sparse=self.lazy_sparse or rows_suffice)
         touched = {i: mean.indices for i, mean in enumerate(means) if isinstance(mean, tf.IndexedSlices)}
         if self.lazy_sparse:
@@ -130,7 +130,7 @@ class Ending:
         in_optimizer = {index_of(inner, self.variables[i]): indices for i, indices in touched.items()}
         in_rows: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if in_optimizer:
-            in_rows = rows.updating_rows(inner, in_optimizer, lazy_weight_decay=self.lazy_sparse)
+            in_rows = row_update.updating_rows(inner, in_optimizer, lazy_weight_decay=self.lazy_sparse)
         with in_rows:
             self.optimizer.apply([mean for mean, _ in pairs], [variable for _, variable in pairs])
 
@@ -148,7 +148,7 @@ class Ending:
             clip = self.gradient_clipping
             if clip is not None:
                 windows = replicas.on_each_replica(strategy, lambda: self._clip(own_window(), clip))
-            fused.apply(self.optimizer, windows, self.variables, given, lazy=False)
+            fused_update.apply(self.optimizer, windows, self.variables, given, lazy=False)
 
     def _clip(self, window: Window, clip: Clipping) -> Window:
         """Returns a window whose gradients are the clipped means, for a fused update."""

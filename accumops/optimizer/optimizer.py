@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from accumops.adapters.keras_optimizer import SharesAverages
-from accumops.adapters.tracking import Untracked
+from accumops.adapters.untracked import Untracked
 from accumops.arguments import Schedule, check_accum_steps, check_bool, check_variables
 from accumops.optimizer.checks import (
     check_goes_with_lazy_rows,
@@ -19,9 +19,9 @@ from accumops.optimizer.checks import (
     check_variables_of_optimizer,
 )
 from accumops.optimizer.ending import Clipping, Ending, Gradients
-from accumops.optimizer.fused import FusedUpdate
+from accumops.optimizer.fused_update import FusedUpdate
+from accumops.optimizer.inner_optimizer import OfInnermost, innermost
 from accumops.optimizer.known_variables import KnownVariables
-from accumops.optimizer.wrapped import OfInnermost, innermost
 from accumops.window import replicas
 from accumops.window.accumulator import GradientAccumulator
 

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from accumops.adapters.keras_layer import layers_within
 from accumops.adapters.keras_model import WrapperModel, mark_built, pass_inputs_on
-from accumops.adapters.tracking import Untracked
+from accumops.adapters.untracked import Untracked
 from accumops.arguments import Schedule, check_accum_steps, check_bool
 from accumops.normalization.layer import AccumBatchNormalization, owning_windows
 from accumops.optimizer.checks import check_gradient_clipping
@@ -22,11 +22,11 @@ from accumops.optimizer.ending import Clipping
 from accumops.optimizer.optimizer import GradientAccumulateOptimizer
 from accumops.training.callbacks import AccumStepsScheduler
 from accumops.training.checks import check_batch_size, check_mode, check_model
-from accumops.training.compilation import compiles_passes
 from accumops.training.partial_window import PARTIAL_WINDOWS, PartialWindowOfModel
 from accumops.training.step import TrainingStep
 from accumops.training.train_function import function_of_workers, train_function
 from accumops.training.weighting import Normalization, check_losses, check_normalization
+from accumops.training.xla_compilation import compiles_passes
 from accumops.window import replicas
 
 

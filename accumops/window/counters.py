@@ -8,7 +8,7 @@ import contextlib
 import keras
 import tensorflow as tf
 
-from accumops.adapters.tracking import Untracked
+from accumops.adapters.untracked import Untracked
 from accumops.arguments import Schedule, check_accum_steps
 from accumops.window.state_variables import counter_device, new_variable
 

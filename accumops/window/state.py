@@ -22,14 +22,14 @@ import keras
 import tensorflow as tf
 
 from accumops import ops
-from accumops.adapters.tracking import Untracked
+from accumops.adapters.untracked import Untracked
 from accumops.arguments import Schedule, as_weight, name_of
 from accumops.window import replicas
-from accumops.window.connections import Connections
+from accumops.window.connected_variables import Connections
 from accumops.window.counters import Counters
-from accumops.window.handover import CountedMicroBatch, MicroBatch, Window
 from accumops.window.members import WindowMember
-from accumops.window.recording import Recording
+from accumops.window.micro_batch import CountedMicroBatch, MicroBatch, Window
+from accumops.window.recorded_operations import Recording
 from accumops.window.state_variables import PER_REPLICA, new_accumulator, new_variable
 from accumops.window.touched_rows import TouchedRows
 

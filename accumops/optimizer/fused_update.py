@@ -22,8 +22,8 @@ from accumops.adapters.keras_optimizer import decays, index_of, replacing_arithm
 from accumops.ops import library
 from accumops.ops.variables import tf_variable
 from accumops.optimizer.nonfinite import apply_if_finite, scale_of_loss
-from accumops.window.handover import Window
-from accumops.window.recording import Recording
+from accumops.window.micro_batch import Window
+from accumops.window.recorded_operations import Recording
 
 
 @dataclasses.dataclass(frozen=True)
