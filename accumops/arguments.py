@@ -91,15 +91,16 @@ def name_of(variable: tf.Variable | keras.Variable) -> str:
     return getattr(variable, "path", variable.name)
 
 
-def as_weight(weight: float | tf.Tensor) -> tf.Tensor:
-    """Returns a micro-batch's share in its window as a float32 scalar."""
+def as_weight(weight: float | tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """Returns a micro-batch's share in its window as a scalar of a dtype."""
     if isinstance(weight, bool) or not (
         isinstance(weight, numbers.Real | np.ndarray) or tf.is_tensor(weight) or is_variable(weight)
     ):
         raise TypeError(f"`weight` must be a number or a scalar tensor. Received: {weight!r}")
     if isinstance(weight, numbers.Real) and not 0 <= float(weight) < math.inf:
         raise ValueError(f"`weight` must be finite and not negative. Received: {weight}")
-    tensor = tf.cast(weight, tf.float32)
+    # A number straight to this dtype: on its own it would become float32 first.
+    tensor = tf.cast(weight, dtype) if tf.is_tensor(weight) or is_variable(weight) else tf.constant(weight, dtype)
     if tensor.shape.rank not in (0, None):
         raise ValueError(f"`weight` must be a number or a scalar tensor. Received shape: {tensor.shape}")
     return tensor

@@ -59,10 +59,11 @@ class GradientAccumulateModel(WrapperModel):
         micro_batch_size: Samples a micro-batch, an int of at least 1.
         parallel_micro_batches: With `micro_batch_size`, how many micro-batches TensorFlow may run side by side. Their
             activations are in memory together. Gradients and metrics add up in the same order.
-        normalization: What a micro-batch counts for in the mean over its window: `"samples"` (its number of samples,
-            right for losses that are means over samples), `"steps"` (all count the same), `"weights"` (what the loss
-            divides by: the sum of sample weights if its reduction is `"mean_with_sample_weight"`, else the valid
-            positions of the predictions' mask) or a callable `(x, y, sample_weight) -> scalar`.
+        normalization: What a micro-batch counts for in the mean over its window: `"auto"` (what its loss has divided
+            by: samples, valid positions of a mask, labels that `ignore_class` leaves, or the sum of sample weights if
+            the loss's reduction is `"mean_with_sample_weight"`; an error if the losses of several outputs divide by
+            different numbers), `"weights"` (the same, for one output), `"samples"` (its number of samples), `"steps"`
+            (all count the same) or a callable `(x, y, sample_weight) -> scalar`.
         partial_window: What becomes of a window that an epoch's end leaves open, with `accum_steps`: `"flush"` (an
             update, correctly weighted), `"carry"` (it goes on in the next epoch) or `"drop"` (no update).
         gradient_clipping: As for `GradientAccumulateOptimizer`.
@@ -96,7 +97,7 @@ class GradientAccumulateModel(WrapperModel):
         accum_steps: int | dict[int, int] | Schedule | None = None,
         micro_batch_size: int | None = None,
         parallel_micro_batches: int = 1,
-        normalization: str | Normalization = "samples",
+        normalization: str | Normalization = "auto",
         partial_window: str = "flush",
         gradient_clipping: Clipping | None = None,
         lazy_sparse: bool = False,

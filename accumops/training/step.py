@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from accumops.adapters.keras_losses import weighted_by
+from accumops.adapters.keras_losses import following
 from accumops.adapters.keras_model import loss_tracker
 from accumops.training.slicing import Carried, fold_slices
 from accumops.training.weighting import count_samples, share_of
@@ -77,7 +77,7 @@ class TrainingStep:
         if tf.executing_eagerly() and int(samples) == 0:
             return model.get_metrics_result()
         y_pred = model(x, training=False)
-        with weighted_by(samples, model):
+        with following(samples, model):
             loss = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=False)
         loss_tracker(model).update_state(self._mean_loss(loss, samples), sample_weight=samples)
         return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
@@ -95,9 +95,8 @@ class TrainingStep:
         if optimizer.accumulator.built:
             optimizer.accumulator.reset()  # a step that failed may have left a window open
         tracker = loss_tracker(model)
-        # The tracker's dtype may be a half precision, in which sums over many slices are far off.
-        wide = "float64" if tracker.dtype == "float64" else "float32"
-        none = tf.zeros([], wide)
+        # Not the tracker's dtype, which may be a half precision, in which sums over many slices are far off.
+        none = tf.zeros([], self._share_dtype())
         slices, (total, losses, seen) = fold_slices(
             data,
             size,
@@ -109,7 +108,7 @@ class TrainingStep:
         )
         # The window and the mean of the losses are counted when all micro-batches have run.
         if optimizer.accumulator.built and model.trainable_variables:
-            optimizer.accumulator.state.count(slices, tf.cast(total, tf.float32))
+            optimizer.accumulator.state.count(slices, total)
             optimizer.close()
         mean = tf.cast(tf.math.divide_no_nan(losses, total), tracker.dtype)
         tracker.update_state(mean, sample_weight=seen)
@@ -149,17 +148,17 @@ class TrainingStep:
         samples = count_samples(x)
         with tf.GradientTape() as tape:
             y_pred = model(x, training=True)
-            with weighted_by(samples, model):
+            with following(samples, model) as calls:
                 loss = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
             scaled = model.optimizer.scale_loss(loss)
         model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
         share = share_of(
             model.normalization,
-            model.loss,
+            calls,
             x=x,
             y=y,
-            y_pred=y_pred,
             sample_weight=sample_weight,
+            dtype=self._share_dtype(),
             on_replica=model.mirroring is not None,
         )
         mean_loss = self._mean_loss(loss, samples)
@@ -168,6 +167,11 @@ class TrainingStep:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
             return Pass(None, share, mean_loss, samples)
         return Pass(tape.gradient(scaled, variables), share, mean_loss, samples)
+
+    def _share_dtype(self) -> tf.DType:
+        """Float64 for models with float64 variables, whose gradients shares scale, else float32."""
+        dtypes = {tf.as_dtype(variable.dtype) for variable in self._model.trainable_variables}
+        return tf.float64 if tf.float64 in dtypes or loss_tracker(self._model).dtype == "float64" else tf.float32
 
     def _mean_loss(self, loss: tf.Tensor, samples: tf.Tensor) -> tf.Tensor:
         """The mean over a replica's samples: Keras divides losses by the number of replicas."""

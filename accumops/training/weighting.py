@@ -1,22 +1,32 @@
 """How a micro-batch is weighed: its share, which is what it counts for in the mean over its window.
 
-A loss that is a mean divides by something: samples, valid positions, a sum of weights. The window's gradient is the
-large batch's if each micro-batch counts by what its own mean has divided by. So a ragged window, whose micro-batches
-differ in size, is exact with `normalization="samples"`.
+A loss that is a mean divides by something: samples, valid positions of a mask, a sum of weights. The window's gradient
+is the large batch's if each micro-batch counts by what its own mean has divided by. With `normalization="auto"` that
+number is found from each loss as it is called:
+
+reduction of the loss                     divides by
+"sum_over_batch_size", "mean"             samples; if the predictions or the loss have a mask (a layer's mask,
+                                          `ignore_class`), its valid positions
+"mean_with_sample_weight"                 the sum of sample weights, at valid positions if there is a mask; without
+                                          sample weights as above
+
+So a ragged window, whose micro-batches differ in size, is exact. If the losses of several outputs divide by different
+numbers, no share is exact for all of them, and the first step says so.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
+from accumops.adapters.keras_losses import LossCall
 from accumops.adapters.keras_model import mask_of
 
 Normalization = Callable[[Any, Any, Any], tf.Tensor]
 """A user's own share: `(x, y, sample_weight) -> scalar`."""
 
-NORMALIZATIONS = ("samples", "steps", "weights")
+NORMALIZATIONS = ("auto", "samples", "steps", "weights")
 
 
 def count_samples(x: Any) -> tf.Tensor:
@@ -26,57 +36,106 @@ def count_samples(x: Any) -> tf.Tensor:
 
 def share_of(
     normalization: str | Normalization,
-    loss: Any,
+    calls: Sequence[LossCall],
     *,
     x: Any,
     y: Any,
-    y_pred: Any,
     sample_weight: Any,
+    dtype: tf.DType,
     on_replica: bool,
 ) -> float | tf.Tensor:
     """Returns the share of a micro-batch in its window.
 
     Args:
         normalization: One of `NORMALIZATIONS`, or a callable.
-        loss: The loss that the model was compiled with.
+        calls: What the losses of the micro-batch were called with.
         x: The inputs of the micro-batch.
         y: Its targets.
-        y_pred: The model's outputs.
         sample_weight: Its sample weights, or None.
+        dtype: The dtype to count in.
         on_replica: Whether it is the part of one replica, which may have no samples; its share is 0 then, whatever
             `normalization` says.
+
+    Raises:
+        ValueError: If `normalization` is `"auto"` and the losses divide by different numbers, or `"weights"` and there
+            are several losses.
     """
     samples = count_samples(x)
     if callable(normalization):
-        share = tf.cast(normalization(x, y, sample_weight), tf.float32)
+        share = tf.cast(normalization(x, y, sample_weight), dtype)
     elif normalization == "steps":
         share = 1.0
     elif normalization == "samples":
-        share = tf.cast(samples, tf.float32)
+        share = tf.cast(samples, dtype)
     else:
-        share = _denominator(loss, y_pred, sample_weight, samples)
-    return tf.where(samples > 0, tf.cast(share, tf.float32), 0.0) if on_replica else share
+        if normalization == "weights" and len(calls) > 1:
+            raise ValueError(
+                "normalization='weights' needs a model with one output, whose loss has one denominator. Received: "
+                f"{len(calls)} outputs. Use normalization='samples' or a callable."
+            )
+        share = _common_divisor(calls, dtype)
+        share = tf.cast(samples, dtype) if share is None else share
+    return tf.where(samples > 0, tf.cast(share, dtype), tf.zeros([], dtype)) if on_replica else share
 
 
-def _denominator(loss: Any, y_pred: Any, sample_weight: Any, samples: tf.Tensor) -> tf.Tensor:
-    """What the loss's mean divides by: valid positions of the predictions' mask, sum of weights, or samples."""
-    outputs = keras.tree.flatten(y_pred)
-    if len(outputs) != 1:
+class _Divisor(NamedTuple):
+    """What the mean of a loss divides by."""
+
+    description: str
+    key: tuple[int, ...]
+    """The same for losses that divide by the same number."""
+    mask: tf.Tensor | None
+    weights: tf.Tensor | None
+
+
+def _common_divisor(calls: Sequence[LossCall], dtype: tf.DType) -> tf.Tensor | None:
+    """What all losses divide by; None if they divide by samples."""
+    divisors = {call.output: _divisor_of(call) for call in calls}
+    if len({divisor.key for divisor in divisors.values()}) > 1:
+        each = "; ".join(f"'{output}' by {divisor.description}" for output, divisor in divisors.items())
         raise ValueError(
-            "normalization='weights' needs a model with one output, whose loss has one denominator. Received: "
-            f"{len(outputs)} outputs. Use normalization='samples' or a callable."
+            f"The losses of this model's outputs divide by different numbers: {each}. No weight of a micro-batch makes "
+            "all of them the large batch's mean. Choose one: normalization='samples' weighs micro-batches by their "
+            "samples, which is exact for equal counts only, and a callable `(x, y, sample_weight) -> scalar` by what "
+            "you count."
         )
-    mask = mask_of(outputs[0])
-    share = None if mask is None else tf.cast(mask, tf.float32)
-    by_weights = _reduction(next(iter(keras.tree.flatten(loss)), None)) == "mean_with_sample_weight"
-    if by_weights and sample_weight is not None:
-        weights = tf.cast(keras.tree.flatten(sample_weight)[0], tf.float32)
-        if share is None:
-            share = weights
-        else:
-            missing = share.shape.rank - weights.shape.rank
-            share *= tf.reshape(weights, tf.concat([tf.shape(weights), [1] * missing], axis=0))
-    return tf.cast(samples, tf.float32) if share is None else tf.reduce_sum(share)
+    divisor = next(iter(divisors.values()), None)
+    if divisor is None or (divisor.mask is None and divisor.weights is None):
+        return None
+    if divisor.weights is None:
+        return tf.reduce_sum(tf.cast(divisor.mask, dtype))
+    weights = tf.cast(divisor.weights, dtype)
+    return tf.reduce_sum(weights if divisor.mask is None else _of_one_rank(weights, tf.cast(divisor.mask, dtype)))
+
+
+def _divisor_of(call: LossCall) -> _Divisor:
+    """Finds what a loss divides by, as `keras.losses.Loss` does; for a loss with its own `__call__`, samples."""
+    loss = call.loss
+    if type(loss).__call__ is not keras.losses.Loss.__call__:
+        return _Divisor("samples", (), None, None)
+    y_true, y_pred = (
+        keras.tree.map_structure(lambda leaf: keras.ops.convert_to_tensor(leaf, dtype=loss.dtype), each)
+        for each in (call.y_true, call.y_pred)
+    )
+    # TensorFlow computes the values once: the loss has the same operations.
+    masks = [mask for mask in (mask_of(call.y_pred), mask_of(loss.call(y_true, y_pred))) if mask is not None]
+    mask = None
+    if masks:
+        mask = masks[0] if len(masks) == 1 else tf.logical_and(*(tf.cast(each, tf.bool) for each in masks))
+    key = tuple(id(each) for each in masks)
+    if reduction_of(loss) == "mean_with_sample_weight" and call.sample_weight is not None:
+        at = " at valid positions" if masks else ""
+        return _Divisor(f"the sum of its sample weights{at}", (*key, id(call.sample_weight)), mask, call.sample_weight)
+    return _Divisor("the valid positions of its mask" if masks else "samples", key, mask, None)
+
+
+def _of_one_rank(weights: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
+    """The product of weights and mask, of which either may lack dimensions at the end."""
+    for _ in range(weights.shape.rank - mask.shape.rank):
+        weights = tf.squeeze(weights, -1)
+    for _ in range(mask.shape.rank - weights.shape.rank):
+        weights = weights[..., tf.newaxis]
+    return weights * mask
 
 
 def check_normalization(normalization: str | Normalization) -> None:
@@ -93,7 +152,7 @@ def check_losses(loss: Any, normalization: str | Normalization) -> None:
         normalization: One of `NORMALIZATIONS`, or a callable.
     """
     for each in keras.tree.flatten(loss):
-        reduction = _reduction(each)
+        reduction = reduction_of(each)
         if reduction in (None, "none", "sum"):
             raise ValueError(
                 f"The reduction of the loss '{each.name}' must be a mean, such as 'sum_over_batch_size': the window's "
@@ -102,9 +161,10 @@ def check_losses(loss: Any, normalization: str | Normalization) -> None:
         if reduction == "mean_with_sample_weight" and normalization in ("samples", "steps"):
             raise ValueError(
                 f"The loss '{each.name}' divides by the sum of sample weights: make the model with "
-                f"normalization='weights', or a callable. Received: {normalization!r}"
+                f"normalization='auto', or a callable. Received: {normalization!r}"
             )
 
 
-def _reduction(loss: Any) -> str:
+def reduction_of(loss: Any) -> str:
+    """The reduction of a loss; a function's values are averaged."""
     return getattr(loss, "reduction", "sum_over_batch_size")

@@ -66,7 +66,9 @@ class WindowState(tf.Module):
         with contextlib.nullcontext() if strategy is None else strategy.scope():
             self.accumulators = [new_accumulator(variable, mirrored) for variable in variables]
             self.counters.build(iterations, jit_compile, **same)
-            self.weight = new_variable("weight", (), "float32", **summed)
+            # Shares are counted in float64 for float64 gradients, which they scale.
+            wide = any(accumulator.dtype == "float64" for accumulator in self.accumulators)
+            self.weight = new_variable("weight", (), "float64" if wide else "float32", **summed)
             self.connections = Connections(self._names, self._owner, self.counters.step, **same)
             self.touched_rows = TouchedRows(variables, self.accumulators, track_all=track_all_rows, mirrored=mirrored)
         self.built = True
@@ -94,7 +96,7 @@ class WindowState(tf.Module):
         batch = self.prepare_slice(gradients, weight, starts)
         limit, fills = self.counters.with_next(starts)
         # A new window starts from 0, whatever the sum of the last one's shares was, NaN included.
-        before = tf.math.multiply_no_nan(tf.convert_to_tensor(self.weight), tf.cast(~starts, tf.float32))
+        before = tf.math.multiply_no_nan(tf.convert_to_tensor(self.weight), tf.cast(~starts, self.weight.dtype))
         return CountedMicroBatch(**vars(batch), fills=fills, limit=limit, total=before + batch.weight)
 
     def prepare_slice(
@@ -109,7 +111,7 @@ class WindowState(tf.Module):
         gradients = list(gradients)
         self._check_gradients(gradients)
         gradients = list(map(_as_gradient, gradients, self.accumulators))
-        weight = as_weight(weight)
+        weight = as_weight(weight, tf.as_dtype(self.weight.dtype))
         present = [i for i, gradient in enumerate(gradients) if gradient is not None]
         self.connections.check(present)
         return MicroBatch(gradients, present, self.touched_rows.prepare(gradients), weight, starts)
@@ -139,7 +141,7 @@ class WindowState(tf.Module):
 
     def count(self, steps: int | tf.Tensor, weight: tf.Tensor) -> None:
         """Opens a window that `add_slice` has filled: with this many micro-batches, and this sum of shares."""
-        self.weight.assign(weight)
+        self.weight.assign(tf.cast(weight, self.weight.dtype))
         self.counters.step.assign(tf.cast(steps, tf.int64))
 
     def _sum(self, batch: MicroBatch, positions: Iterable[int]) -> None:
