@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-from accumops.adapters.keras_optimizer import SharesAverages
 from accumops.adapters.untracked import Untracked
 from accumops.arguments import Schedule, check_accum_steps, check_bool, check_variables
 from accumops.optimizer.checks import (
@@ -20,14 +20,14 @@ from accumops.optimizer.checks import (
 )
 from accumops.optimizer.ending import Clipping, Ending, Gradients
 from accumops.optimizer.fused_update import FusedUpdate
-from accumops.optimizer.inner_optimizer import OfInnermost, innermost
+from accumops.optimizer.inner_optimizer import StandsForInner, innermost
 from accumops.optimizer.known_variables import KnownVariables
 from accumops.window import replicas
 from accumops.window.accumulator import GradientAccumulator
 
 
 @keras.saving.register_keras_serializable(package="accumops")
-class GradientAccumulateOptimizer(SharesAverages, keras.optimizers.Optimizer):
+class GradientAccumulateOptimizer(StandsForInner):
     """Wraps a Keras optimizer so that every `accum_steps` calls of `apply` make one update.
 
     The wrapped optimizer sees one gradient a window, the mean over its micro-batches, and nothing in between: its
@@ -73,13 +73,6 @@ class GradientAccumulateOptimizer(SharesAverages, keras.optimizers.Optimizer):
     """
 
     built: bool
-    weight_decay = OfInnermost()
-    clipnorm = OfInnermost()
-    clipvalue = OfInnermost()
-    global_clipnorm = OfInnermost()
-    use_ema = OfInnermost()
-    ema_momentum = OfInnermost()
-    ema_overwrite_frequency = OfInnermost()
 
     def __init__(
         self,
@@ -357,20 +350,6 @@ class GradientAccumulateOptimizer(SharesAverages, keras.optimizers.Optimizer):
         return self.inner_optimizer.variables + (self._accumulator.variables if self._accumulator.built else [])
 
     @property
-    def iterations(self) -> keras.Variable:
-        """The wrapped optimizer's count of updates."""
-        return self.inner_optimizer.iterations
-
-    @property
-    def learning_rate(self) -> Any:
-        """The wrapped optimizer's learning rate; setting it sets that one's."""
-        return self.inner_optimizer.learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, learning_rate: Any) -> None:
-        self.inner_optimizer.learning_rate = learning_rate
-
-    @property
     def loss_scale_factor(self) -> float | None:
         """The wrapped optimizer's loss scale factor, or the initial scale of a LossScaleOptimizer. It can be set."""
         inner = self.inner_optimizer
@@ -391,17 +370,35 @@ class GradientAccumulateOptimizer(SharesAverages, keras.optimizers.Optimizer):
             )
         self.inner_optimizer.loss_scale_factor = factor
 
-    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
-        """Has the wrapped optimizer exclude variables from weight decay."""
-        innermost(self.inner_optimizer).exclude_from_weight_decay(var_list=var_list, var_names=var_names)
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Sets all of `variables`: the wrapped optimizer's, then the window's state.
 
-    def scale_loss(self, loss: tf.Tensor) -> tf.Tensor:
-        """Scales the loss by the wrapped optimizer's factor, which that optimizer takes out of the gradients again."""
-        return self.inner_optimizer.scale_loss(loss)
+        Args:
+            weights: An array for each of `variables`, or for each of the wrapped optimizer's; then the open window is
+                dropped.
 
-    def finalize_variable_values(self, var_list: Sequence[keras.Variable]) -> None:
-        """Has the wrapped optimizer set the variables' final values, such as their moving averages."""
-        self.inner_optimizer.finalize_variable_values(var_list)
+        Raises:
+            ValueError: If it is not built, or the number of arrays or a shape does not fit. Nothing is set then.
+        """
+        if not self.built:
+            raise ValueError("`set_weights` needs an optimizer that is built: call `build(trainable_variables)` first.")
+        inner, weights = self.inner_optimizer.variables, list(weights)
+        variables = inner if len(weights) == len(inner) else self.variables
+        if len(weights) != len(variables):
+            raise ValueError(
+                f"`weights` must be {len(self.variables)} arrays, or {len(inner)} for the wrapped optimizer alone. "
+                f"Received: {len(weights)}"
+            )
+        for variable, weight in zip(variables, weights, strict=True):
+            if tuple(variable.shape) != np.shape(weight):
+                raise ValueError(
+                    f"The weight of '{variable.path}' must have shape {tuple(variable.shape)}. "
+                    f"Received: {np.shape(weight)}"
+                )
+        for variable, weight in zip(variables, weights, strict=True):
+            variable.assign(weight)
+        if variables is inner and self._accumulator.built:
+            self._accumulator.reset()
 
     def load_own_variables(self, store: Mapping[str, Any]) -> None:
         """Loads what `save_own_variables` stored, or the variables of the wrapped optimizer alone.
@@ -422,6 +419,8 @@ class GradientAccumulateOptimizer(SharesAverages, keras.optimizers.Optimizer):
             "accum_steps": keras.saving.serialize_keras_object(self.accum_steps),
             "gradient_clipping": keras.saving.serialize_keras_object(self.gradient_clipping),
             "lazy_sparse": self.lazy_sparse,
+            # For those who look it up, as in the config of any optimizer. The wrapped optimizer has its own.
+            "learning_rate": innermost(self.inner_optimizer).get_config().get("learning_rate"),
         }
 
     @classmethod
@@ -429,7 +428,8 @@ class GradientAccumulateOptimizer(SharesAverages, keras.optimizers.Optimizer):
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> "GradientAccumulateOptimizer":
         """Makes an optimizer from what `get_config` returned."""
-        config = copy.copy(config)
+        config = copy.deepcopy(config)  # Keras takes apart the configs that it is given
+        config.pop("learning_rate", None)
         for key in ("inner_optimizer", "accum_steps", "gradient_clipping"):
             config[key] = keras.saving.deserialize_keras_object(config[key], custom_objects=custom_objects)
         return cls(**config)
@@ -437,7 +437,7 @@ class GradientAccumulateOptimizer(SharesAverages, keras.optimizers.Optimizer):
     def __dir__(self) -> list[str]:
         # Keras walks `dir()` to find what to save. `inner_optimizer` is left out because `variables` already holds its
         # variables, at the place where a plain optimizer has them.
-        return [name for name in super().__dir__() if name != "inner_optimizer"]
+        return [name for name in super().__dir__() if name not in ("inner_optimizer", "optimizers")]
 
     def __repr__(self) -> str:
         return f"<GradientAccumulateOptimizer {type(self.inner_optimizer).__name__}, accum_steps={self.accum_steps}>"

@@ -1,12 +1,14 @@
 """Models and arguments that a `GradientAccumulateModel` refuses, and the errors that say why."""
 
 import numbers
+import warnings
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from accumops.adapters.keras_layer import layers_within
 from accumops.adapters.keras_model import own_metrics
 from accumops.arguments import Schedule
 from accumops.training.callbacks import AccumStepsScheduler
@@ -55,6 +57,51 @@ def check_mode(
             "`parallel_micro_batches` needs `micro_batch_size`: with `accum_steps` each step is one micro-batch. "
             f"Received: {parallel_micro_batches}"
         )
+
+
+def check_layers(model: keras.Model, accum_steps: Any, micro_batch_size: int | None) -> None:
+    """Raises for layers that micro-batches of one batch would mix up, and warns of layers whose state moves too often.
+
+    Args:
+        model: The model.
+        accum_steps: Micro-batches a window, if each batch is a micro-batch.
+        micro_batch_size: Samples a micro-batch, if batches are split.
+
+    Raises:
+        ValueError: If batches are split and a layer is stateful: it would hand the state of one sample to another.
+    """
+    layers = layers_within(model, include_self=False)
+    stateful = [layer.name for layer in layers if getattr(layer, "stateful", False)]
+    if stateful and micro_batch_size is not None:
+        raise ValueError(
+            f"Stateful layers cannot be trained with `micro_batch_size`: {_some(stateful)}. The samples of a "
+            "micro-batch would go on from the state of other samples. Use `accum_steps`, with batches of the size that "
+            "the layers are made for."
+        )
+    moving = [layer for layer in layers if layer.trainable and type(layer) in _MOVED_BY_EACH_CALL]
+    if moving and accum_steps != 1:
+        remedies = dict.fromkeys(_MOVED_BY_EACH_CALL[type(layer)] for layer in moving)
+        warnings.warn(
+            "Layers whose state moves with each micro-batch, and not once a window as with the large batch: "
+            f"{_some([layer.name for layer in moving])}. {' '.join(remedies)}",
+            stacklevel=3,
+        )
+
+
+_MOVED_BY_EACH_CALL: dict[type[keras.Layer], str] = {
+    keras.layers.BatchNormalization: (
+        "accumops.replace_batchnorm_layers(model) gives batch normalization whose statistics move once a window."
+    ),
+    keras.layers.SpectralNormalization: (
+        "Spectral normalization runs its power iterations in each micro-batch, and so estimates the norm better than "
+        "with the large batch; nothing else changes."
+    ),
+}
+
+
+def _some(names: list[str]) -> str:
+    """The first of some names."""
+    return ", ".join(f"'{name}'" for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def check_batch_size(

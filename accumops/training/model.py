@@ -21,7 +21,7 @@ from accumops.optimizer.checks import check_gradient_clipping
 from accumops.optimizer.ending import Clipping
 from accumops.optimizer.optimizer import GradientAccumulateOptimizer
 from accumops.training.callbacks import AccumStepsScheduler
-from accumops.training.checks import check_batch_size, check_mode, check_model
+from accumops.training.checks import check_batch_size, check_layers, check_mode, check_model
 from accumops.training.partial_window import PARTIAL_WINDOWS, PartialWindowOfModel
 from accumops.training.step import TrainingStep
 from accumops.training.train_function import function_of_workers, train_function
@@ -190,10 +190,11 @@ class GradientAccumulateModel(WrapperModel):
                 does not find the moving averages through it.
 
         Raises:
-            ValueError: If the optimizer accumulates gradients itself, or a loss has a reduction that no weighted mean
-                of micro-batches gives.
+            ValueError: If the optimizer accumulates gradients itself, a loss has a reduction that no weighted mean of
+                micro-batches gives, or with `micro_batch_size` if a layer is stateful.
         """
         check_losses(loss, self.normalization)
+        check_layers(self.model, self._accum_steps, self.micro_batch_size)
         if optimizer is getattr(self, "optimizer", None) and isinstance(optimizer, GradientAccumulateOptimizer):
             optimizer = optimizer.inner_optimizer
         optimizer = keras.optimizers.get(optimizer)
