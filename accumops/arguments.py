@@ -74,6 +74,13 @@ def check_variables(variables: Sequence[tf.Variable | keras.Variable]) -> list[t
     return variables
 
 
+def check_reduction(reduction: str) -> str:
+    """Returns `reduction` if it is one that windows have."""
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"`reduction` must be 'mean' or 'sum'. Received: {reduction!r}")
+    return reduction
+
+
 def check_bool(name: str, value: bool) -> bool:
     """Returns `value` if it is a bool."""
     if not isinstance(value, bool):

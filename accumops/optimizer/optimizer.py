@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from accumops.adapters.untracked import Untracked
-from accumops.arguments import Schedule, check_accum_steps, check_bool, check_variables
+from accumops.arguments import Schedule, check_accum_steps, check_bool, check_reduction, check_variables
 from accumops.optimizer.checks import (
     check_goes_with_lazy_rows,
     check_goes_with_strategy,
@@ -54,6 +54,8 @@ class GradientAccumulateOptimizer(StandsForInner):
             training, and known for SGD, Adam, AdamW, RMSprop, Adagrad and Lion. For SGD without momentum and for
             Adagrad it changes nothing, so in tables of at least 1024 rows and 65,536 values their updates touch only
             these rows without it too.
+        reduction: `"mean"`, or `"sum"` for a loss that is a sum over samples: the wrapped optimizer then sees the sum
+            of the micro-batches' gradients.
         name: The name of this optimizer.
 
     Raises:
@@ -82,10 +84,12 @@ class GradientAccumulateOptimizer(StandsForInner):
         *,
         gradient_clipping: Clipping | None = None,
         lazy_sparse: bool = False,
+        reduction: str = "mean",
     ) -> None:
         accum_steps = check_accum_steps(accum_steps)
         inner_optimizer = check_inner_optimizer(keras.optimizers.get(inner_optimizer))
         check_gradient_clipping(gradient_clipping)
+        check_reduction(reduction)
         if check_bool("lazy_sparse", lazy_sparse):
             check_goes_with_lazy_rows(inner_optimizer)
         super().__init__(learning_rate=0.0, name=name)
@@ -94,7 +98,7 @@ class GradientAccumulateOptimizer(StandsForInner):
         self.lazy_sparse = lazy_sparse
         self.jit_compile: bool | None = None
         """Whether XLA will compile the step; see `GradientAccumulator.build`. None if that is not known yet."""
-        self._accumulator = GradientAccumulator(accum_steps, name=f"{self.name}_accumulator")
+        self._accumulator = GradientAccumulator(accum_steps, f"{self.name}_accumulator", reduction=reduction)
         self._untracked = Untracked(known=KnownVariables(()), scaled_around=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -419,6 +423,7 @@ class GradientAccumulateOptimizer(StandsForInner):
             "accum_steps": keras.saving.serialize_keras_object(self.accum_steps),
             "gradient_clipping": keras.saving.serialize_keras_object(self.gradient_clipping),
             "lazy_sparse": self.lazy_sparse,
+            "reduction": self._accumulator.reduction,
             # For those who look it up, as in the config of any optimizer. The wrapped optimizer has its own.
             "learning_rate": innermost(self.inner_optimizer).get_config().get("learning_rate"),
         }

@@ -59,6 +59,24 @@ def check_mode(
         )
 
 
+def check_compilation(strategy: tf.distribute.Strategy | None, jit_compile: bool) -> None:
+    """Raises if XLA is to compile steps under a mirroring strategy."""
+    if strategy is not None and jit_compile:
+        raise ValueError(
+            f"`jit_compile=True` does not work under {type(strategy).__name__}: what replicas do together at a "
+            "window's end is not compiled by XLA. Leave it out."
+        )
+
+
+def check_steps_per_execution(strategy: tf.distribute.Strategy | None, steps_per_execution: int) -> None:
+    """Raises if several steps are to run in one call under a mirroring strategy."""
+    if strategy is not None and steps_per_execution > 1:
+        raise ValueError(
+            f"`steps_per_execution` must be 1 under {type(strategy).__name__}: in a loop within a function TensorFlow "
+            f"cannot place what replicas do together. Received: {steps_per_execution}"
+        )
+
+
 def check_layers(model: keras.Model, accum_steps: Any, micro_batch_size: int | None) -> None:
     """Raises for layers that micro-batches of one batch would mix up, and warns of layers whose state moves too often.
 

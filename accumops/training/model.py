@@ -20,8 +20,8 @@ from accumops.normalization.layer import AccumBatchNormalization, owning_windows
 from accumops.optimizer.checks import check_gradient_clipping
 from accumops.optimizer.ending import Clipping
 from accumops.optimizer.optimizer import GradientAccumulateOptimizer
+from accumops.training import checks
 from accumops.training.callbacks import AccumStepsScheduler
-from accumops.training.checks import check_batch_size, check_layers, check_mode, check_model
 from accumops.training.partial_window import PARTIAL_WINDOWS, PartialWindowOfModel
 from accumops.training.step import TrainingStep
 from accumops.training.train_function import function_of_workers, train_function
@@ -105,8 +105,8 @@ class GradientAccumulateModel(WrapperModel):
         outputs: Any = None,
         name: str | None = None,
     ) -> None:
-        model = check_model(model, inputs, outputs)
-        check_mode(accum_steps, micro_batch_size, parallel_micro_batches)
+        model = checks.check_model(model, inputs, outputs)
+        checks.check_mode(accum_steps, micro_batch_size, parallel_micro_batches)
         check_normalization(normalization)
         if partial_window not in PARTIAL_WINDOWS:
             raise ValueError(f"`partial_window` must be one of {PARTIAL_WINDOWS}. Received: {partial_window!r}")
@@ -178,13 +178,14 @@ class GradientAccumulateModel(WrapperModel):
         Args:
             optimizer: The optimizer that makes one update a window. It is wrapped in a `GradientAccumulateOptimizer`.
                 This model's own, from an earlier `compile`, keeps its state.
-            loss: The loss, or one for each output; their reductions have to be means.
+            loss: The loss, or one for each output. Their reductions have to be means, or all of them `"sum"`: then a
+                window makes the update of the large batch's sum.
             loss_weights: As for `keras.Model.compile`.
-            metrics: As for `keras.Model.compile`.
-            weighted_metrics: As for `keras.Model.compile`.
-            run_eagerly: As for `keras.Model.compile`.
-            steps_per_execution: As for `keras.Model.compile`.
-            jit_compile: As for `keras.Model.compile`.
+            metrics: As for `keras.Model.compile`; so are the following.
+            weighted_metrics: Metrics that sample weights apply to.
+            run_eagerly: Whether nothing is traced.
+            steps_per_execution: Steps in one call.
+            jit_compile: Whether XLA compiles steps.
             auto_scale_loss: Whether a `mixed_float16` model gets a `LossScaleOptimizer` inside that wrapper. It drops a
                 window with a gradient that is not finite, and the scale backs off. Keras's SwapEMAWeights callback
                 does not find the moving averages through it.
@@ -193,8 +194,8 @@ class GradientAccumulateModel(WrapperModel):
             ValueError: If the optimizer accumulates gradients itself, a loss has a reduction that no weighted mean of
                 micro-batches gives, or with `micro_batch_size` if a layer is stateful.
         """
-        check_losses(loss, self.normalization)
-        check_layers(self.model, self._accum_steps, self.micro_batch_size)
+        reduction = check_losses(loss, self.normalization)
+        checks.check_layers(self.model, self._accum_steps, self.micro_batch_size)
         if optimizer is getattr(self, "optimizer", None) and isinstance(optimizer, GradientAccumulateOptimizer):
             optimizer = optimizer.inner_optimizer
         optimizer = keras.optimizers.get(optimizer)
@@ -204,7 +205,11 @@ class GradientAccumulateModel(WrapperModel):
         if isinstance(self.accum_steps, int):
             self._accum_steps = self.accum_steps  # a callback may have changed the optimizer's
         wrapped = GradientAccumulateOptimizer(
-            optimizer, self._accum_steps, gradient_clipping=self.gradient_clipping, lazy_sparse=self.lazy_sparse
+            optimizer,
+            self._accum_steps,
+            gradient_clipping=self.gradient_clipping,
+            lazy_sparse=self.lazy_sparse,
+            reduction=reduction,
         )
         super().compile(
             wrapped,
@@ -217,11 +222,7 @@ class GradientAccumulateModel(WrapperModel):
             jit_compile,
             auto_scale_loss=False,
         )
-        if self.mirroring is not None and self.jit_compile:
-            raise ValueError(
-                f"`jit_compile=True` does not work under {type(self.mirroring).__name__}: what replicas do together "
-                "at a window's end is not compiled by XLA. Leave it out."
-            )
+        checks.check_compilation(self.mirroring, self.jit_compile)
         wrapped.jit_compile = bool(self.jit_compile) and not self.compiles_passes
         for layer in self.normalizations():
             self._adopt(layer)
@@ -285,11 +286,7 @@ class GradientAccumulateModel(WrapperModel):
         """
         made: Callable[[Any], dict[str, Any]] | None = getattr(self, "train_function", None)
         if made is None or force:
-            if self.mirroring is not None and self.steps_per_execution > 1:
-                raise ValueError(
-                    f"`steps_per_execution` must be 1 under {type(self.mirroring).__name__}: in a loop within a "
-                    f"function TensorFlow cannot place what replicas do together. Received: {self.steps_per_execution}"
-                )
+            checks.check_steps_per_execution(self.mirroring, self.steps_per_execution)
             jit_compile, passes = bool(self.jit_compile), self.compiles_passes and not self.run_eagerly
             self._untracked.step.compile_passes(passes)
             if passes:
@@ -402,7 +399,7 @@ class GradientAccumulateModel(WrapperModel):
         Raises:
             ValueError: If `micro_batch_size` is larger than the batch.
         """
-        check_batch_size(self.micro_batch_size, x, batch_size, kwargs.get("steps_per_epoch"), self.mirroring)
+        checks.check_batch_size(self.micro_batch_size, x, batch_size, kwargs.get("steps_per_epoch"), self.mirroring)
         # The first of all callbacks, so that a checkpoint sees the settled window.
         own: list[keras.callbacks.Callback] = [PartialWindowOfModel(self.partial_window)]
         if self._epochs is not None:

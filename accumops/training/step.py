@@ -110,8 +110,8 @@ class TrainingStep:
         if optimizer.accumulator.built and model.trainable_variables:
             optimizer.accumulator.state.count(slices, total)
             optimizer.close()
-        mean = tf.cast(tf.math.divide_no_nan(losses, total), tracker.dtype)
-        tracker.update_state(mean, sample_weight=seen)
+        value = losses if self._sums() else tf.math.divide_no_nan(losses, total)
+        tracker.update_state(tf.cast(value, tracker.dtype), sample_weight=seen)
 
     def train_on_slice(self, data: Any, first: tf.Tensor | bool, carried: Carried) -> Carried:
         """Trains on one of the micro-batches of a batch.
@@ -151,6 +151,11 @@ class TrainingStep:
             with following(samples, model) as calls:
                 loss = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
             scaled = model.optimizer.scale_loss(loss)
+        if self._sums() and model.losses:
+            raise ValueError(
+                "With a loss of reduction='sum', regularizers and `add_loss` would count once for each micro-batch, "
+                "and not once for the large batch. Use a loss that is a mean, or the optimizer's `weight_decay`."
+            )
         model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
         share = share_of(
             model.normalization,
@@ -167,6 +172,10 @@ class TrainingStep:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
             return Pass(None, share, mean_loss, samples)
         return Pass(tape.gradient(scaled, variables), share, mean_loss, samples)
+
+    def _sums(self) -> bool:
+        """Whether losses are sums over samples, and not means."""
+        return bool(self._model.optimizer.accumulator.reduction == "sum")
 
     def _share_dtype(self) -> tf.DType:
         """Float64 for models with float64 variables, whose gradients shares scale, else float32."""

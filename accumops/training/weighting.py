@@ -11,7 +11,8 @@ reduction of the loss                     divides by
                                           sample weights as above
 
 So a ragged window, whose micro-batches differ in size, is exact. If the losses of several outputs divide by different
-numbers, no share is exact for all of them, and the first step says so.
+numbers, no share is exact for all of them, and the first step says so. Losses that are sums over samples
+(reduction="sum") are added up: their micro-batches all count 1.
 """
 
 from collections.abc import Callable, Sequence
@@ -63,7 +64,7 @@ def share_of(
     samples = count_samples(x)
     if callable(normalization):
         share = tf.cast(normalization(x, y, sample_weight), dtype)
-    elif normalization == "steps":
+    elif normalization == "steps" or (calls and reduction_of(calls[0].loss) == "sum"):
         share = 1.0
     elif normalization == "samples":
         share = tf.cast(samples, dtype)
@@ -144,25 +145,36 @@ def check_normalization(normalization: str | Normalization) -> None:
         raise ValueError(f"`normalization` must be one of {NORMALIZATIONS} or a callable. Received: {normalization!r}")
 
 
-def check_losses(loss: Any, normalization: str | Normalization) -> None:
-    """Raises if no share makes a weighted mean of micro-batches the large batch's loss.
+def check_losses(loss: Any, normalization: str | Normalization) -> str:
+    """Returns whether the losses are means or sums over samples, `"mean"` or `"sum"`.
 
     Args:
         loss: The loss, or losses, given to `compile`.
         normalization: One of `NORMALIZATIONS`, or a callable.
+
+    Raises:
+        ValueError: If no weighted mean, and no sum, of micro-batches is the large batch's loss.
     """
-    for each in keras.tree.flatten(loss):
+    losses = [each for each in keras.tree.flatten(loss) if each is not None]
+    sums = [each for each in losses if reduction_of(each) == "sum"]
+    if sums and len(sums) < len(losses):
+        raise ValueError(
+            f"The loss '{sums[0].name}' is a sum over samples (reduction='sum') and another one is a mean: no window's "
+            "gradient is that of both. Give all losses the same kind of reduction, and `loss_weights`."
+        )
+    for each in losses:
         reduction = reduction_of(each)
-        if reduction in (None, "none", "sum"):
+        if reduction in (None, "none"):
             raise ValueError(
-                f"The reduction of the loss '{each.name}' must be a mean, such as 'sum_over_batch_size': the window's "
-                f"gradient is a weighted mean over its micro-batches. Received: {reduction!r}"
+                f"The reduction of the loss '{each.name}' must be a mean, such as 'sum_over_batch_size', or 'sum': the "
+                f"window's gradient is a weighted mean, or the sum, over its micro-batches. Received: {reduction!r}"
             )
         if reduction == "mean_with_sample_weight" and normalization in ("samples", "steps"):
             raise ValueError(
                 f"The loss '{each.name}' divides by the sum of sample weights: make the model with "
                 f"normalization='auto', or a callable. Received: {normalization!r}"
             )
+    return "sum" if sums else "mean"
 
 
 def reduction_of(loss: Any) -> str:

@@ -37,10 +37,12 @@ class GradientAccumulator(tf.Module):
             an int64 scalar; or None: then a window is never `ready` and ends when `close` is called. An int can be
             changed by setting the attribute, for the next window on.
         name: The name of the accumulator, in messages and checkpoints.
+        reduction: `"mean"`, or `"sum"`: then the gradient is `sum(weight * gradient)`, as of a loss that is a sum over
+            the whole window. A replica's loss is not divided by R then.
 
     Raises:
         TypeError: If `accum_steps` is neither an int nor a callable that returns one.
-        ValueError: If `accum_steps` is less than 1.
+        ValueError: If `accum_steps` is less than 1, or `reduction` is neither `"mean"` nor `"sum"`.
 
     Example:
 
@@ -64,9 +66,11 @@ class GradientAccumulator(tf.Module):
     2
     """
 
-    def __init__(self, accum_steps: int | Schedule | None, name: str = "gradient_accumulator") -> None:
+    def __init__(
+        self, accum_steps: int | Schedule | None, name: str = "gradient_accumulator", *, reduction: str = "mean"
+    ) -> None:
         super().__init__(name=name)
-        self._state = WindowState(accum_steps, owner=self.name)
+        self._state = WindowState(accum_steps, owner=self.name, reduction=reduction)
 
     def build(
         self,
@@ -130,6 +134,11 @@ class GradientAccumulator(tf.Module):
     @accum_steps.setter
     def accum_steps(self, accum_steps: int) -> None:
         self._state.counters.set_accum_steps(accum_steps, built=self.built)
+
+    @property
+    def reduction(self) -> str:
+        """`"mean"` or `"sum"`."""
+        return self._state.reduction
 
     @property
     def strategy(self) -> tf.distribute.Strategy | None:
@@ -215,8 +224,8 @@ class GradientAccumulator(tf.Module):
                 of an optimizer, which sums over the replicas.
 
         Returns:
-            For each variable the weighted mean of its gradients, of the accumulator's dtype, or None where it had none.
-            If the weights add up to zero, so do the gradients.
+            For each variable the weighted mean (or sum) of its gradients, of the accumulator's dtype, or None where it
+            had none. If the weights add up to zero, so do the gradients.
 
         Raises:
             ValueError: If no window is open, when executing eagerly. In a graph, `tf.errors.InvalidArgumentError`,
@@ -243,6 +252,7 @@ class GradientAccumulator(tf.Module):
             sums = [None if each is None else tf.convert_to_tensor(each) for each in window.accumulators]
             present = [each for each in sums if each is not None] if reduce else []
             weight, *reduced = replicas.sum_over_replicas([window.weight, *present])
+            weight = weight if self.reduction == "mean" else tf.ones_like(weight)
             if reduce:
                 rest = iter(reduced)
                 sums = [None if each is None else next(rest) for each in sums]

@@ -48,7 +48,7 @@ class Window:
     accumulators: list[keras.Variable | None]
     """None for a variable without gradient."""
     weight: tf.Tensor
-    """The sum of shares, which turns sums into means."""
+    """What the sums are divided by: the sum of shares, or 1 if the window's gradient is a sum."""
     touched_rows: Callable[[int], keras.Variable | None]
     """Gives the flags of touched rows of the accumulator at a position, or None if they are not known."""
     latest: dict[int, tf.Tensor] = dataclasses.field(default_factory=dict)

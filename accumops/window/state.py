@@ -23,7 +23,7 @@ import tensorflow as tf
 
 from accumops import ops
 from accumops.adapters.untracked import Untracked
-from accumops.arguments import Schedule, as_weight, name_of
+from accumops.arguments import Schedule, as_weight, check_reduction, name_of
 from accumops.window import replicas
 from accumops.window.connected_variables import Connections
 from accumops.window.counters import Counters
@@ -40,11 +40,14 @@ class WindowState(tf.Module):
     Args:
         accum_steps: Micro-batches a window, a callable that gives them for a count of updates, or None.
         owner: What the state belongs to, for messages.
+        reduction: `"mean"` if the window's gradient is the weighted mean over its micro-batches, `"sum"` if it is their
+            weighted sum.
     """
 
-    def __init__(self, accum_steps: int | Schedule | None, owner: str) -> None:
+    def __init__(self, accum_steps: int | Schedule | None, owner: str, reduction: str = "mean") -> None:
         super().__init__(name="window_state")
         self.counters = Counters(accum_steps)
+        self.reduction = check_reduction(reduction)
         self.built = False
         self._owner = owner
         self._untracked = Untracked(members=[], strategy=None)
@@ -168,9 +171,9 @@ class WindowState(tf.Module):
         given = [
             none if gradient is None else gradient for none, gradient in zip(nothing, batch.gradients, strict=True)
         ]
-        # Losses are divided by the number of replicas. It is taken out again here: the sums are then those of one
-        # device, and a saved window can go on under another strategy.
-        scale = batch.weight * strategy.num_replicas_in_sync
+        # Losses that are means are divided by the number of replicas. It is taken out again here: the sums are then
+        # those of one device, and a saved window can go on under another strategy.
+        scale = batch.weight * (strategy.num_replicas_in_sync if self.reduction == "mean" else 1)
 
         def add() -> None:
             ops.accumulate(accumulators, given, scale=scale, overwrite=batch.starts)
@@ -207,7 +210,7 @@ class WindowState(tf.Module):
                 checks.append(tf.debugging.assert_positive(step, message=empty))
         with tf.control_dependencies([check for check in checks if check is not None]):
             with Recording() as update:
-                yield Window(self._closing(), tf.convert_to_tensor(self.weight), self.touched_rows.track)
+                yield Window(self._closing(), self._divisor(self.weight), self.touched_rows.track)
             with tf.control_dependencies(update.effects):
                 self._close()
 
@@ -227,7 +230,7 @@ class WindowState(tf.Module):
             windows = []
             for replica, (weight, *sums) in enumerate(replicas.on_each_replica(strategy, reduce)):
                 latest = dict(zip(held, sums, strict=True))
-                windows.append(Window(window.accumulators, weight, _no_rows, latest, 1.0, True, replica))
+                windows.append(Window(window.accumulators, self._divisor(weight), _no_rows, latest, 1.0, True, replica))
             yield windows
 
     @contextlib.contextmanager
@@ -242,9 +245,21 @@ class WindowState(tf.Module):
         with tf.control_dependencies(accumulation.operations):
             self.connections.add(batch.present)
             with Recording() as update:
-                yield Window(self._closing(), batch.total, self.touched_rows.track, latest, batch.weight, batch.starts)
+                yield Window(
+                    self._closing(),
+                    self._divisor(batch.total),
+                    self.touched_rows.track,
+                    latest,
+                    batch.weight,
+                    batch.starts,
+                )
             with tf.control_dependencies(update.effects):
                 self._close()
+
+    def _divisor(self, weight: tf.Tensor | keras.Variable) -> tf.Tensor:
+        """What turns the sums of a window with this sum of shares into its gradients."""
+        total = tf.convert_to_tensor(weight)
+        return total if self.reduction == "mean" else tf.ones_like(total)
 
     def _closing(self) -> list[keras.Variable | None]:
         """The accumulators, None for those of variables that the window has no gradient for."""
