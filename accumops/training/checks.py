@@ -2,6 +2,7 @@
 
 import numbers
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -39,7 +40,10 @@ def check_model(model: keras.Model | None, inputs: Any, outputs: Any) -> keras.M
 
 
 def check_mode(
-    accum_steps: int | dict[int, int] | Schedule | None, micro_batch_size: int | None, parallel_micro_batches: int
+    accum_steps: int | dict[int, int] | Schedule | None,
+    micro_batch_size: int | None,
+    parallel_micro_batches: int,
+    whole_inputs: Sequence[str | int],
 ) -> None:
     """Raises unless exactly one mode is chosen, with numbers that fit it."""
     if (accum_steps is None) == (micro_batch_size is None):
@@ -50,6 +54,13 @@ def check_mode(
     if isinstance(accum_steps, dict):
         AccumStepsScheduler(accum_steps)
     _check_count("parallel_micro_batches", parallel_micro_batches, "a number of micro-batches")
+    if isinstance(whole_inputs, str) or not all(isinstance(key, str | int) for key in whole_inputs):
+        raise TypeError(f"`whole_inputs` must be a list of keys or positions of inputs. Received: {whole_inputs!r}")
+    if micro_batch_size is None and whole_inputs:
+        raise ValueError(
+            "`whole_inputs` needs `micro_batch_size`: with `accum_steps` each step gets its inputs as they are. "
+            f"Received: {whole_inputs!r}"
+        )
     if micro_batch_size is not None:
         _check_count("micro_batch_size", micro_batch_size, "a number of samples")
     elif parallel_micro_batches != 1:

@@ -6,7 +6,7 @@ micro_batch_size=b      a `fit` step is a window: its batch is split into micro-
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -59,6 +59,8 @@ class GradientAccumulateModel(WrapperModel):
         micro_batch_size: Samples a micro-batch, an int of at least 1.
         parallel_micro_batches: With `micro_batch_size`, how many micro-batches TensorFlow may run side by side. Their
             activations are in memory together. Gradients and metrics add up in the same order.
+        whole_inputs: With `micro_batch_size`, inputs that are no batch, such as the adjacency of a graph: each
+            micro-batch gets them whole. Keys if the inputs are a dict, else positions.
         normalization: What a micro-batch counts for in the mean over its window: `"auto"` (what its loss has divided
             by: samples, valid positions of a mask, labels that `ignore_class` leaves, or the sum of sample weights if
             the loss's reduction is `"mean_with_sample_weight"`; an error if the losses of several outputs divide by
@@ -97,6 +99,7 @@ class GradientAccumulateModel(WrapperModel):
         accum_steps: int | dict[int, int] | Schedule | None = None,
         micro_batch_size: int | None = None,
         parallel_micro_batches: int = 1,
+        whole_inputs: Sequence[str | int] = (),
         normalization: str | Normalization = "auto",
         partial_window: str = "flush",
         gradient_clipping: Clipping | None = None,
@@ -106,7 +109,7 @@ class GradientAccumulateModel(WrapperModel):
         name: str | None = None,
     ) -> None:
         model = checks.check_model(model, inputs, outputs)
-        checks.check_mode(accum_steps, micro_batch_size, parallel_micro_batches)
+        checks.check_mode(accum_steps, micro_batch_size, parallel_micro_batches, whole_inputs)
         check_normalization(normalization)
         if partial_window not in PARTIAL_WINDOWS:
             raise ValueError(f"`partial_window` must be one of {PARTIAL_WINDOWS}. Received: {partial_window!r}")
@@ -123,6 +126,7 @@ class GradientAccumulateModel(WrapperModel):
         self._accum_steps = accum_steps[0] if isinstance(accum_steps, dict) else check_accum_steps(accum_steps)
         self.micro_batch_size = None if micro_batch_size is None else int(micro_batch_size)
         self.parallel_micro_batches = int(parallel_micro_batches)
+        self.whole_inputs = tuple(whole_inputs)
         self.normalization = normalization
         self.partial_window = partial_window
         self.gradient_clipping = gradient_clipping
@@ -143,10 +147,8 @@ class GradientAccumulateModel(WrapperModel):
     @accum_steps.setter
     def accum_steps(self, accum_steps: int) -> None:
         if not isinstance(self.accum_steps, int) or not isinstance(check_accum_steps(accum_steps), int):
-            raise ValueError(
-                f"`accum_steps` can be changed from one int to another. Received: {accum_steps!r} instead of "
-                f"{self.accum_steps!r}"
-            )
+            change = f"{accum_steps!r} instead of {self.accum_steps!r}"
+            raise ValueError(f"`accum_steps` can be changed from one int to another. Received: {change}")
         self._accum_steps = int(accum_steps)
         if getattr(self, "optimizer", None) is not None:
             self.optimizer.accum_steps = self._accum_steps
@@ -425,6 +427,7 @@ class GradientAccumulateModel(WrapperModel):
             ),
             "micro_batch_size": self.micro_batch_size,
             "parallel_micro_batches": self.parallel_micro_batches,
+            "whole_inputs": list(self.whole_inputs),
             "normalization": keras.saving.serialize_keras_object(self.normalization),
             "partial_window": self.partial_window,
             "gradient_clipping": keras.saving.serialize_keras_object(self.gradient_clipping),

@@ -1,6 +1,6 @@
 """A batch in slices: runs a function on each of them, one after another, in a loop of one graph."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import keras
@@ -21,6 +21,7 @@ def fold_slices(
     static_sizes: bool,
     at_once: int = 1,
     empty: bool = False,
+    uncut: Collection[tf.Tensor] = (),
 ) -> tuple[int | tf.Tensor, Carried]:
     """Calls `run` with slices of a batch, one after another, each with what the one before has returned.
 
@@ -36,32 +37,38 @@ def fold_slices(
             its own.
         at_once: How many slices may run side by side.
         empty: Whether a batch without samples is one slice, instead of an error.
+        uncut: Tensors of the batch that are not cut: each slice gets all of them.
 
     Returns:
         The number of slices, and the scalars that the last one has returned.
 
     Raises:
-        ValueError: If the batch has no samples, in a graph `tf.errors.InvalidArgumentError`, or cannot be split.
+        ValueError: If the batch cannot be split, has no samples, or its tensors have different numbers of samples. In
+            a graph that does not know the numbers, `tf.errors.InvalidArgumentError`.
     """
-    leaves = [leaf for leaf in keras.tree.flatten(data) if leaf is not None]
+    kept = {id(tensor) for tensor in uncut}
+    leaves = [leaf for leaf in keras.tree.flatten(data) if leaf is not None and id(leaf) not in kept]
     if any(isinstance(leaf, tf.SparseTensor) for leaf in leaves):
         raise ValueError(
             "A batch with a tf.SparseTensor cannot be split: use `accum_steps` instead of `micro_batch_size`."
         )
     size = min(size, _LARGEST)
-    count = _count(leaves[0], empty)
-    known = leaves[0].shape[0]
-    divides = bool(known) and known % size == 0
+    count = _count(leaves, empty)
+    known = next((leaf.shape[0] for leaf in leaves if leaf.shape[0] is not None), None)
+    divides = known is not None and known > 0 and known % size == 0
 
     def part(begin: tf.Tensor | int, end: tf.Tensor | int) -> Any:
-        return keras.tree.map_structure(lambda leaf: None if leaf is None else leaf[begin:end], data)
+        def cut(leaf: tf.Tensor | None) -> tf.Tensor | None:
+            return leaf if leaf is None or id(leaf) in kept else leaf[begin:end]
+
+        return keras.tree.map_structure(cut, data)
 
     def whole(begin: tf.Tensor) -> Any:
         """A slice of a size that the graph knows, where it can."""
 
         def cut(leaf: tf.Tensor | None) -> tf.Tensor | None:
-            if leaf is None:
-                return None
+            if leaf is None or id(leaf) in kept:
+                return leaf
             if isinstance(leaf, tf.RaggedTensor):
                 return leaf[begin : begin + size]
             rest = leaf.shape.rank - 1
@@ -111,13 +118,25 @@ def fold_slices(
     )
 
 
-def _count(leaf: tf.Tensor, empty: bool) -> tf.Tensor:
-    count = tf.shape(leaf)[0]
-    if empty:
-        return tf.maximum(count, 1)
-    message = "A batch without samples makes no update."
-    if leaf.shape[0] == 0:
-        raise ValueError(message)
-    check = tf.debugging.assert_positive(count, message=message)
-    with tf.control_dependencies([] if check is None else [check]):
-        return tf.identity(count)
+def _count(leaves: Sequence[tf.Tensor], empty: bool) -> tf.Tensor:
+    """The number of samples, which all tensors of a batch must have."""
+    sizes = sorted({leaf.shape[0] for leaf in leaves if leaf.shape[0] is not None})
+    different = (
+        "All inputs, targets and sample weights of a batch must have the same number of samples to be split with "
+        "`micro_batch_size`. Name inputs that are no batch in `whole_inputs`."
+    )
+    if len(sizes) > 1:
+        raise ValueError(f"{different} Received: {sizes} samples.")
+    count = tf.shape(leaves[0])[0]
+    checks = [
+        tf.debugging.assert_equal(tf.cast(tf.shape(leaf)[0], count.dtype), count, message=different)
+        for leaf in leaves[1:]
+        if leaf.shape[0] is None or leaves[0].shape[0] is None
+    ]
+    if not empty:
+        message = "A batch without samples makes no update."
+        if leaves[0].shape[0] == 0:
+            raise ValueError(message)
+        checks.append(tf.debugging.assert_positive(count, message=message))
+    with tf.control_dependencies([check for check in checks if check is not None]):
+        return tf.maximum(count, 1) if empty else tf.identity(count)

@@ -73,7 +73,7 @@ class TrainingStep:
         """Evaluates a batch on one replica of a strategy, whose part may have no samples, and returns the metrics."""
         model = self._model
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        samples = count_samples(x)
+        samples = count_samples(x, y)
         if tf.executing_eagerly() and int(samples) == 0:
             return model.get_metrics_result()
         y_pred = model(x, training=False)
@@ -105,6 +105,7 @@ class TrainingStep:
             static_sizes=bool(model.jit_compile) and not model.compiles_passes,
             at_once=model.parallel_micro_batches,
             empty=model.mirroring is not None,
+            uncut=self._whole_inputs(data),
         )
         # The window and the mean of the losses are counted when all micro-batches have run.
         if optimizer.accumulator.built and model.trainable_variables:
@@ -112,6 +113,22 @@ class TrainingStep:
             optimizer.close()
         value = losses if self._sums() else tf.math.divide_no_nan(losses, total)
         tracker.update_state(tf.cast(value, tracker.dtype), sample_weight=seen)
+
+    def _whole_inputs(self, data: Any) -> list[tf.Tensor]:
+        """The inputs that each micro-batch gets whole.
+
+        Raises:
+            ValueError: If the model's `whole_inputs` names an input that is not there.
+        """
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        tensors: list[tf.Tensor] = []
+        for key in self._model.whole_inputs:
+            try:
+                tensors.extend(keras.tree.flatten(x[key]))
+            except (KeyError, IndexError, TypeError) as error:
+                names = list(x) if isinstance(x, dict) else f"positions 0 to {len(keras.tree.flatten(x)) - 1}"
+                raise ValueError(f"`whole_inputs` has {key!r}, and the model's inputs are {names}.") from error
+        return tensors
 
     def train_on_slice(self, data: Any, first: tf.Tensor | bool, carried: Carried) -> Carried:
         """Trains on one of the micro-batches of a batch.
@@ -137,7 +154,11 @@ class TrainingStep:
 
     def _pass(self, data: Any) -> Pass:
         model = self._model
-        if model.mirroring is not None and tf.executing_eagerly() and int(count_samples(data)) == 0:
+        if (
+            model.mirroring is not None
+            and tf.executing_eagerly()
+            and int(count_samples(*keras.utils.unpack_x_y_sample_weight(data)[:2])) == 0
+        ):
             # Keras's losses of no samples are no scalars. The replica takes part in the window all the same.
             return Pass([tf.zeros_like(each) for each in model.trainable_variables], 0.0, 0.0, 0)
         return (self._compiled_pass or self._forward_and_backward)(data)
@@ -145,7 +166,7 @@ class TrainingStep:
     def _forward_and_backward(self, data: Any) -> Pass:
         model = self._model
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        samples = count_samples(x)
+        samples = count_samples(x, y)
         with tf.GradientTape() as tape:
             y_pred = model(x, training=True)
             with following(samples, model) as calls:

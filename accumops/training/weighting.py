@@ -30,9 +30,10 @@ Normalization = Callable[[Any, Any, Any], tf.Tensor]
 NORMALIZATIONS = ("auto", "samples", "steps", "weights")
 
 
-def count_samples(x: Any) -> tf.Tensor:
-    """The number of samples in a batch, by the first of its tensors."""
-    return tf.shape(next(leaf for leaf in keras.tree.flatten(x) if leaf is not None))[0]
+def count_samples(x: Any, y: Any = None) -> tf.Tensor:
+    """The number of samples in a batch, by the first of its targets: an input may be no batch."""
+    leaves = [leaf for leaf in (*keras.tree.flatten(y), *keras.tree.flatten(x)) if leaf is not None]
+    return tf.shape(leaves[0])[0]
 
 
 def share_of(
@@ -61,7 +62,7 @@ def share_of(
         ValueError: If `normalization` is `"auto"` and the losses divide by different numbers, or `"weights"` and there
             are several losses.
     """
-    samples = count_samples(x)
+    samples = count_samples(x, y)
     if callable(normalization):
         share = tf.cast(normalization(x, y, sample_weight), dtype)
     elif normalization == "steps" or (calls and reduction_of(calls[0].loss) == "sum"):
