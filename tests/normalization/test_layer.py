@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from crosses import cross, turns
 from problems import RUNS
 
 from accumops import (
@@ -25,9 +26,12 @@ MOMENTUM = 0.9
 BATCH = 24  # of 64 samples: micro-batches of 24, 24 and 16
 
 
-@pytest.fixture(params=["graph-fused", "eager-fused", "xla-fused", "graph-reference", "eager-reference"])
+COMPILED = ["graph-fused", "eager-fused", "xla-fused", "graph-reference", "eager-reference"]
+
+
+@pytest.fixture(params=COMPILED)
 def run(request):
-    """How a model is compiled."""
+    """Arguments of `compile`; sets the backend."""
     mode, backend = request.param.split("-")
     set_backend(backend)
     yield RUNS[mode]
@@ -166,7 +170,18 @@ def by_loop_not_built(net, x, y, run):
 TRAINERS = (by_accum_steps, by_micro_batch_size, by_parallel_micro_batches, by_optimizer, by_loop)
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize(
+    ("trainer", "run"),
+    # The reference backend runs in a graph with one trainer and eagerly with the next.
+    cross(
+        TRAINERS,
+        COMPILED,
+        default=lambda trainer, run: (
+            run.endswith("fused") or (trainer, run) in turns(TRAINERS, ["graph-reference", "eager-reference"])
+        ),
+    ),
+    indirect=["run"],
+)
 def test_statistics_are_those_of_windows(data, run, trainer):
     net = make()
     check(net.layers[0], trainer(net, *data, run))
@@ -510,6 +525,8 @@ def test_without_an_accumulator_in_fit(data):
 
 
 class TestRagged:
+    # XLA knows no ragged tensors.
+    @pytest.mark.parametrize("mode", ["eager", "graph"], indirect=True)
     @pytest.mark.parametrize("axis", [-1, 2])
     def test_as_keras_does(self, backend, mode, rng, axis):
         values = rng.normal(1, 2, (10, 3)).astype("float32")
@@ -518,9 +535,7 @@ class TestRagged:
         for layer in layers:
             layer.build((None, None, 3))
         for training in (True, False):
-            # XLA knows no ragged tensors.
-            calls = [layer if mode.name == "xla" else mode(layer) for layer in layers]
-            results = [call(x, training=training) for call in calls]
+            results = [mode(layer)(x, training=training) for layer in layers]
             assert isinstance(results[1], tf.RaggedTensor)
             np.testing.assert_array_equal(results[1].row_splits, x.row_splits)
             np.testing.assert_allclose(results[1].flat_values, results[0].flat_values, rtol=1e-5, atol=1e-6)
