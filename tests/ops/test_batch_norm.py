@@ -18,13 +18,13 @@ NUMPY = {tf.float16: np.float16, tf.bfloat16: ml_dtypes.bfloat16, tf.float32: np
 HALF = (tf.float16, tf.bfloat16)
 # A number of every dtype that a float has.
 EPSILON = 2.0**-10
-# Of the largest magnitude.
+# Relative to the largest magnitude.
 TOLERANCE = {tf.float16: 1e-5, tf.bfloat16: 1e-5, tf.float32: 1e-5, tf.float64: 1e-13}
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """An array's shape and the axis of its channels, and what of gamma, beta and a mask there is."""
+    """An array's shape, the axis of its channels, and whether there are gamma, beta and a mask."""
 
     shape: tuple[int, ...]
     axis: int
@@ -91,14 +91,14 @@ def wide(array):
 
 @dataclasses.dataclass
 class Expected:
-    """A value, and the magnitude of what it was computed from."""
+    """A value, and the magnitude of the numbers it was computed from."""
 
     value: np.ndarray
     magnitude: float
 
 
 class Definition:
-    """Batch normalization as its definition has it, and its gradients, by the formulas of the textbook."""
+    """Batch normalization and its gradients by the formulas of the textbook."""
 
     def __init__(self, x, gamma, beta, dy, axis, epsilon, mask=None, moments=None):
         self._shape, self._axis = x.shape, axis
@@ -136,7 +136,7 @@ def largest(*arrays):
 
 
 def assert_close(actual, expected, dtype, name):
-    """Within `TOLERANCE`, and half an ulp more of what is rounded to half precision."""
+    """Within `TOLERANCE`, and half an ulp more where the result is rounded to half precision."""
     assert actual.shape == expected.value.shape, name
     bound = np.full(actual.shape, TOLERANCE[dtype] * expected.magnitude)
     if actual.dtype in (np.float16, ml_dtypes.bfloat16):
@@ -147,7 +147,7 @@ def assert_close(actual, expected, dtype, name):
 
 
 class Data:
-    """Random inputs of a layout, and what they ought to give."""
+    """Random inputs of a layout, and the right results for them."""
 
     def __init__(self, layout, dtype, mean=0.5, deviation=2.0):
         rng = np.random.default_rng(zlib.crc32(str(layout).encode()))
@@ -156,7 +156,7 @@ class Data:
         self.layout, self.dtype = layout, dtype
         self.x = rng.normal(mean, deviation, layout.shape).astype(NUMPY[dtype])
         self.dy = (rng.standard_normal(layout.shape) + 0.1).astype(NUMPY[dtype])
-        # Of few digits, as Keras's layer rounds its own to half precision.
+        # With few digits, since Keras's layer rounds its own to half precision.
         self.gamma = (rng.integers(2, 17, channels) / 8).astype(statistics)
         self.beta = (rng.integers(-16, 17, channels) / 8).astype(statistics)
         self.moments = [
@@ -183,7 +183,7 @@ class Data:
         return gamma, beta
 
     def train(self, mode=lambda function: function, x=None):
-        """What `batch_norm` gives: y, its moments and the gradients."""
+        """The results of `batch_norm`: y, its moments and the gradients."""
         gamma, beta = self.parameters()
         mask = None if self.mask is None else tf.constant(self.mask)
 
@@ -226,13 +226,16 @@ class Data:
             assert_close(gradient.numpy(), getattr(expected, name), self.dtype, f"{name} of {self.layout}")
 
 
-def layouts(mode):
-    return [layout for layout in LAYOUTS if mode.name != "xla" or layout.compiled]
+def layouts(mode, dtype):
+    """Eagerly all layouts. A graph calls the same ops: one layout in three, others for the next dtype."""
+    if mode.name == "xla":
+        return [layout for layout in LAYOUTS if layout.compiled]
+    return LAYOUTS if mode.name == "eager" else LAYOUTS[list(NUMPY).index(dtype) % 3 :: 3]
 
 
 @pytest.mark.parametrize("dtype", list(NUMPY))
 def test_training_matches_the_definition(backend, mode, dtype):
-    for layout in layouts(mode):
+    for layout in layouts(mode, dtype):
         data = Data(layout, dtype)
         expected = data.expected()
         y, moments, gradients = data.train(mode)
@@ -244,7 +247,7 @@ def test_training_matches_the_definition(backend, mode, dtype):
 
 @pytest.mark.parametrize("dtype", list(NUMPY))
 def test_inference_matches_the_definition(backend, mode, dtype):
-    for layout in layouts(mode)[::2]:
+    for layout in layouts(mode, dtype)[::2]:
         data = Data(layout, dtype)
         expected = data.expected(inference=True)
         y, gradients = data.infer(mode)
