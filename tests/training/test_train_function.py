@@ -309,7 +309,7 @@ def test_features_of_all_kinds(rng, drop):
 def test_where_keras_function_stays(monkeypatch):
     """XLA compiles a whole step that loops over micro-batches, and several steps are one call."""
     made = []
-    monkeypatch.setattr("accumops.model.train_function", lambda *args: made.append(1) or train_function(*args))
+    monkeypatch.setattr("accumops.training.model.train_function", lambda *args: made.append(1) or train_function(*args))
     by_steps, by_size = {"accum_steps": 2}, {"micro_batch_size": 2}
     for mode, arguments, own in (
         (by_size, {"jit_compile": True}, 0),
