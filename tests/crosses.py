@@ -16,3 +16,8 @@ def cross(*axes, default):
 def turns(values, others):
     """Pairs each value with one of the others, which take turns."""
     return list(zip(values, itertools.cycle(others), strict=False))
+
+
+def label(value):
+    """A value's part of a test's name."""
+    return str(getattr(value, "name", value))

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow as tf
+from crosses import cross, label
 
 from accumops import ops
 
@@ -233,7 +234,16 @@ def layouts(mode, dtype):
     return LAYOUTS if mode.name == "eager" else LAYOUTS[list(NUMPY).index(dtype) % 3 :: 3]
 
 
-@pytest.mark.parametrize("dtype", list(NUMPY))
+# The reference is TensorFlow's own operations: half precision runs eagerly and compiled, the others in graphs too.
+DEFINED = cross(
+    ["fused", "reference"],
+    ["eager", "graph", "xla"],
+    NUMPY,
+    default=lambda backend, mode, dtype: (backend, mode) != ("reference", "graph") or dtype not in HALF,
+)
+
+
+@pytest.mark.parametrize(("backend", "mode", "dtype"), DEFINED, ids=label, indirect=["backend", "mode"])
 def test_training_matches_the_definition(backend, mode, dtype):
     for layout in layouts(mode, dtype):
         data = Data(layout, dtype)
@@ -245,7 +255,7 @@ def test_training_matches_the_definition(backend, mode, dtype):
         data.check_gradients(gradients, expected)
 
 
-@pytest.mark.parametrize("dtype", list(NUMPY))
+@pytest.mark.parametrize(("backend", "mode", "dtype"), DEFINED, ids=label, indirect=["backend", "mode"])
 def test_inference_matches_the_definition(backend, mode, dtype):
     for layout in layouts(mode, dtype)[::2]:
         data = Data(layout, dtype)
