@@ -1,5 +1,7 @@
 """GradientAccumulateModel: partial windows, saving, mixed precision, errors; test_full_batch.py has its results."""
 
+import contextlib
+import functools
 import itertools
 import warnings
 
@@ -394,21 +396,34 @@ def test_saved_and_loaded_in_the_middle_of_training(rng, tmp_path, mode):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-@pytest.mark.parametrize("mode", list(MODES))
-def test_mixed_precision(rng, mode, policy):
-    problem = Problem(rng)
-    full = problem.model()
-    train(problem, OPTIMIZERS["momentum"](), full, BATCH)
+@contextlib.contextmanager
+def dtype_policy(policy):
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
     try:
-        half, inner = problem.model(), problem.model()
-        train(problem, OPTIMIZERS["momentum"](), half, BATCH)
-        model = GradientAccumulateModel(inner, **MODES[mode])
-        train(problem, OPTIMIZERS["momentum"](), model, MICRO if mode == "accum_steps" else BATCH)
+        yield
     finally:
         keras.config.set_dtype_policy(before)
+
+
+@functools.cache
+def trained_with_whole_batches(policy):
+    problem = Problem(np.random.default_rng(5))
+    with dtype_policy(policy):
+        model = problem.model()
+        train(problem, OPTIMIZERS["momentum"](), model, BATCH)
+    return model
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("mode", list(MODES))
+def test_mixed_precision(mode, policy):
+    full, half = trained_with_whole_batches("float32"), trained_with_whole_batches(policy)
+    problem = Problem(np.random.default_rng(5))
+    with dtype_policy(policy):
+        inner = problem.model()
+        model = GradientAccumulateModel(inner, **MODES[mode])
+        train(problem, OPTIMIZERS["momentum"](), model, MICRO if mode == "accum_steps" else BATCH)
     scaled = isinstance(model.optimizer.inner_optimizer, keras.optimizers.LossScaleOptimizer)
     assert scaled == (policy == "mixed_float16")
     assert int(model.optimizer.iterations) == UPDATES
