@@ -81,7 +81,7 @@ def test_losses_that_a_step_computes_without_fit(x, y):
     """A loss makes its parts when it is first computed; here that is in a step outside `fit`."""
     inputs = keras.Input((6,))
     net = keras.Model(inputs, [keras.layers.Dense(1, name=name)(inputs) for name in "ab"])
-    model = GradientAccumulateModel(net, micro_batch_size=4)
+    model = GradientAccumulateModel(net, micro_batch_size=16)
     model.compile(keras.optimizers.SGD(0.0), ["mse", "mae"])
     a, _ = net.predict(x, verbose=0)
     step = tf.function(lambda: model.train_step((tf.constant(x), (tf.constant(y), tf.constant(y)))))
