@@ -243,9 +243,8 @@ DEFINED = cross(
 )
 
 
-@pytest.mark.parametrize(("backend", "mode", "dtype"), DEFINED, ids=label, indirect=["backend", "mode"])
-def test_training_matches_the_definition(backend, mode, dtype):
-    for layout in layouts(backend, mode, dtype):
+def check_training(mode, dtype, layouts):
+    for layout in layouts:
         data = Data(layout, dtype)
         expected = data.expected()
         y, moments, gradients = data.train(mode)
@@ -255,15 +254,31 @@ def test_training_matches_the_definition(backend, mode, dtype):
         data.check_gradients(gradients, expected)
 
 
-@pytest.mark.parametrize(("backend", "mode", "dtype"), DEFINED, ids=label, indirect=["backend", "mode"])
-def test_inference_matches_the_definition(backend, mode, dtype):
-    for layout in layouts(backend, mode, dtype)[::2]:
+def check_inference(mode, dtype, layouts):
+    for layout in layouts:
         data = Data(layout, dtype)
         expected = data.expected(inference=True)
         y, gradients = data.infer(mode)
         assert y.dtype == dtype
         assert_close(y.numpy(), expected.y, dtype, f"y of {layout}")
         data.check_gradients(gradients, expected)
+
+
+@pytest.mark.parametrize(("backend", "mode", "dtype"), DEFINED, ids=label, indirect=["backend", "mode"])
+def test_training_matches_the_definition(backend, mode, dtype):
+    check_training(mode, dtype, layouts(backend, mode, dtype))
+
+
+@pytest.mark.parametrize(("backend", "mode", "dtype"), DEFINED, ids=label, indirect=["backend", "mode"])
+def test_inference_matches_the_definition(backend, mode, dtype):
+    check_inference(mode, dtype, layouts(backend, mode, dtype)[::2])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", list(NUMPY), ids=label)
+def test_every_layout_in_every_mode(backend, mode, dtype):
+    check_training(mode, dtype, LAYOUTS)
+    check_inference(mode, dtype, LAYOUTS)
 
 
 def test_no_gradient_flows_to_the_moments(backend):
