@@ -17,8 +17,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: build
 	$(BIN)/accumops demo
 
+# Tests on replicas split the CPU into logical devices, so they have processes of their own.
 test: check
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	status=0; \
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=20 --ignore=tests/distribute || status=1; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=20 tests/distribute || status=1; \
+	exit $$status
 
 check: build
 	$(BIN)/ruff check .

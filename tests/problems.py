@@ -1,4 +1,4 @@
-"""Models, their data and how they are compiled: what is trained with one large batch and in windows."""
+"""Models, their data and how they are compiled, to train with one large batch and in windows."""
 
 import keras
 import numpy as np
@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from accumops import AdaptiveGradientClipping
 
-BATCH, MICRO, UPDATES = 64, 16, 20
+BATCH, MICRO, UPDATES = 64, 16, 12
 OPTIMIZERS = {
     "momentum": lambda **kw: keras.optimizers.SGD(0.05, momentum=0.9, nesterov=True, **kw),
     "Adam": lambda **kw: keras.optimizers.Adam(0.01, **kw),

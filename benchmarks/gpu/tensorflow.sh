@@ -45,7 +45,7 @@ run_verify() { timeout 300 "$python" -m accumops verify --device gpu; }
 run_tests() {
   timeout 300 "$python" -m pytest -p no:cacheprovider -q --durations=10 -m gpu tests &&
     timeout 300 "$python" -m pytest -p no:cacheprovider -q --durations=10 tests/ops tests/window/test_accumulator.py \
-      tests/optimizer/test_fused.py tests/training/test_train_function.py tests/training/test_slicing.py
+      tests/optimizer/test_fused_update.py tests/training/test_train_function.py tests/training/test_slicing.py
 }
 
 run_trace() { timeout 200 "$python" "$here/trace_steps.py" --json "$out/trace.json"; }

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -31,6 +32,17 @@ def dense_only(monkeypatch):
     monkeypatch.setattr(runner, "SUBJECTS", (dataclasses.replace(verification.SUBJECTS[0], cases=cases),))
 
 
+@pytest.fixture
+def first_cases(monkeypatch):
+    """The first cases of each subject, in all modes. The example of `verification.run` goes through the whole grid."""
+
+    def first(subject):
+        return dataclasses.replace(subject, cases=lambda quick: itertools.islice(subject.cases(quick), 3))
+
+    monkeypatch.setattr(runner, "SUBJECTS", tuple(first(subject) for subject in verification.SUBJECTS))
+
+
+@pytest.mark.usefixtures("first_cases")
 def test_quick_is_within_its_bounds(tmp_path):
     file = tmp_path / "results.json"
     result = invoke("--quick", "--device", "cpu", "--json", str(file))

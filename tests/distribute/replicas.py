@@ -1,4 +1,4 @@
-"""What the tests of replicas train: a small model, ragged data, and plain Keras on one device to compare with."""
+"""A small model and ragged data for the tests on replicas, and plain Keras on one device to compare with."""
 
 import functools
 
@@ -6,7 +6,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+import accumops
+
 BATCH, MICRO, WINDOW = 64, 16, 4
+MOMENTUM = 0.8
 SAMPLES = BATCH * 9 + 37  # ten batches, and as many windows
 OPTIMIZERS = {
     "SGD": lambda **kw: keras.optimizers.SGD(0.05, momentum=0.9, **kw),
@@ -35,13 +38,34 @@ def network():
     return keras.Sequential([keras.Input((5,)), first, keras.layers.Dense(3)])
 
 
+def normalizing_network(**arguments):
+    """Normalizes its inputs, so that the right running statistics do not depend on weights."""
+    keras.utils.set_random_seed(3)
+    normalization = accumops.AccumBatchNormalization(momentum=MOMENTUM, **arguments)
+    return keras.Sequential([keras.Input((5,)), normalization, keras.layers.Dense(3)])
+
+
+def moved_by(batches, mean=0.0, variance=1.0):
+    """Running statistics after windows of these values, in float64."""
+    for batch in batches:
+        wide = batch.astype(np.float64)
+        mean = mean * MOMENTUM + wide.mean(0) * (1 - MOMENTUM)
+        variance = variance * MOMENTUM + wide.var(0) * (1 - MOMENTUM)
+    return mean, variance
+
+
+def whole(x):
+    """The windows of all samples, one for each large batch."""
+    return [x[i : i + BATCH] for i in range(0, len(x), BATCH)]
+
+
 def optimizer(name):
     return OPTIMIZERS[name](**CLIPPINGS[name])
 
 
-def fit(model, batch_size, epochs=2, **arguments):
+def fit(model, batch_size, epochs=2, samples=SAMPLES, **arguments):
     """Trains with sample weights and validation; returns the logs."""
-    x, y, weights = data()
+    x, y, weights = (each[:samples] for each in data())
     return model.fit(
         x,
         y,
@@ -88,13 +112,7 @@ def count_collectives(concrete):
     return sum(node.op.startswith("CollectiveReduce") for node in nodes)
 
 
-def logical_cpus(count):
-    """Makes of this process's CPU so many devices; TensorFlow must not have been used yet."""
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
-
-
 def mirrored(replicas):
-    """A strategy whose collective operations cannot be taken for those of another one in this process."""
+    """A strategy whose collectives have keys of their own, so that none meets another strategy's in this process."""
     tf.distribute.MirroredStrategy._collective_key_base += 1_000
     return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])

@@ -1,4 +1,7 @@
-"""One of two workers: `worker.py SCENARIO DIRECTORY`, with TF_CONFIG in the environment; leaves what it found there."""
+"""One of two workers: `worker.py DIRECTORY SCENARIO...`, with TF_CONFIG in the environment.
+
+Runs the scenarios one after another and writes what each returns to the directory, in a JSON file.
+"""
 
 import functools
 import json
@@ -6,15 +9,32 @@ import os
 import pathlib
 import signal
 import sys
+import traceback
 
 import keras
-import mirrored_batch_norm
 import numpy as np
 import tensorflow as tf
-from replicas import BATCHES, MICRO, MODES, WINDOW, data, fit, full_batches, largest_difference, network, optimizer
+from replicas import (
+    BATCHES,
+    MICRO,
+    MODES,
+    WINDOW,
+    data,
+    fit,
+    full_batches,
+    largest_difference,
+    moved_by,
+    network,
+    normalizing_network,
+    optimizer,
+    whole,
+)
 from tensorflow.python.eager import context
 
 import accumops
+
+# Each clips in another way.
+OPTIMIZERS = {"accum_steps": ("SGD", "AdamW"), "micro_batch_size": ("Adam",)}
 
 
 def compiled(strategy, mode, name="AdamW"):
@@ -25,9 +45,9 @@ def compiled(strategy, mode, name="AdamW"):
     return inner, model
 
 
-def train(strategy, mode):
+def train(strategy, mode, optimizers):
     differences, weights = [], []
-    for name in ("SGD", "Adam", "AdamW"):
+    for name in optimizers:
         inner, model = compiled(strategy, mode, name)
         wanted, wanted_logs = full_batches(name)
         logs = fit(model, BATCHES[mode])
@@ -72,11 +92,11 @@ def loop(strategy):
 def batch_norm(strategy):
     """Running statistics of the windows of both workers together, with ragged batches."""
     x, y, _ = data()
-    wanted = mirrored_batch_norm.moved_by(mirrored_batch_norm.whole(x))
+    wanted = moved_by(whole(x))
     differences = []
     for mode in MODES:
         with strategy.scope():
-            inner = mirrored_batch_norm.network()
+            inner = normalizing_network()
             model = accumops.GradientAccumulateModel(inner, **MODES[mode])
             model.compile("sgd", loss="mse")
         model.fit(x, y, batch_size=BATCHES[mode], shuffle=False, verbose=0)
@@ -87,12 +107,10 @@ def batch_norm(strategy):
 
 
 def batch_norm_saved(strategy, directory, index):
-    """What both workers have gathered in half a window, saved by each and loaded without a strategy."""
+    """Half a window of both workers, saved by each and loaded without a strategy."""
     x, y, _ = (each[: 2 * MICRO + 5] for each in data())
     with strategy.scope():
-        model = accumops.GradientAccumulateModel(
-            mirrored_batch_norm.network(), accum_steps=WINDOW, partial_window="carry"
-        )
+        model = accumops.GradientAccumulateModel(normalizing_network(), accum_steps=WINDOW, partial_window="carry")
         model.compile("sgd", loss="mse")
     model.fit(x, y, batch_size=MICRO, shuffle=False, verbose=0)
     path = directory / f"half_{index}.keras"
@@ -159,7 +177,21 @@ def weights_of(model):
     return [variable.numpy().ravel().tolist() for variable in model.trainable_variables]
 
 
-def main(scenario, directory):
+def run(scenario, strategy, directory, index):
+    mode, *every_optimizer = scenario.split(", ")
+    if mode in MODES:
+        optimizers = ("SGD", "Adam", "AdamW") if every_optimizer else OPTIMIZERS[mode]
+        return train(strategy, mode, optimizers)
+    if scenario in ("loop", "batch_norm"):
+        return {"loop": loop, "batch_norm": batch_norm}[scenario](strategy)
+    if scenario == "batch_norm_saved":
+        return batch_norm_saved(strategy, directory, index)
+    if scenario == "disagreeing":
+        return disagreeing(strategy, index)
+    return backed_up(strategy, directory, index, killed=scenario == "killed")
+
+
+def main(directory, *scenarios):
     index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
     # On a busy machine a worker may take more than the usual ten seconds to answer.
     current = context.context()
@@ -167,18 +199,15 @@ def main(scenario, directory):
         current.configure_coordination_service, heartbeat_timeout_in_ms=60_000
     )
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
-    if scenario in MODES:
-        result = train(strategy, scenario)
-    elif scenario in ("loop", "batch_norm"):
-        result = {"loop": loop, "batch_norm": batch_norm}[scenario](strategy)
-    elif scenario == "batch_norm_saved":
-        result = batch_norm_saved(strategy, directory, index)
-    elif scenario == "disagreeing":
-        result = disagreeing(strategy, index)
-    else:
-        result = backed_up(strategy, directory, index, killed=scenario == "killed")
-    (directory / f"{scenario}_{index}.json").write_text(json.dumps(result))
+    results = {}
+    for scenario in scenarios:
+        try:
+            results[scenario] = run(scenario, strategy, directory, index)
+        except Exception:  # the other scenarios have tests of their own
+            traceback.print_exc()
+            results[scenario] = {"raised": traceback.format_exc()[-5_000:]}
+    (directory / f"{index}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], pathlib.Path(sys.argv[2]))
+    main(pathlib.Path(sys.argv[1]), *sys.argv[2:])

@@ -14,7 +14,7 @@ def flags(size):
 
 
 def update_arguments():
-    """A call of update() that is right: adam over two values."""
+    """The arguments of a call of update() that is right: adam over two values."""
     return {
         "rule": "adam",
         "values": [floats(3), floats(4, 2)],
@@ -149,7 +149,11 @@ def test_what_update_rejects(kernels, case):
 
 def test_the_call_that_the_errors_are_made_of_is_right(kernels):
     arguments = update_arguments()
-    kernels.update(arguments.pop("rule"), arguments.pop("values"), arguments.pop("slots"), **arguments)
+    rule, values, slots = (arguments.pop(name) for name in ("rule", "values", "slots"))
+    before = [value.copy() for value in values]
+    kernels.update(rule, values, slots, **arguments)
+    for value, old in zip(values, before, strict=True):
+        assert (value != old).all()
 
 
 def test_rows_of_a_value_without_axes(kernels):

@@ -4,14 +4,13 @@ Where a layer is the first of its model its inputs are the data, and what its st
 """
 
 import gc
-import types
 import weakref
-from unittest import mock
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from crosses import cross, turns
 from problems import RUNS
 
 from accumops import (
@@ -23,17 +22,16 @@ from accumops import (
     set_backend,
 )
 
-# Keras's markers are not those of this project.
-with mock.patch.object(pytest, "mark", types.SimpleNamespace(requires_trainable_backend=lambda test: test)):
-    from keras.src.layers.normalization import batch_normalization_test as keras_tests
-
 MOMENTUM = 0.9
 BATCH = 24  # of 64 samples: micro-batches of 24, 24 and 16
 
 
-@pytest.fixture(params=["graph-fused", "eager-fused", "xla-fused", "graph-reference", "eager-reference"])
+COMPILED = ["graph-fused", "eager-fused", "xla-fused", "graph-reference", "eager-reference"]
+
+
+@pytest.fixture(params=COMPILED)
 def run(request):
-    """How a model is compiled."""
+    """Arguments of `compile`; sets the backend."""
     mode, backend = request.param.split("-")
     set_backend(backend)
     yield RUNS[mode]
@@ -172,7 +170,18 @@ def by_loop_not_built(net, x, y, run):
 TRAINERS = (by_accum_steps, by_micro_batch_size, by_parallel_micro_batches, by_optimizer, by_loop)
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize(
+    ("trainer", "run"),
+    # The reference backend runs in a graph with one trainer and eagerly with the next.
+    cross(
+        TRAINERS,
+        COMPILED,
+        default=lambda trainer, run: (
+            run.endswith("fused") or (trainer, run) in turns(TRAINERS, ["graph-reference", "eager-reference"])
+        ),
+    ),
+    indirect=["run"],
+)
 def test_statistics_are_those_of_windows(data, run, trainer):
     net = make()
     check(net.layers[0], trainer(net, *data, run))
@@ -470,7 +479,7 @@ def test_integers_in_mixed_precision():
 
 
 def test_where_variables_are_of_half_precision(data):
-    """What Keras computes in float32 before it rounds."""
+    """Keras computes these in float32 and then rounds."""
     layers = [
         kind(momentum=0.9, dtype="bfloat16") for kind in (AccumBatchNormalization, keras.layers.BatchNormalization)
     ]
@@ -505,7 +514,7 @@ def test_a_mask_of_nothing_moves_nothing(data):
 
 
 def test_without_an_accumulator_in_fit(data):
-    """As Keras's layer: each batch moves the statistics."""
+    """Each batch moves the statistics, as with Keras's layer."""
     x, y = data
     net, with_steps = make(), make(accum_steps=3)
     for each in (net, with_steps):
@@ -515,33 +524,9 @@ def test_without_an_accumulator_in_fit(data):
     check(with_steps.layers[0], [x])
 
 
-class TestOfKeras(keras_tests.BatchNormalizationTest):
-    """Keras's own tests of its layer."""
-
-    steps = None
-
-    @pytest.fixture(autouse=True)
-    def ours(self, request, monkeypatch):
-        if "renorm" in request.node.name or request.node.name == "test_serialization":
-            pytest.skip("renorm=True raises an error")
-        steps = self.steps
-
-        @keras.saving.register_keras_serializable(package="test_batch_norm", name=f"Steps{steps}")
-        class Ours(AccumBatchNormalization):
-            def __init__(self, *args, accum_steps=steps, **kwargs):
-                super().__init__(*args, accum_steps=accum_steps, **kwargs)
-
-        monkeypatch.setattr(keras_tests.layers, "BatchNormalization", Ours)
-
-    def test_masked_broadcast_normalization(self):
-        super().test_masked_broadcast_normalization()
-
-
-class TestOfKerasWithOneStep(TestOfKeras):
-    steps = 1
-
-
 class TestRagged:
+    # XLA knows no ragged tensors.
+    @pytest.mark.parametrize("mode", ["eager", "graph"], indirect=True)
     @pytest.mark.parametrize("axis", [-1, 2])
     def test_as_keras_does(self, backend, mode, rng, axis):
         values = rng.normal(1, 2, (10, 3)).astype("float32")
@@ -550,9 +535,7 @@ class TestRagged:
         for layer in layers:
             layer.build((None, None, 3))
         for training in (True, False):
-            # XLA knows no ragged tensors.
-            calls = [layer if mode.name == "xla" else mode(layer) for layer in layers]
-            results = [call(x, training=training) for call in calls]
+            results = [mode(layer)(x, training=training) for layer in layers]
             assert isinstance(results[1], tf.RaggedTensor)
             np.testing.assert_array_equal(results[1].row_splits, x.row_splits)
             np.testing.assert_allclose(results[1].flat_values, results[0].flat_values, rtol=1e-5, atol=1e-6)
@@ -654,8 +637,10 @@ class TestSaving:
         fit(wrapped(net, accum_steps=2, partial_window="drop"), *data)
         store = {}
         net.layers[0].save_own_variables(store)
-        of_keras = keras.layers.BatchNormalization()
+        of_keras, wanted = keras.layers.BatchNormalization(), {}
         of_keras.build((None, 5))
+        of_keras.save_own_variables(wanted)
+        assert list(store) == list(wanted)
         of_keras.load_own_variables(store)
 
     def test_a_layer_that_was_never_called(self, data, tmp_path):
@@ -664,7 +649,11 @@ class TestSaving:
             net.another = kind()
             net(data[0])
             net.save_weights(tmp_path / "net.weights.h5")
+            saved = net.get_weights()
+            net.set_weights([each + 1 for each in saved])
             net.load_weights(tmp_path / "net.weights.h5")
+            for a, b in zip(net.get_weights(), saved, strict=True):
+                np.testing.assert_array_equal(a, b)
 
     @pytest.mark.parametrize("built", [False, True])
     def test_checkpoint_of_a_window(self, data, tmp_path, built):
@@ -683,7 +672,7 @@ class TestSaving:
 
     @pytest.mark.parametrize("kind", ["accumulator", "model"])
     def test_checkpoint_of_training(self, data, tmp_path, kind):
-        """What came after it was saved is as if it had never been, between windows and within."""
+        """A restore undoes all steps since the save, between windows and within one."""
         x, y = data
         if kind == "model":
             model = wrapped(make(), accum_steps=2, partial_window="carry")
@@ -768,7 +757,7 @@ def test_a_layer_that_is_not_called(data):
 
 
 class TestOthersTrainIt:
-    """A layer leaves who trained it for who does now."""
+    """A layer leaves the window of its last trainer and joins the window of the next one."""
 
     def test_compiled_again(self, data):
         """With another optimizer, in mid-window: the new one starts with a window of its own."""
@@ -871,7 +860,7 @@ class TestOthersTrainIt:
         check(net.layers[0], [x[:48], x[48:]])
 
     def test_neither_center_nor_scale(self, data):
-        """It is not found by them, and joins by hand."""
+        """An optimizer finds a layer by its variables; without them the layer joins the window by hand."""
         net = make(center=False, scale=False)
         optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(0.01), 2)
         net.layers[0].join_window(optimizer.accumulator)
@@ -898,7 +887,7 @@ class TestOthersTrainIt:
         assert layer() is None
 
     def test_stateless(self, data):
-        """Keras calls the layer so to leave its state alone."""
+        """Keras calls the layer this way where its state must not change."""
         layer = AccumBatchNormalization(momentum=MOMENTUM)
         layer.build((None, 5))
         state = layer.trainable_variables, layer.non_trainable_variables

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow as tf
+from crosses import cross, label
 
 import accumops
 from accumops import ops
@@ -35,9 +36,28 @@ def assert_close(actual, wanted, old, product, mode):
     assert np.all(np.abs(actual.astype(np.float64) - wanted) <= bound)
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize(("accumulator_dtype", "gradient_dtype"), PAIRS)
-def test_matches_numpy(backend, mode, rng, accumulator_dtype, gradient_dtype, overwrite):
+BACKENDS, MODES = ["fused", "reference"], ["eager", "graph", "xla"]
+
+
+def pair_name(value):
+    return "+".join(each.name for each in value) if isinstance(value, tuple) else label(value)
+
+
+@pytest.mark.parametrize(
+    ("backend", "mode", "pair", "overwrite"),
+    # XLA compiles each pair of types once.
+    cross(
+        BACKENDS,
+        MODES,
+        PAIRS,
+        [False, True],
+        default=lambda backend, mode, pair, overwrite: mode != "xla" or overwrite == PAIRS.index(pair) % 2,
+    ),
+    ids=pair_name,
+    indirect=["backend", "mode"],
+)
+def test_matches_numpy(backend, mode, rng, pair, overwrite):
+    accumulator_dtype, gradient_dtype = pair
     old = [random(rng, shape, accumulator_dtype) for shape in SIZES]
     gradients = [random(rng, shape, gradient_dtype) for shape in SIZES]
     accumulators = [tf.Variable(value) for value in old]
@@ -96,8 +116,24 @@ def test_overwrite_ignores_nan_in_the_accumulator(backend, mode):
     np.testing.assert_array_equal(accumulator.numpy(), [1, 1, 1])
 
 
-@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
-@pytest.mark.parametrize("dtype", list(NUMPY))
+NOT_FINITE = [np.inf, -np.inf, np.nan]
+
+
+@pytest.mark.parametrize(
+    ("backend", "mode", "dtype", "value"),
+    # XLA compiles each type once, with one of the values.
+    cross(
+        BACKENDS,
+        MODES,
+        NUMPY,
+        NOT_FINITE,
+        default=lambda backend, mode, dtype, value: (
+            mode != "xla" or NOT_FINITE.index(value) == list(NUMPY).index(dtype) % 3
+        ),
+    ),
+    ids=label,
+    indirect=["backend", "mode"],
+)
 def test_check_finite(backend, mode, rng, dtype, value):
     shapes = [(3,), (65537,), ()]
     accumulators = [tf.Variable(tf.zeros(shape, tf.float64)) for shape in shapes]
@@ -122,9 +158,22 @@ def test_empty_list(backend, mode):
 class TestRows:
     """Sparse gradients."""
 
-    @pytest.mark.parametrize("index_dtype", [tf.int32, tf.int64])
-    @pytest.mark.parametrize("tracked", [False, True])
-    @pytest.mark.parametrize("shape", [(50, 7), (300, 2, 33), (9,), (4000, 64)])
+    @pytest.mark.parametrize(
+        ("backend", "mode", "shape", "tracked", "index_dtype"),
+        # Compiled or by the reference, indices are int32 where rows are tracked and int64 where they are not.
+        cross(
+            BACKENDS,
+            MODES,
+            [(50, 7), (300, 2, 33), (9,), (4000, 64)],
+            [False, True],
+            [tf.int32, tf.int64],
+            default=lambda backend, mode, shape, tracked, index_dtype: (
+                (backend == "fused" and mode != "xla") or tracked == (index_dtype == tf.int32)
+            ),
+        ),
+        ids=label,
+        indirect=["backend", "mode"],
+    )
     def test_duplicates_add_up(self, backend, mode, rng, shape, tracked, index_dtype):
         accumulator = tf.Variable(tf.zeros(shape))
         flags = tf.Variable(tf.zeros(shape[:1], tf.bool)) if tracked else None

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow as tf
+from crosses import cross, label
 
 from accumops import ops
 
@@ -226,13 +227,24 @@ class Data:
             assert_close(gradient.numpy(), getattr(expected, name), self.dtype, f"{name} of {self.layout}")
 
 
-def layouts(mode):
-    return [layout for layout in LAYOUTS if mode.name != "xla" or layout.compiled]
+def layouts(backend, mode, dtype):
+    """The fused op eagerly in all layouts. Its graphs and TensorFlow's ops have one in three, others for each dtype."""
+    if mode.name == "xla":
+        return [layout for layout in LAYOUTS if layout.compiled]
+    return LAYOUTS if (backend, mode.name) == ("fused", "eager") else LAYOUTS[list(NUMPY).index(dtype) % 3 :: 3]
 
 
-@pytest.mark.parametrize("dtype", list(NUMPY))
-def test_training_matches_the_definition(backend, mode, dtype):
-    for layout in layouts(mode):
+# The reference is TensorFlow's own operations: half precision runs eagerly and compiled, the others in graphs too.
+DEFINED = cross(
+    ["fused", "reference"],
+    ["eager", "graph", "xla"],
+    NUMPY,
+    default=lambda backend, mode, dtype: (backend, mode) != ("reference", "graph") or dtype not in HALF,
+)
+
+
+def check_training(mode, dtype, layouts):
+    for layout in layouts:
         data = Data(layout, dtype)
         expected = data.expected()
         y, moments, gradients = data.train(mode)
@@ -242,15 +254,31 @@ def test_training_matches_the_definition(backend, mode, dtype):
         data.check_gradients(gradients, expected)
 
 
-@pytest.mark.parametrize("dtype", list(NUMPY))
-def test_inference_matches_the_definition(backend, mode, dtype):
-    for layout in layouts(mode)[::2]:
+def check_inference(mode, dtype, layouts):
+    for layout in layouts:
         data = Data(layout, dtype)
         expected = data.expected(inference=True)
         y, gradients = data.infer(mode)
         assert y.dtype == dtype
         assert_close(y.numpy(), expected.y, dtype, f"y of {layout}")
         data.check_gradients(gradients, expected)
+
+
+@pytest.mark.parametrize(("backend", "mode", "dtype"), DEFINED, ids=label, indirect=["backend", "mode"])
+def test_training_matches_the_definition(backend, mode, dtype):
+    check_training(mode, dtype, layouts(backend, mode, dtype))
+
+
+@pytest.mark.parametrize(("backend", "mode", "dtype"), DEFINED, ids=label, indirect=["backend", "mode"])
+def test_inference_matches_the_definition(backend, mode, dtype):
+    check_inference(mode, dtype, layouts(backend, mode, dtype)[::2])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", list(NUMPY), ids=label)
+def test_every_layout_in_every_mode(backend, mode, dtype):
+    check_training(mode, dtype, LAYOUTS)
+    check_inference(mode, dtype, LAYOUTS)
 
 
 def test_no_gradient_flows_to_the_moments(backend):

@@ -1,4 +1,4 @@
-"""How the compiled ops are found, checked and loaded, and what happens where they cannot be."""
+"""The compiled ops are found, checked and loaded, or the reason why not is given."""
 
 import json
 import os
@@ -208,6 +208,9 @@ seconds = time.perf_counter() - start
 from accumops.ops import library
 print(seconds, library.load.cache_info().currsize)
 """
-    seconds, loaded = zip(*(run_python(code).split() for _ in range(3)), strict=True)
-    assert set(loaded) == {"0"}
-    assert min(map(float, seconds)) < 0.1
+    for _ in range(3):  # another process may delay one
+        seconds, loaded = run_python(code).split()
+        assert loaded == "0"
+        if float(seconds) < 0.1:
+            break
+    assert float(seconds) < 0.1

@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow as tf
+from crosses import cross, label
 
 from accumops import ops
 from accumops.ops.update import SLOTS
@@ -84,7 +85,17 @@ def comparison(backend, mode):
     return lambda actual, wanted: np.testing.assert_allclose(actual, wanted, rtol=3e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("rule", SLOTS)
+BACKENDS, MODES = ["fused", "reference"], ["eager", "graph", "xla"]
+# XLA compiles the reference, which is TensorFlow's own operations, for every other rule.
+RULES = cross(
+    BACKENDS,
+    MODES,
+    SLOTS,
+    default=lambda backend, mode, rule: (backend, mode) != ("reference", "xla") or list(SLOTS).index(rule) % 2 == 1,
+)
+
+
+@pytest.mark.parametrize(("backend", "mode", "rule"), RULES, indirect=["backend", "mode"])
 def test_steps_as_the_rule_says(backend, mode, rng, rule):
     problem = Problem(rng, rule)
     problem.run(mode, scales=0.25, rate=0.01)
@@ -94,8 +105,20 @@ def test_steps_as_the_rule_says(backend, mode, rng, rule):
         np.testing.assert_array_equal(problem.accumulators[i].numpy(), total)
 
 
-@pytest.mark.parametrize("latest_dtype", [tf.float16, tf.bfloat16, tf.float32])
-@pytest.mark.parametrize("rule", ["sgd", "adam"])
+@pytest.mark.parametrize(
+    ("backend", "mode", "rule", "latest_dtype"),
+    cross(
+        BACKENDS,
+        MODES,
+        ["sgd", "adam"],
+        [tf.float16, tf.bfloat16, tf.float32],
+        default=lambda backend, mode, rule, latest_dtype: (
+            (backend, mode) != ("reference", "xla") or (rule == "adam") == (latest_dtype == tf.bfloat16)
+        ),
+    ),
+    ids=label,
+    indirect=["backend", "mode"],
+)
 def test_latest_gradient_goes_straight_in(backend, mode, rng, rule, latest_dtype):
     problem = Problem(rng, rule, latest_dtype=latest_dtype)
     problem.run(mode, latest=True, scales=0.25, rate=0.01, weight=3.0)
@@ -126,7 +149,7 @@ def test_decay_clip_and_scales_of_their_own(backend, mode, rng):
         problem.check(i, wanted, comparison(backend, mode))
 
 
-@pytest.mark.parametrize("rule", SLOTS)
+@pytest.mark.parametrize(("backend", "mode", "rule"), RULES, indirect=["backend", "mode"])
 def test_rows_without_a_flag_stay_as_they_are(backend, mode, rng, rule):
     shapes = [(1000, 33), (4, 5), (300, 2, 3), (7,), (0, 3)]
     problem = Problem(rng, rule, shapes)

@@ -6,6 +6,7 @@ import zlib
 import keras
 import numpy as np
 import pytest
+from crosses import turns
 from problems import BATCH, FEATURES, MICRO, MODES, OPTIMIZERS, RUNS, UPDATES, largest_difference, train
 
 from accumops import GradientAccumulateModel
@@ -37,44 +38,54 @@ def check(feature, optimizer, mode, **run):
     assert list(history) == list(wanted)
     for name, values in wanted.items():
         if feature in ("Masked", "WeightedMean", "WeightedMeanInAList") and name == "loss":
-            continue  # Keras averages the batches' losses by samples, whatever these divide by
+            continue  # Keras averages the batches' losses by samples, also where a loss divides by weights
         if feature in ("TwoInputsAndOutputs", "ListOutputs") and name.endswith("_loss"):
-            continue  # and those of single outputs with equal weights, whatever the sizes of the batches
+            continue  # Keras averages the losses of single outputs over batches, whatever the sizes of these
         np.testing.assert_allclose(history[name], values, rtol=1e-5, err_msg=name)
 
 
-# Micro-batches side by side are those of "micro_batch_size" in another order of execution.
+# The third mode, "parallel", runs the micro-batches of "micro_batch_size" in another order.
 ONE_AFTER_ANOTHER = ["accum_steps", "micro_batch_size"]
+SELECTED = ["Masked", "Regularized", "ListOutputs", "TinyLastBatch", "Embedding"]
+# Pairs of arguments; test_everything_with_everything has all combinations. Each optimizer meets both modes and two of
+# the three runs, each feature meets both modes and both backends, each selected feature runs eagerly and by XLA. Those
+# that share a large batch follow one another.
+OPTIMIZERS_BY_MODE = [
+    *((run, optimizer, "accum_steps") for optimizer, run in turns(OPTIMIZERS, RUNS)),
+    *((run, optimizer, "micro_batch_size") for optimizer, run in turns(OPTIMIZERS, ["xla", "graph", "eager"])),
+]
+FEATURES_BY_BACKEND = [
+    *((feature, "fused", mode) for feature, mode in turns(FEATURES, ONE_AFTER_ANOTHER)),
+    *((feature, "reference", mode) for feature, mode in turns(FEATURES, ONE_AFTER_ANOTHER[::-1])),
+]
+FEATURES_BY_RUN = [
+    *(("eager", feature, mode) for feature, mode in turns(SELECTED, ONE_AFTER_ANOTHER)),
+    *(("xla", feature, mode) for feature, mode in turns(SELECTED, ONE_AFTER_ANOTHER[::-1])),
+]
+OPTIMIZERS_BY_MODE.sort(key=lambda each: each[1])
+FEATURES_BY_BACKEND.sort(key=lambda each: each[0])
+FEATURES_BY_RUN.sort(key=lambda each: each[1])
 
 
-@pytest.mark.parametrize("mode", ONE_AFTER_ANOTHER)
-@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
-@pytest.mark.parametrize("run", list(RUNS))
+@pytest.mark.parametrize(("run", "optimizer", "mode"), OPTIMIZERS_BY_MODE)
 def test_every_optimizer(optimizer, mode, run):
     check("SampleWeights", optimizer, mode, **RUNS[run])
 
 
-@pytest.mark.parametrize(
-    ("backend", "mode"),
-    [*(("fused", mode) for mode in ONE_AFTER_ANOTHER), ("reference", "micro_batch_size")],
-    indirect=["backend"],
-)
-@pytest.mark.parametrize("feature", list(FEATURES))
+@pytest.mark.parametrize(("feature", "backend", "mode"), FEATURES_BY_BACKEND, indirect=["backend"])
 def test_every_feature(backend, feature, mode):
     check(feature, "AdamW", mode)
 
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ONE_AFTER_ANOTHER])
-@pytest.mark.parametrize("feature", ["Masked", "Regularized", "ListOutputs", "TinyLastBatch", "Embedding"])
+@pytest.mark.parametrize("feature", SELECTED)
 def test_features_side_by_side(feature, mode):
     check(feature, "AdamW", mode)
 
 
-@pytest.mark.parametrize("mode", ONE_AFTER_ANOTHER)
-@pytest.mark.parametrize("feature", ["Masked", "Regularized", "ListOutputs", "TinyLastBatch", "Embedding"])
-@pytest.mark.parametrize("run", ["eager", "xla"])
+@pytest.mark.parametrize(("run", "feature", "mode"), FEATURES_BY_RUN)
 def test_features_in_other_runs(feature, mode, run):
-    check(feature, "Adam", mode, **RUNS[run])
+    check(feature, "AdamW", mode, **RUNS[run])
 
 
 @pytest.mark.exhaustive
@@ -86,7 +97,7 @@ def test_everything_with_everything(backend, feature, optimizer, mode, run):
     check(feature, optimizer, mode, **RUNS[run])
 
 
-@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("mode", [*ONE_AFTER_ANOTHER, pytest.param("parallel", marks=pytest.mark.exhaustive)])
 def test_schedules_advance_once_a_window(monkeypatch, mode):
     decay = keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.8)
     monkeypatch.setitem(OPTIMIZERS, "scheduled", lambda: keras.optimizers.SGD(decay))

@@ -1,4 +1,4 @@
-"""Training that XLA compiles: what it compiles, that nothing in it calls back to the host, what it leaves to others."""
+"""Training that XLA compiles: which parts it compiles and which not, and that nothing calls back to the host."""
 
 import keras
 import numpy as np
@@ -23,7 +23,7 @@ def convolutional(inputs):
 
 
 class Untouchable(keras.layers.Layer):
-    """What XLA has no kernel for."""
+    """A layer that XLA has no kernel for."""
 
     def __init__(self):
         super().__init__()
@@ -56,8 +56,9 @@ def fit(model, mode, samples=32 * 5 + 9, **arguments):
     return [each.numpy() for each in model.weights]
 
 
+# test_full_batch.py compiles dense layers.
 @pytest.mark.parametrize("mode", list(MODES))
-@pytest.mark.parametrize("network", [dense, convolutional])
+@pytest.mark.parametrize("network", [pytest.param(dense, marks=pytest.mark.exhaustive), convolutional])
 def test_equals_training_without(network, mode):
     plain, compiled = (fit(make(network, mode, jit_compile), mode) for jit_compile in (False, True))
     for mine, theirs in zip(compiled, plain, strict=True):

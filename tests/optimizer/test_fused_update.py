@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from crosses import cross
 
 import accumops
 from accumops import GradientAccumulateOptimizer
@@ -47,8 +48,7 @@ def assert_close(actual, expected, tolerance=1e-5, least=0.1):
         assert np.abs(a - e).max(initial=0) <= tolerance * max(np.abs(e).max(initial=0), least), (a, e)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_200_updates_equal_the_optimizers_own(mode, rng, name):
+def check_against_the_optimizers_own(mode, rng, name, updates):
     start = start_values(rng)
     mine, theirs = ([keras.Variable(value, name=f"v{i}") for i, value in enumerate(start)] for _ in range(2))
     optimizer, plain = GradientAccumulateOptimizer(make(name), 2), make(name)
@@ -68,7 +68,7 @@ def test_200_updates_equal_the_optimizers_own(mode, rng, name):
     def whole(gradients):
         plain.apply(gradients, theirs)
 
-    for _ in range(200):
+    for _ in range(updates):
         # Noise with a direction, so that Lion's signs are not a matter of rounding.
         first, second = (
             [
@@ -79,12 +79,36 @@ def test_200_updates_equal_the_optimizers_own(mode, rng, name):
         )
         accumulated(first, second)
         whole([(a + b) / 2 for a, b in zip(first, second, strict=True)])
-    # Where Lion's direction is next to zero, one of them takes a step the other way.
+    # Where Lion's direction is almost zero, the two may step in opposite directions.
     tolerance = 1e-5 if "Lion" not in name else 3e-2
     assert_close([v.numpy() for v in mine], [v.numpy() for v in theirs], tolerance)
     kept = optimizer.inner_optimizer.variables
     assert_close([v.numpy() for v in kept], [v.numpy() for v in plain.variables], max(tolerance, 3e-5))
-    assert int(optimizer.iterations) == 200
+    assert int(optimizer.iterations) == updates
+
+
+# Every rule, weight decay, a schedule, each kind of clipping, moving averages and loss scaling.
+COMPILED = ["SGD with decay", "Nesterov", "clipvalue", "AMSGrad", "Lion", "schedule", "global_clipnorm"]
+COMPILED += ["moving averages", "static loss scale"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    cross(["eager", "graph", "xla"], SETTINGS, default=lambda mode, name: mode == "graph"),
+    indirect=["mode"],
+)
+def test_200_updates_equal_the_optimizers_own(mode, rng, name):
+    check_against_the_optimizers_own(mode, rng, name, updates=200)
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    cross(["eager", "xla"], SETTINGS, default=lambda mode, name: mode == "eager" or name in COMPILED),
+    indirect=["mode"],
+)
+def test_30_updates_in_other_modes(mode, rng, name):
+    """The warm-up of the schedule takes 20 of them."""
+    check_against_the_optimizers_own(mode, rng, name, updates=30)
 
 
 def test_which_updates_are_fused():
@@ -176,7 +200,25 @@ def test_a_window_that_is_not_finite_is_dropped_by_loss_scaling(mode):
     np.testing.assert_allclose(variable.numpy(), np.full(3, 0.9), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["SGD", "AdamW", "clipnorm", "global_clipnorm"])
+# Besides eagerly and in a graph with the fused op, each setting runs in two of the four other combinations.
+ELSEWHERE = {
+    ("reference", "graph"): ("SGD", "clipnorm"),
+    ("reference", "xla"): ("AdamW",),
+    ("fused", "xla"): ("SGD", "global_clipnorm"),
+    ("reference", "eager"): ("AdamW", "clipnorm", "global_clipnorm"),
+}
+
+
+@pytest.mark.parametrize(
+    ("backend", "mode", "name"),
+    cross(
+        ["fused", "reference"],
+        ["eager", "graph", "xla"],
+        ["SGD", "AdamW", "clipnorm", "global_clipnorm"],
+        default=lambda backend, mode, name: name in ELSEWHERE.get((backend, mode), SETTINGS),
+    ),
+    indirect=["backend", "mode"],
+)
 def test_gradients_that_are_none_or_rows_in_some_micro_batches(backend, mode, rng, name):
     """The mean of a window over variables with dense, sparse and missing gradients."""
     table, other, never = (np.array(rng.standard_normal(shape), "float32") for shape in ((2000, 40), (7,), (3,)))
@@ -322,7 +364,15 @@ def test_an_optimizer_that_was_built_for_more_variables(mode):
         np.testing.assert_allclose(mine, plain, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["SGD with decay", "Adam", "Lion", "global_clipnorm", "moving averages"])
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    cross(
+        ["eager", "graph", "xla"],
+        ["SGD with decay", "Adam", "Lion", "global_clipnorm", "moving averages"],
+        default=lambda mode, name: mode != "xla" or name in ("Adam", "moving averages"),
+    ),
+    indirect=["mode"],
+)
 def test_tensorflow_variables(mode, rng, name):
     start = start_values(rng)
     mine, theirs = ([tf.Variable(value) for value in start] for _ in range(2))

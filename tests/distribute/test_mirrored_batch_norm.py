@@ -1,48 +1,31 @@
-"""Batch normalization on two and four replicas: its running statistics are those of whole windows on all of them."""
+"""Batch normalization on two and four replicas: the running statistics come from whole windows of all replicas."""
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from crosses import cross
 from replicas import (
     BATCH,
     BATCHES,
     MICRO,
     MODES,
+    MOMENTUM,
     WINDOW,
     check_replicas_are_equal,
     count_collectives,
     data,
     largest_difference,
-    logical_cpus,
     mirrored,
+    moved_by,
+    normalizing_network,
+    whole,
 )
 
 import accumops
 from accumops.normalization import replica_moments
 
-MOMENTUM = 0.8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def devices():
-    logical_cpus(4)
-
-
-def network(**arguments):
-    """Normalizes its inputs, so that what the statistics have to be does not depend on weights."""
-    keras.utils.set_random_seed(3)
-    normalization = accumops.AccumBatchNormalization(momentum=MOMENTUM, **arguments)
-    return keras.Sequential([keras.Input((5,)), normalization, keras.layers.Dense(3)])
-
-
-def moved_by(batches, mean=0.0, variance=1.0):
-    """Running statistics after windows of these values, in float64."""
-    for batch in batches:
-        wide = batch.astype(np.float64)
-        mean = mean * MOMENTUM + wide.mean(0) * (1 - MOMENTUM)
-        variance = variance * MOMENTUM + wide.var(0) * (1 - MOMENTUM)
-    return mean, variance
+pytestmark = pytest.mark.usefixtures("logical_devices")
 
 
 def check_statistics(layer, batches):
@@ -52,19 +35,21 @@ def check_statistics(layer, batches):
     check_replicas_are_equal([layer.moving_mean, layer.moving_variance])
 
 
-def whole(x, size=BATCH):
-    return [x[i : i + size] for i in range(0, len(x), size)]
+STATISTICS = [("accum_steps", 2, "fused"), ("micro_batch_size", 2, "fused")]
+STATISTICS += [("accum_steps", 4, "fused"), ("micro_batch_size", 2, "reference")]
 
 
-@pytest.mark.parametrize(("replicas", "backend"), [(2, "fused"), (4, "fused"), (2, "reference")])
-@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize(
+    ("mode", "replicas", "backend"),
+    cross(MODES, [2, 4], ["fused", "reference"], default=lambda *combination: combination in STATISTICS),
+)
 def test_statistics_of_windows(mode, replicas, backend):
-    """Of ragged batches, of which some replicas get nothing."""
+    """Batches are ragged; some replicas get nothing of some."""
     x, y, _ = data()
     accumops.set_backend(backend)
     try:
         with mirrored(replicas).scope():
-            inner = network()
+            inner = normalizing_network()
             model = accumops.GradientAccumulateModel(inner, **MODES[mode])
             model.compile("sgd", loss="mse")
         model.fit(x, y, batch_size=BATCHES[mode], shuffle=False, verbose=0)
@@ -76,7 +61,7 @@ def test_statistics_of_windows(mode, replicas, backend):
 def test_a_plain_model_with_the_optimizer():
     x, y, _ = (each[: BATCH * 3] for each in data())
     with mirrored(2).scope():
-        model = network()
+        model = normalizing_network()
         model.compile(accumops.GradientAccumulateOptimizer("sgd", WINDOW), loss="mse")
         model.optimizer.build(model.trainable_variables)
     model.fit(x, y, batch_size=MICRO, shuffle=False, verbose=0)
@@ -87,7 +72,7 @@ def test_a_loop_of_ones_own():
     x, y, _ = (each[: BATCH * 2] for each in data())
     strategy = mirrored(2)
     with strategy.scope():
-        model = network()
+        model = normalizing_network()
         accumulator = accumops.GradientAccumulator(WINDOW)
         accumulator.build(model.trainable_variables)
         optimizer = keras.optimizers.SGD()
@@ -112,10 +97,10 @@ def test_a_loop_of_ones_own():
 
 
 def test_a_layer_that_nobody_accumulates_for():
-    """Its statistics move with each batch: the whole one, on all replicas."""
+    """Its statistics move with each batch, by the samples of all replicas."""
     x, y, _ = data()
     with mirrored(2).scope():
-        model = network()
+        model = normalizing_network()
         model.compile("sgd", loss="mse")
     model.fit(x, y, batch_size=BATCH, shuffle=False, verbose=0)
     check_statistics(model.layers[0], whole(x))
@@ -124,7 +109,7 @@ def test_a_layer_that_nobody_accumulates_for():
 def test_windows_of_its_own_are_an_error():
     x, y, _ = data()
     with mirrored(2).scope():
-        model = network(accum_steps=2)
+        model = normalizing_network(accum_steps=2)
         model.compile("sgd", loss="mse")
     with pytest.raises(ValueError, match="accum_steps=2, and under MirroredStrategy cannot end windows"):
         model.fit(x, y, batch_size=BATCH, verbose=0)
@@ -160,7 +145,7 @@ def test_synchronized_equals_the_whole_batch(trainer):
 
 def test_synchronized_micro_batches_of_a_step_are_an_error():
     with mirrored(2).scope():
-        model = accumops.GradientAccumulateModel(network(synchronized=True), micro_batch_size=7)
+        model = accumops.GradientAccumulateModel(normalizing_network(synchronized=True), micro_batch_size=7)
         with pytest.raises(ValueError, match="cannot communicate between micro-batches: use `accum_steps`"):
             model.compile("sgd", loss="mse")
 
@@ -168,7 +153,7 @@ def test_synchronized_micro_batches_of_a_step_are_an_error():
 def test_synchronized_windows_with_empty_replicas():
     x, y, _ = (each[: BATCH + 1] for each in data())
     with mirrored(2).scope():
-        inner = network(synchronized=True)
+        inner = normalizing_network(synchronized=True)
         model = accumops.GradientAccumulateModel(inner, accum_steps=WINDOW)
         model.compile("sgd", loss="mse")
     logs = model.fit(x, y, batch_size=MICRO, shuffle=False, verbose=0).history
@@ -176,16 +161,22 @@ def test_synchronized_windows_with_empty_replicas():
     check_statistics(inner.layers[0], whole(x))
 
 
-@pytest.mark.parametrize("synchronized", [False, True])
-@pytest.mark.parametrize("back", ["one device", "other replicas"])
-@pytest.mark.parametrize("how", ["keras", "checkpoint"])
+@pytest.mark.parametrize(
+    ("how", "back", "synchronized"),
+    cross(
+        ["keras", "checkpoint"],
+        ["one device", "other replicas"],
+        [False, True],
+        default=lambda how, back, synchronized: synchronized == ((how == "keras") == (back == "other replicas")),
+    ),
+)
 def test_saving_in_mid_window(tmp_path, how, back, synchronized):
     x, y, _ = (each[: BATCH * 2] for each in data())
     half = BATCH + BATCH // 2
 
     def make(strategy):
         with strategy.scope():
-            inner = network(synchronized=synchronized)
+            inner = normalizing_network(synchronized=synchronized)
             model = accumops.GradientAccumulateModel(inner, accum_steps=WINDOW, partial_window="carry")
             model.compile("sgd", loss="mse")
         return inner, model
@@ -211,7 +202,7 @@ def test_saving_in_mid_window(tmp_path, how, back, synchronized):
 
 
 def test_collectives():
-    """None in a micro-step; two at a window's end beside those of the gradients, however many layers there are."""
+    """A micro-step has none. A window's end has two besides the gradients', however many layers there are."""
 
     def count(layers):
         strategy = mirrored(2)

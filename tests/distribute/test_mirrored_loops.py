@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from crosses import cross
 from replicas import (
     MICRO,
     WINDOW,
@@ -12,7 +13,6 @@ from replicas import (
     data,
     full_batches,
     largest_difference,
-    logical_cpus,
     mirrored,
     network,
     optimizer,
@@ -20,10 +20,7 @@ from replicas import (
 
 import accumops
 
-
-@pytest.fixture(scope="module", autouse=True)
-def devices():
-    logical_cpus(4)
+pytestmark = pytest.mark.usefixtures("logical_devices")
 
 
 def batches(strategy):
@@ -31,7 +28,7 @@ def batches(strategy):
 
 
 def gradients_of(model, x, y, weights):
-    """Of a replica's mean loss over the number of replicas, as everywhere in tf.distribute; and its samples."""
+    """Gradients of a replica's mean loss, divided by the number of replicas as tf.distribute asks; and its samples."""
     samples = tf.cast(tf.shape(x)[0], tf.float32)
     with tf.GradientTape() as tape:
         errors = tf.reduce_mean((model(x, training=True) - y) ** 2, axis=-1)
@@ -40,15 +37,21 @@ def gradients_of(model, x, y, weights):
     return tape.gradient(loss, model.trainable_variables), samples
 
 
-@pytest.mark.parametrize("backend", ["fused", "reference"])
-@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "LossScaleOptimizer"])
-def test_the_optimizer_in_a_loop(backend, scaled):
+@pytest.mark.parametrize(
+    ("scaling", "backend"),
+    cross(
+        ["plain", "LossScaleOptimizer"],
+        ["fused", "reference"],
+        default=lambda scaling, backend: (scaling, backend) != ("LossScaleOptimizer", "reference"),
+    ),
+)
+def test_the_optimizer_in_a_loop(backend, scaling):
     wanted, _ = full_batches("AdamW")
     accumops.set_backend(backend)
     strategy = mirrored(2)
     with strategy.scope():
         model, inner = network(), optimizer("AdamW")
-        if scaled:
+        if scaling != "plain":
             inner = keras.optimizers.LossScaleOptimizer(inner, initial_scale=1.0, dynamic_growth_steps=100)
         accumulating = accumops.GradientAccumulateOptimizer(inner, WINDOW)
         accumulating.build(model.trainable_variables)
@@ -71,7 +74,7 @@ def test_the_optimizer_in_a_loop(backend, scaled):
 
 @pytest.mark.parametrize("reduce", [False, True])
 def test_the_accumulator_in_a_loop(reduce):
-    """Its gradient goes to Keras's optimizer, which sums over replicas, or is that sum and goes anywhere."""
+    """Keras's optimizer sums the gradient over replicas; with `reduce` it is that sum already."""
     x, y, weights = data()
     plain = network()
     plain.compile(keras.optimizers.SGD(0.1), loss="mse")

@@ -1,5 +1,7 @@
 """Training with `fit` on two and four replicas, against plain Keras with whole batches on one device."""
 
+import itertools
+
 import pytest
 from replicas import (
     BATCHES,
@@ -9,7 +11,6 @@ from replicas import (
     fit,
     full_batches,
     largest_difference,
-    logical_cpus,
     mirrored,
     network,
     optimizer,
@@ -17,10 +18,7 @@ from replicas import (
 
 import accumops
 
-
-@pytest.fixture(scope="module", autouse=True)
-def devices():
-    logical_cpus(4)
+pytestmark = pytest.mark.usefixtures("logical_devices")
 
 
 def train(strategy, mode, name, **compile_arguments):
@@ -31,12 +29,20 @@ def train(strategy, mode, name, **compile_arguments):
     return inner, model, fit(model, BATCHES[mode])
 
 
-TRAINED = [(2, "SGD"), (2, "Adam"), (2, "AdamW"), (4, "AdamW")]
-BOTH = [(replicas, name, mode) for replicas, name in TRAINED for mode in MODES]
+EACH = [
+    (2, "SGD", "accum_steps"),
+    (2, "Adam", "micro_batch_size"),
+    (2, "AdamW", "accum_steps"),
+    (2, "AdamW", "micro_batch_size"),
+    (4, "AdamW", "accum_steps"),
+]
+ALONE = [(2, "RMSprop", "accum_steps"), (1, "Adam", "micro_batch_size")]  # unfused; one replica
+TRAINED = [*ALONE, *itertools.product((2, 4), ("SGD", "Adam", "AdamW"), MODES)]
 
 
 @pytest.mark.parametrize(
-    ("replicas", "name", "mode"), [*BOTH, (2, "RMSprop", "accum_steps"), (1, "Adam", "micro_batch_size")]
+    ("replicas", "name", "mode"),
+    [pytest.param(*each, marks=() if each in ALONE + EACH else pytest.mark.exhaustive) for each in TRAINED],
 )
 def test_the_model_equals_whole_batches(replicas, name, mode):
     """Ragged batches, empty ones on some replicas, sample weights, a regularizer, clipping."""

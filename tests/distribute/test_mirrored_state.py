@@ -1,4 +1,4 @@
-"""What is saved on replicas and restored on one device, and the reverse, in the middle of a window."""
+"""Saving on replicas and restoring on one device, and the reverse, in the middle of a window."""
 
 import contextlib
 
@@ -6,14 +6,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from replicas import MICRO, data, largest_difference, logical_cpus, mirrored, network
+from replicas import MICRO, data, largest_difference, mirrored, network
 
 import accumops
 
-
-@pytest.fixture(scope="module", autouse=True)
-def devices():
-    logical_cpus(4)
+pytestmark = pytest.mark.usefixtures("logical_devices")
 
 
 def model_under(strategy):
@@ -50,8 +47,17 @@ def by_checkpoint(saved, path, restored):
     return model
 
 
-@pytest.mark.parametrize("way", [by_file, by_weights, by_checkpoint])
-@pytest.mark.parametrize(("before", "after"), [(4, 0), (0, 2)])
+@pytest.mark.parametrize(
+    ("before", "after", "way"),
+    [
+        (4, 0, by_file),
+        (0, 2, by_file),
+        (4, 0, by_weights),
+        (0, 2, by_checkpoint),
+        pytest.param(0, 2, by_weights, marks=pytest.mark.exhaustive),
+        pytest.param(4, 0, by_checkpoint, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_window_goes_on_elsewhere(before, after, way, tmp_path):
     """Six micro-batches, one window and a half, then six more; 0 replicas is no strategy."""
     straight = model_under(tf.distribute.get_strategy())
