@@ -114,6 +114,7 @@ class TrainingStep:
         value = losses if self._sums() else tf.math.divide_no_nan(losses, total)
         tracker.update_state(tf.cast(value, tracker.dtype), sample_weight=seen)
 
+    @tf.autograph.experimental.do_not_convert
     def _whole_inputs(self, data: Any) -> list[tf.Tensor]:
         """The inputs that each micro-batch gets whole.
 
@@ -181,6 +182,7 @@ class TrainingStep:
         share = share_of(
             model.normalization,
             calls,
+            samples=samples,
             x=x,
             y=y,
             sample_weight=sample_weight,
@@ -194,10 +196,13 @@ class TrainingStep:
             return Pass(None, share, mean_loss, samples)
         return Pass(tape.gradient(scaled, variables), share, mean_loss, samples)
 
+    # Python decides here, also where a function around the step is converted by AutoGraph.
+    @tf.autograph.experimental.do_not_convert
     def _sums(self) -> bool:
         """Whether losses are sums over samples, and not means."""
         return bool(self._model.optimizer.accumulator.reduction == "sum")
 
+    @tf.autograph.experimental.do_not_convert
     def _share_dtype(self) -> tf.DType:
         """Float64 for models with float64 variables, whose gradients shares scale, else float32."""
         dtypes = {tf.as_dtype(variable.dtype) for variable in self._model.trainable_variables}

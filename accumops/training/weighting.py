@@ -40,6 +40,7 @@ def share_of(
     normalization: str | Normalization,
     calls: Sequence[LossCall],
     *,
+    samples: tf.Tensor,
     x: Any,
     y: Any,
     sample_weight: Any,
@@ -51,7 +52,8 @@ def share_of(
     Args:
         normalization: One of `NORMALIZATIONS`, or a callable.
         calls: What the losses of the micro-batch were called with.
-        x: The inputs of the micro-batch.
+        samples: The number of samples of the micro-batch, a scalar.
+        x: Its inputs.
         y: Its targets.
         sample_weight: Its sample weights, or None.
         dtype: The dtype to count in.
@@ -62,7 +64,6 @@ def share_of(
         ValueError: If `normalization` is `"auto"` and the losses divide by different numbers, or `"weights"` and there
             are several losses.
     """
-    samples = count_samples(x, y)
     if callable(normalization):
         share = tf.cast(normalization(x, y, sample_weight), dtype)
     elif normalization == "steps" or (calls and reduction_of(calls[0].loss) == "sum"):
@@ -90,6 +91,7 @@ class _Divisor(NamedTuple):
     weights: tf.Tensor | None
 
 
+@tf.autograph.experimental.do_not_convert
 def _common_divisor(calls: Sequence[LossCall], dtype: tf.DType) -> tf.Tensor | None:
     """What all losses divide by; None if they divide by samples."""
     divisors = {call.output: _divisor_of(call) for call in calls}

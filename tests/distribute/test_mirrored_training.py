@@ -2,12 +2,15 @@
 
 import itertools
 
+import keras
 import pytest
 from replicas import (
+    BATCH,
     BATCHES,
     MODES,
     check_logs,
     check_replicas_are_equal,
+    data,
     fit,
     full_batches,
     largest_difference,
@@ -53,3 +56,30 @@ def test_the_model_equals_whole_batches(replicas, name, mode):
     assert largest_difference(inner, wanted) <= 1e-5
     check_logs(logs, wanted_logs)
     check_replicas_are_equal(inner.trainable_variables)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sums_over_all_replicas(mode):
+    """A loss with `reduction="sum"`: the update is that of the sum over the whole batch, whatever each replica got."""
+
+    def train(model, batch_size):
+        model.compile(keras.optimizers.SGD(1e-3), keras.losses.MeanSquaredError(reduction="sum"))
+        x, y, weights = data()
+        model.fit(x, y, sample_weight=weights, batch_size=batch_size, shuffle=False, verbose=0)
+
+    def without_regularizer():
+        return keras.models.clone_model(network(), clone_function=_without_regularizer)
+
+    expected = without_regularizer()
+    expected.set_weights(network().get_weights())
+    train(expected, BATCH)
+    with mirrored(2).scope():
+        found = without_regularizer()
+        found.set_weights(network().get_weights())
+        model = accumops.GradientAccumulateModel(found, **MODES[mode])
+        train(model, BATCHES[mode])
+    assert largest_difference(found, expected) <= 1e-5
+
+
+def _without_regularizer(layer):
+    return type(layer).from_config({**layer.get_config(), "kernel_regularizer": None})

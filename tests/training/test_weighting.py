@@ -73,12 +73,21 @@ def test_equals_the_large_batch(text, mode, case):
     common = (mask, cross_entropy(**arguments), text[y], sample_weight, text["tokens"])
     expected, losses = weights_after(None, SAMPLES, *common)
     wrap, batch_size = MODES[mode]
-    for normalization in ({}, {"normalization": "weights"}):
-        found, logged = weights_after({**wrap, **normalization}, batch_size, *common)
-        for a, b in zip(expected, found, strict=True):
-            np.testing.assert_allclose(b, a, rtol=2e-6, atol=2e-7)
+    found, logged = weights_after(wrap, batch_size, *common)
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_allclose(b, a, rtol=2e-6, atol=2e-7)
     if mode == "micro_batch_size":
         np.testing.assert_allclose(logged, losses, rtol=1e-6)
+
+
+def test_weights_by_name(text):
+    """`normalization="weights"` finds the same, for one output."""
+    common = (True, cross_entropy(ignore_class=-1), text["ignored"], None, text["tokens"])
+    wrap, batch_size = MODES["micro_batch_size"]
+    expected, _ = weights_after(wrap, batch_size, *common)
+    found, _ = weights_after({**wrap, "normalization": "weights"}, batch_size, *common)
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(b, a)
 
 
 @pytest.mark.parametrize("run", [{"run_eagerly": True}, {"jit_compile": True}], ids=["eager", "xla"])
