@@ -31,7 +31,8 @@ def at_the_end(values: int, channels: Sequence[int] = (), *, wide: int = 0) -> l
         channels: The number of channels of each AccumBatchNormalization layer.
         wide: The number of trainable values of float64 variables, whose accumulators are float64.
     """
-    gradients = [Collective("float32", 1 + values), Collective("float64", wide)]
+    # The window's weight is one value more, float64 if any accumulator is.
+    gradients = [Collective("float64", wide + bool(wide)), Collective("float32", values + (not wide))]
     moments = [Collective("float64", len(channels) + sum(channels)), Collective("float64", sum(channels))]
     return [each for each in gradients + moments if each.values]
 

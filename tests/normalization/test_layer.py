@@ -172,12 +172,15 @@ TRAINERS = (by_accum_steps, by_micro_batch_size, by_parallel_micro_batches, by_o
 
 @pytest.mark.parametrize(
     ("trainer", "run"),
-    # The reference backend runs in a graph with one trainer and eagerly with the next.
+    # The fused backend runs in a graph with all trainers, and compiled by XLA or eagerly with each second one. The
+    # reference backend runs in a graph with one trainer and eagerly with the next.
     cross(
         TRAINERS,
         COMPILED,
         default=lambda trainer, run: (
-            run.endswith("fused") or (trainer, run) in turns(TRAINERS, ["graph-reference", "eager-reference"])
+            run == "graph-fused"
+            or (trainer, run) in turns(TRAINERS, ["xla-fused", "eager-fused"])
+            or (trainer, run) in turns(TRAINERS, ["graph-reference", "eager-reference"])
         ),
     ),
     indirect=["run"],

@@ -65,9 +65,16 @@ def test_parts_of_different_sizes_are_refused(parts, unknown, run_eagerly):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("unknown", [False, True])
-@pytest.mark.parametrize("run", [{"run_eagerly": True}, {"jit_compile": False}, {"jit_compile": True}])
-@pytest.mark.parametrize("names", [True, False])
+@pytest.mark.parametrize(
+    ("names", "run", "unknown"),
+    [
+        (True, {"run_eagerly": True}, False),
+        (False, {"jit_compile": False}, False),
+        (True, {"jit_compile": False}, True),
+        (True, {"jit_compile": True}, False),
+        (False, {"jit_compile": True}, True),
+    ],
+)
 def test_a_whole_input_reaches_each_micro_batch(parts, names, run, unknown):
     x = {"a_support": parts["support"], "x": parts["x"]} if names else (parts["support"], parts["x"])
     batches = dataset((x, parts["y"]), unknown=unknown)
