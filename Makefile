@@ -21,7 +21,8 @@ demo: build
 test: check
 	status=0; \
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=20 --ignore=tests/distribute || status=1; \
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=20 tests/distribute/test_workers.py tests/distribute || status=1; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20 \
+	  tests/distribute/test_workers.py tests/distribute || status=1; \
 	exit $$status
 
 check: build

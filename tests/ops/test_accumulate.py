@@ -355,10 +355,13 @@ def test_memory_stays_flat(backend, resident_bytes):
 
     for _ in range(1000):
         run()
-    before = resident_bytes()
-    for _ in range(10_000):
-        run()
-    assert resident_bytes() - before < 2 << 20
+    growth = []
+    for _ in range(4):  # a leak grows each time; what else the process does may grow once
+        before = resident_bytes()
+        for _ in range(3000):
+            run()
+        growth.append(resident_bytes() - before)
+    assert min(growth) < 1 << 20
 
 
 @pytest.mark.gpu
