@@ -91,13 +91,13 @@ def test_star_import():
 @pytest.mark.parametrize(
     "code",
     [
-        "import keras; import accumops",
         "import accumops.ops; import keras",  # Keras is imported while accumops.ops is half-imported
         "import accumops, importlib; importlib.reload(accumops); import keras",
         *(
             pytest.param(code, marks=pytest.mark.exhaustive)
             for code in (
                 "import accumops; import keras",
+                "import keras; import accumops",
                 "import accumops; import tensorflow; import keras",
                 "from accumops.window.accumulator import GradientAccumulator; import keras",
                 "import keras; import accumops; import importlib; importlib.reload(accumops)",

@@ -358,7 +358,7 @@ def test_memory_stays_flat(backend, resident_bytes):
     growth = []
     for _ in range(4):  # a leak grows each time; what else the process does may grow once
         before = resident_bytes()
-        for _ in range(3000):
+        for _ in range(1500):
             run()
         growth.append(resident_bytes() - before)
     assert min(growth) < 1 << 20

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from crosses import cross
+from crosses import cross, turns
 from problems import BATCH, MICRO, MODES, OPTIMIZERS, RUNS, UPDATES, Problem, largest_difference, train
 
 import accumops
@@ -319,8 +319,7 @@ def test_subclassed_model_built_by_fit(rng):
         assert int(unbuilt.optimizer.iterations) == UPDATES
 
 
-@pytest.mark.parametrize("mode", list(MODES))
-@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize(("mode", "eager"), turns(MODES, [False, True]))
 def test_a_model_that_says_how_it_is_built(rng, mode, eager):
     class Net(keras.Model):
         def build(self, input_shape):
