@@ -291,6 +291,13 @@ def stepping_by(
         yield
 
 
+def innermost(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    """Returns the optimizer that makes the update, inside of all that wrap it, such as a LossScaleOptimizer."""
+    while hasattr(optimizer, "inner_optimizer"):
+        optimizer = optimizer.inner_optimizer
+    return optimizer
+
+
 # State that is not public
 
 
@@ -317,7 +324,4 @@ class SharesAverages(keras.optimizers.Optimizer):
 
     @property
     def _model_variables_moving_average(self) -> list[keras.Variable]:
-        inner: Any = self
-        while hasattr(inner, "inner_optimizer"):
-            inner = inner.inner_optimizer
-        return averages_of(inner)
+        return averages_of(innermost(self))

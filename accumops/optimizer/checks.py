@@ -5,9 +5,8 @@ from collections.abc import Callable, Sequence
 import keras
 import tensorflow as tf
 
-from accumops.adapters.keras_optimizer import can_skip_reduction, strategy_of
+from accumops.adapters.keras_optimizer import can_skip_reduction, innermost, strategy_of
 from accumops.optimizer import row_update
-from accumops.optimizer.inner_optimizer import innermost
 
 
 def check_inner_optimizer(optimizer: keras.optimizers.Optimizer | None) -> keras.optimizers.Optimizer:

@@ -20,12 +20,11 @@ from collections.abc import Callable, Sequence
 import keras
 import tensorflow as tf
 
-from accumops.adapters.keras_optimizer import index_of, without_reduction
+from accumops.adapters.keras_optimizer import index_of, innermost, without_reduction
 from accumops.adapters.overriding import LOCK
 from accumops.optimizer import fused_update, row_update
 from accumops.optimizer.checks import check_goes_with_lazy_rows, check_no_constraints
 from accumops.optimizer.fused_update import FusedUpdate
-from accumops.optimizer.inner_optimizer import innermost
 from accumops.optimizer.nonfinite import scale_of_loss
 from accumops.window import replicas
 from accumops.window.micro_batch import CountedMicroBatch, Window

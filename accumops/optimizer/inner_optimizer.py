@@ -6,14 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from accumops.adapters.keras_optimizer import SharesAverages
-
-
-def innermost(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    """Returns the optimizer that makes the update, inside of all that wrap it."""
-    while hasattr(optimizer, "inner_optimizer"):
-        optimizer = optimizer.inner_optimizer
-    return optimizer
+from accumops.adapters.keras_optimizer import SharesAverages, innermost
 
 
 class OfInnermost:

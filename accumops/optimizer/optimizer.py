@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from accumops.adapters.keras_optimizer import innermost
 from accumops.adapters.untracked import Untracked
 from accumops.arguments import Schedule, check_accum_steps, check_bool, check_reduction, check_variables
 from accumops.optimizer.checks import (
@@ -20,7 +21,7 @@ from accumops.optimizer.checks import (
 )
 from accumops.optimizer.ending import Clipping, Ending, Gradients
 from accumops.optimizer.fused_update import FusedUpdate
-from accumops.optimizer.inner_optimizer import StandsForInner, innermost
+from accumops.optimizer.inner_optimizer import StandsForInner
 from accumops.optimizer.known_variables import KnownVariables
 from accumops.window import replicas
 from accumops.window.accumulator import GradientAccumulator

@@ -15,6 +15,7 @@ numbers, no share is exact for all of them, and the first step says so. Losses t
 (reduction="sum") are added up: their micro-batches all count 1.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -82,55 +83,62 @@ def share_of(
 
 
 class _Divisor(NamedTuple):
-    """What the mean of a loss divides by."""
+    """What the mean of a loss divides by: samples, if there are neither masks nor weights."""
 
-    description: str
-    key: tuple[int, ...]
-    """The same for losses that divide by the same number."""
-    mask: tf.Tensor | None
-    weights: tf.Tensor | None
+    masks: tuple[tf.Tensor, ...] = ()
+    """The masks whose valid positions count. They are kept so that no other mask takes the identity of one."""
+    weights: tf.Tensor | None = None
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """The same for losses that divide by the same number."""
+        return tuple(id(each) for each in (*self.masks, self.weights))
+
+    @property
+    def description(self) -> str:
+        """What it is, for messages."""
+        if self.weights is not None:
+            return "the sum of its sample weights" + (" at valid positions" if self.masks else "")
+        return "the valid positions of its mask" if self.masks else "samples"
+
+    def value(self, dtype: tf.DType) -> tf.Tensor | None:
+        """The number, in a dtype; None for samples."""
+        weights = None if self.weights is None else tf.cast(self.weights, dtype)
+        if not self.masks:
+            return None if weights is None else tf.reduce_sum(weights)
+        valid = functools.reduce(tf.logical_and, [tf.cast(mask, tf.bool) for mask in self.masks])
+        counted = tf.cast(valid, dtype)
+        return tf.reduce_sum(counted if weights is None else _of_one_rank(weights, counted))
 
 
 @tf.autograph.experimental.do_not_convert
 def _common_divisor(calls: Sequence[LossCall], dtype: tf.DType) -> tf.Tensor | None:
     """What all losses divide by; None if they divide by samples."""
-    divisors = {call.output: _divisor_of(call) for call in calls}
-    if len({divisor.key for divisor in divisors.values()}) > 1:
-        each = "; ".join(f"'{output}' by {divisor.description}" for output, divisor in divisors.items())
+    divisors = [_divisor_of(call) for call in calls]
+    if len({divisor.key for divisor in divisors}) > 1:
+        each = [f"'{call.output}' by {divisor.description}" for call, divisor in zip(calls, divisors, strict=True)]
         raise ValueError(
-            f"The losses of this model's outputs divide by different numbers: {each}. No weight of a micro-batch makes "
-            "all of them the large batch's mean. Choose one: normalization='samples' weighs micro-batches by their "
-            "samples, which is exact for equal counts only, and a callable `(x, y, sample_weight) -> scalar` by what "
-            "you count."
+            f"The losses of this model's outputs divide by different numbers: {'; '.join(each)}. No weight of a "
+            "micro-batch makes all of them the large batch's mean. Choose one: normalization='samples' weighs "
+            "micro-batches by their samples, which is exact for equal counts only, and a callable "
+            "`(x, y, sample_weight) -> scalar` by what you count."
         )
-    divisor = next(iter(divisors.values()), None)
-    if divisor is None or (divisor.mask is None and divisor.weights is None):
-        return None
-    if divisor.weights is None:
-        return tf.reduce_sum(tf.cast(divisor.mask, dtype))
-    weights = tf.cast(divisor.weights, dtype)
-    return tf.reduce_sum(weights if divisor.mask is None else _of_one_rank(weights, tf.cast(divisor.mask, dtype)))
+    return divisors[0].value(dtype) if divisors else None
 
 
 def _divisor_of(call: LossCall) -> _Divisor:
     """Finds what a loss divides by, as `keras.losses.Loss` does; for a loss with its own `__call__`, samples."""
     loss = call.loss
     if type(loss).__call__ is not keras.losses.Loss.__call__:
-        return _Divisor("samples", (), None, None)
+        return _Divisor()
     y_true, y_pred = (
         keras.tree.map_structure(lambda leaf: keras.ops.convert_to_tensor(leaf, dtype=loss.dtype), each)
         for each in (call.y_true, call.y_pred)
     )
     # TensorFlow computes the values once: the loss has the same operations.
-    masks = [mask for mask in (mask_of(call.y_pred), mask_of(loss.call(y_true, y_pred))) if mask is not None]
-    mask = None
-    if masks:
-        mask = masks[0] if len(masks) == 1 else tf.logical_and(*(tf.cast(each, tf.bool) for each in masks))
-    key = tuple(id(each) for each in masks)
-    if reduction_of(loss) == "mean_with_sample_weight" and call.sample_weight is not None:
-        at = " at valid positions" if masks else ""
-        return _Divisor(f"the sum of its sample weights{at}", (*key, id(call.sample_weight)), mask, call.sample_weight)
-    return _Divisor("the valid positions of its mask" if masks else "samples", key, mask, None)
+    masks = (mask_of(call.y_pred), mask_of(loss.call(y_true, y_pred)))
+    by_weights = reduction_of(loss) == "mean_with_sample_weight"
+    return _Divisor(tuple(mask for mask in masks if mask is not None), call.sample_weight if by_weights else None)
 
 
 def _of_one_rank(weights: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
@@ -164,6 +172,11 @@ def check_losses(loss: Any, normalization: str | Normalization) -> str:
         raise ValueError(
             f"The loss '{sums[0].name}' is a sum over samples (reduction='sum') and another one is a mean: no window's "
             "gradient is that of both. Give all losses the same kind of reduction, and `loss_weights`."
+        )
+    if sums and callable(normalization):
+        raise ValueError(
+            f"The loss '{sums[0].name}' is a sum over samples (reduction='sum'), whose micro-batches are added up: a "
+            "callable `normalization` would weigh them. Leave it out."
         )
     for each in losses:
         reduction = reduction_of(each)

@@ -111,6 +111,12 @@ def test_other_reductions_are_refused(make):
         make("sgd", 2, reduction="max")
 
 
+def test_a_callable_weight_of_sums_is_refused():
+    model = GradientAccumulateModel(network(), accum_steps=2, normalization=lambda x, y, sample_weight: 2.0)
+    with pytest.raises(ValueError, match="a callable `normalization` would weigh them"):
+        model.compile("sgd", squares())
+
+
 def test_sums_beside_means_are_refused():
     model = GradientAccumulateModel(network(outputs=2), accum_steps=2)
     with pytest.raises(ValueError, match=r"is a sum over samples .* another one is a mean"):

@@ -171,6 +171,22 @@ def test_outputs_that_divide_by_different_numbers_are_named(text, run_eagerly):
         model.fit(text["tokens"], [text["labels"], text["ignored"]], batch_size=SAMPLES, verbose=0)
 
 
+def test_masks_of_outputs_are_told_apart_when_they_are_gone(text):
+    """Eagerly, each loss's mask of ignored labels is a tensor that nothing else keeps."""
+    model = GradientAccumulateModel(network(True, outputs=2), micro_batch_size=6)
+    model.compile("sgd", [cross_entropy(ignore_class=-1), cross_entropy(ignore_class=-1)], run_eagerly=True)
+    others = np.where(text["labels"] > 2, -1, text["labels"])
+    with pytest.raises(ValueError, match="divide by different numbers"):
+        model.fit(text["tokens"], [text["ignored"], others], batch_size=SAMPLES, verbose=0)
+
+
+def test_several_losses_of_one_output_are_all_asked(text):
+    model = GradientAccumulateModel(network(False), micro_batch_size=6)
+    model.compile("sgd", [cross_entropy(), cross_entropy(ignore_class=-1)])
+    with pytest.raises(ValueError, match=r"by samples; .* by the valid positions of its mask"):
+        model.fit(text["tokens"], text["ignored"], batch_size=SAMPLES, verbose=0)
+
+
 def test_a_loss_with_its_own_call_counts_by_samples(rng):
     class Doubled(keras.losses.MeanSquaredError):
         def __call__(self, y_true, y_pred, sample_weight=None):
