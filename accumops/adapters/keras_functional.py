@@ -1,4 +1,4 @@
-"""What accumops uses of Keras's functional graphs beyond their public interface, to make a model again.
+"""What accumops uses of Keras's functional graphs beyond their public interface, to wrap a model or make it again.
 
 `keras.models.clone_model` is public and nearly does it. But it makes inputs again without `sparse` and `optional`, does
 not take a `keras.Function`, compiles the copy, and passes on no arguments of a model's own class.
@@ -12,6 +12,7 @@ import keras
 from accumops.adapters.upstream import relies_on, sample
 
 _FEATURE = "replace_batchnorm_layers and restore_batchnorm_layers"
+_WRAPPING = "functional models that stay functional when they are wrapped"
 
 
 @sample("<a functional model>")
@@ -38,6 +39,48 @@ def _variable() -> Any:
 @sample("<a symbolic tensor>")
 def _symbolic_tensor() -> Any:
     return keras.Input((1,))
+
+
+@relies_on("keras.src.models.functional.Functional", feature=_WRAPPING)
+def functional_class() -> Any:
+    """The class of functional models."""
+    from keras.src.models.functional import Functional
+
+    return Functional
+
+
+@relies_on("<a functional model>._run_through_graph(inputs, operation_fn=, call_fn=)", feature=_WRAPPING)
+def _declare_hook() -> None:
+    """Declares what `ClonedWithItsClass` overrides."""
+
+
+class ClonedWithItsClass:
+    """A base class for functional models whose class has arguments of its own, which `keras.models.clone_model` drops.
+
+    Keras runs the graph of the model, with new layers, and calls the model's class with the inputs and outputs of that.
+    The outputs know the model then.
+    """
+
+    def _run_through_graph(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = super()._run_through_graph(inputs, *args, **kwargs)  # type: ignore[misc]
+        for output in keras.tree.flatten(outputs):
+            if isinstance(output, keras.KerasTensor):
+                output._accumops_original = self
+        return outputs
+
+    @staticmethod
+    def original_of(outputs: Any) -> Any:
+        """The model that outputs come from, or None."""
+        return next((getattr(each, "_accumops_original", None) for each in keras.tree.flatten(outputs)), None)
+
+
+@relies_on("keras.src.saving.object_registration.GLOBAL_CUSTOM_NAMES", feature=_WRAPPING)
+def share_registered_name(kind: type, other: type) -> None:
+    """Has Keras save objects of another class as those of a class, if that is registered."""
+    from keras.src.saving.object_registration import GLOBAL_CUSTOM_NAMES
+
+    if kind in GLOBAL_CUSTOM_NAMES:
+        GLOBAL_CUSTOM_NAMES[other] = GLOBAL_CUSTOM_NAMES[kind]
 
 
 @relies_on("<a Sequential model>._layers", feature=_FEATURE)

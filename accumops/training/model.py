@@ -13,7 +13,6 @@ import keras
 import tensorflow as tf
 
 from accumops.adapters.keras_layer import layers_within
-from accumops.adapters.keras_model import WrapperModel, mark_built, pass_inputs_on
 from accumops.adapters.untracked import Untracked
 from accumops.arguments import Schedule, check_accum_steps, check_bool
 from accumops.normalization.layer import AccumBatchNormalization, owning_windows
@@ -26,16 +25,19 @@ from accumops.training.partial_window import PARTIAL_WINDOWS, PartialWindowOfMod
 from accumops.training.step import TrainingStep
 from accumops.training.train_function import function_of_workers, train_function
 from accumops.training.weighting import Normalization, check_losses, check_normalization
+from accumops.training.wrapper import Wrapper
 from accumops.training.xla_compilation import compiles_passes
 from accumops.window import replicas
 
 
 @keras.saving.register_keras_serializable(package="accumops")
-class GradientAccumulateModel(WrapperModel):
+class GradientAccumulateModel(Wrapper):
     """Trains a model with windows of micro-batches: each window makes one update, as the large batch would.
 
     Give it the model, or the `inputs` and `outputs` of one. The wrapped model keeps its layers and weights: predict
-    with either, and save `model.model` to have it without accumops. Exactly one of `accum_steps` and
+    with either, and save `model.model` to have it without accumops. Around a functional or Sequential model this is a
+    functional model with the same `inputs`, `outputs` and `layers`; layers of a subclassed model are those of
+    `model.model`. Exactly one of `accum_steps` and
     `micro_batch_size` says how a window is run:
 
     - `accum_steps=K`: each batch of `fit` is a micro-batch, and every K-th makes an update.
@@ -115,12 +117,7 @@ class GradientAccumulateModel(WrapperModel):
             raise ValueError(f"`partial_window` must be one of {PARTIAL_WINDOWS}. Received: {partial_window!r}")
         check_gradient_clipping(gradient_clipping)
         check_bool("lazy_sparse", lazy_sparse)
-        # Inputs reach the wrapped model as they are, and it casts them itself.
-        super().__init__(name=name, autocast=False)
-        pass_inputs_on(self)
-        self.model = model
-        if hasattr(model, "output_names"):  # Keras finds losses and metrics by them, and names them so in the logs
-            self.output_names = model.output_names
+        super().__init__(model, name)
         # A tuple: Keras and TensorFlow would track a dict, and refuse to save one whose keys are ints.
         self._epochs = tuple(accum_steps.items()) if isinstance(accum_steps, dict) else None
         self._accum_steps = accum_steps[0] if isinstance(accum_steps, dict) else check_accum_steps(accum_steps)
@@ -133,8 +130,6 @@ class GradientAccumulateModel(WrapperModel):
         self.lazy_sparse = lazy_sparse
         # Untracked, where TensorFlow does not find functions to export.
         self._untracked = Untracked(step=TrainingStep(self), flush=None, ends_window=None)
-        if model.built:
-            mark_built(self, like=model)
 
     @property
     def accum_steps(self) -> int | dict[int, int] | Schedule | None:
@@ -153,16 +148,6 @@ class GradientAccumulateModel(WrapperModel):
         if getattr(self, "optimizer", None) is not None:
             self.optimizer.accum_steps = self._accum_steps
 
-    def call(self, inputs: Any, training: bool | None = None) -> Any:
-        """Calls the wrapped model."""
-        return self.model(inputs, training=training)
-
-    def build(self, input_shape: Any = None) -> None:
-        """Builds the wrapped model if it has a `build`; otherwise its first call builds it."""
-        if not self.model.built and input_shape is not None and type(self.model).build is not keras.Model.build:
-            self.model.build(input_shape)
-        self.built = True
-
     def compile(
         self,
         optimizer: Any = "rmsprop",
@@ -179,7 +164,8 @@ class GradientAccumulateModel(WrapperModel):
 
         Args:
             optimizer: The optimizer that makes one update a window. It is wrapped in a `GradientAccumulateOptimizer`.
-                This model's own, from an earlier `compile`, keeps its state.
+                This model's own, from an earlier `compile`, keeps its state, and so does one with the same
+                `accum_steps`, which is not wrapped twice.
             loss: The loss, or one for each output. Their reductions have to be means, or all of them `"sum"`: then a
                 window makes the update of the large batch's sum.
             loss_weights: As for `keras.Model.compile`.
@@ -198,9 +184,10 @@ class GradientAccumulateModel(WrapperModel):
         """
         reduction = check_losses(loss, self.normalization)
         checks.check_layers(self.model, self._accum_steps, self.micro_batch_size)
-        if optimizer is getattr(self, "optimizer", None) and isinstance(optimizer, GradientAccumulateOptimizer):
-            optimizer = optimizer.inner_optimizer
         optimizer = keras.optimizers.get(optimizer)
+        own = optimizer is getattr(self, "optimizer", None)
+        if isinstance(optimizer, GradientAccumulateOptimizer) and (own or optimizer.accum_steps == self._accum_steps):
+            optimizer = optimizer.inner_optimizer  # an .h5 file has an equal one
         scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
         if auto_scale_loss and self.model.dtype_policy.name == "mixed_float16" and not scaled:
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
@@ -230,16 +217,6 @@ class GradientAccumulateModel(WrapperModel):
             self._adopt(layer)
         self._untracked.step.compile_passes(False)
         self._untracked.flush = None
-
-    def export(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
-        """Exports the wrapped model, whose inference is this model's.
-
-        Args:
-            filepath: Where to export it.
-            *args: As `keras.Model.export` takes them.
-            **kwargs: As `keras.Model.export` takes them: `format`, `verbose`, `input_signature`, …
-        """
-        self.model.export(filepath, *args, **kwargs)
 
     def get_compile_config(self) -> dict[str, Any]:
         """Returns the arguments of `compile`, with the optimizer that was given: `compile` wraps it anew."""
@@ -434,16 +411,25 @@ class GradientAccumulateModel(WrapperModel):
             "lazy_sparse": self.lazy_sparse,
         }
 
-    @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
-        """Makes a model from what `get_config` returned."""
+    @staticmethod
+    def arguments_from_config(config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Returns the arguments of the constructor that are in what `get_config` returned."""
         config = dict(config)
         for key in ("model", "accum_steps", "normalization", "gradient_clipping"):
             config[key] = keras.saving.deserialize_keras_object(config[key], custom_objects=custom_objects)
         if isinstance(config["accum_steps"], dict):
             config["accum_steps"] = {int(epoch): steps for epoch, steps in config["accum_steps"].items()}
-        return cls(**config)
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
+        """Makes a model from what `get_config` returned."""
+        return cls(**cls.arguments_from_config(config, custom_objects))
 
     def __repr__(self) -> str:
         mode = "accum_steps" if self.micro_batch_size is None else "micro_batch_size"
         return f"<GradientAccumulateModel {self.model.name}, {mode}={getattr(self, mode)}>"
+
+
+# In an .h5 file Keras names the class of a model without its package.
+keras.saving.get_custom_objects()["GradientAccumulateModel"] = GradientAccumulateModel
