@@ -11,6 +11,7 @@ FLOORS = (
     {"ops"},
     {"window"},
     {"optimizer", "normalization"},
+    {"memory"},
     {"training"},
     {"verification"},
     {"benchmark"},

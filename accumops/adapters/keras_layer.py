@@ -49,3 +49,41 @@ class ExtraCheckpointState(keras.Layer):
         if save_type != "checkpoint":
             children.pop("checkpoint_state", None)
         return children
+
+
+@relies_on("keras.Layer._get_own_losses()", feature="losses over the window, and recompute")
+def layer_losses(layer: keras.Layer) -> list[tf.Tensor]:
+    """What a layer and those within it have added as losses, without regularizers of variables."""
+    return [loss for each in layers_within(layer) for loss in each._get_own_losses()]
+
+
+@relies_on("keras.Layer._get_regularization_losses()", feature="losses over the window")
+def regularization_losses(layer: keras.Layer) -> list[tf.Tensor]:
+    """The losses of the regularizers of a layer's trainable variables."""
+    return list(layer._get_regularization_losses())
+
+
+class StateRecorder(keras.StatelessScope):
+    """A `keras.StatelessScope` that collects losses, and records assignments to variables that it has no value for.
+
+    Args:
+        values: Pairs of a variable and its value.
+    """
+
+    def __init__(self, values: list[tuple[keras.Variable, tf.Tensor]]) -> None:
+        super().__init__(values, collect_losses=True)
+        self._known = {id(variable) for variable, _ in values}
+        self.unknown: list[tuple[keras.Variable, str]] = []
+        """Other variables that were assigned, and the scope of names where."""
+
+    def add_update(self, update: tuple[keras.Variable, tf.Tensor]) -> None:
+        """Is called for each assignment, with the variable and its new value."""
+        variable, _ = update
+        if id(variable) not in self._known:
+            scope = "" if tf.executing_eagerly() else tf.compat.v1.get_default_graph().get_name_scope()
+            self.unknown.append((variable, scope))
+        super().add_update(update)
+
+    def value_of(self, variable: keras.Variable) -> tf.Tensor:
+        """The value of a variable now."""
+        return self.get_current_value(variable)

@@ -16,8 +16,8 @@ def loss_tracker(model: keras.Model) -> keras.metrics.Mean:
 
 
 @relies_on("<a compiled model>._metrics", feature="the error for models with metrics of their own")
-def own_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
-    """The metrics that are attributes of a model itself."""
+def own_metrics(model: keras.Layer) -> list[keras.metrics.Metric]:
+    """The metrics that are attributes of a model or layer itself."""
     return list(model._metrics)
 
 
@@ -27,6 +27,11 @@ def mask_of(tensor: tf.Tensor) -> tf.Tensor | None:
     A tensor without mask need not have the attribute, so there is nothing to ask the installed Keras for.
     """
     return getattr(tensor, "_keras_mask", None)
+
+
+def set_mask(tensor: tf.Tensor, mask: tf.Tensor) -> None:
+    """Gives a tensor a mask, as Keras's layers do."""
+    tensor._keras_mask = mask
 
 
 @relies_on(

@@ -92,3 +92,16 @@ def components_of(variable: tf.Variable) -> tuple[tf.Variable, ...]:
 def distribution_of(variable: tf.Variable) -> tf.distribute.Strategy | None:
     """The strategy that distributes a variable, or None."""
     return variable.distribute_strategy if isinstance(variable, tf.distribute.DistributedValues) else None
+
+
+@relies_on("<a function's graph>._functions", feature="the check that layers can be run again")
+def operations_within(graph: tf.Graph) -> list[tf.Operation]:
+    """The operations of a function's graph, and of the functions that it calls."""
+    found, graphs, seen = [], [graph], set()
+    while graphs:
+        each = graphs.pop()
+        if id(each) not in seen:
+            seen.add(id(each))
+            found.extend(each.get_operations())
+            graphs.extend(inner.graph for inner in each._functions.values() if hasattr(inner, "graph"))
+    return found

@@ -54,6 +54,23 @@ def owning_windows(adopt: "Callable[[AccumBatchNormalization], None]") -> Iterat
         _ADOPT.reset(token)
 
 
+# Whether layers add moments to windows that others end: None leaves it to how they are called.
+_COLLECTS: contextvars.ContextVar[bool | None] = contextvars.ContextVar("collects", default=None)
+
+
+@contextlib.contextmanager
+def collecting_moments(collects: bool) -> Iterator[None]:
+    """Says whether layers that are called while the block runs or is traced add moments to windows that others end.
+
+    Of several runs over the same inputs one has to. It may be in a `keras.StatelessScope`.
+    """
+    token = _COLLECTS.set(collects)
+    try:
+        yield
+    finally:
+        _COLLECTS.reset(token)
+
+
 @keras.saving.register_keras_serializable(package="accumops")
 class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalization):
     """Batch normalization that is fused, and moves its running statistics once a window.
@@ -283,7 +300,10 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
         ]
 
     def _add(self, moments: ops.BatchMoments, pooled: bool) -> None:
-        if in_stateless_scope():
+        collects = _COLLECTS.get() if self._joined() else None
+        if collects is False:
+            return
+        if collects is None and in_stateless_scope():
             self._called_alone()
             self._move_stateless(moments)
             return

@@ -70,6 +70,31 @@ def check_mode(
         )
 
 
+def check_loss_over(
+    loss_over: str, micro_batch_size: int | None, parallel_micro_batches: int, normalization: Any
+) -> None:
+    """Raises unless `loss_over` is known and goes with the other arguments."""
+    if loss_over not in ("micro_batch", "window"):
+        raise ValueError(f"`loss_over` must be 'micro_batch' or 'window'. Received: {loss_over!r}")
+    if loss_over == "micro_batch":
+        return
+    if micro_batch_size is None:
+        raise ValueError(
+            "loss_over='window' needs `micro_batch_size`: with `accum_steps` a step of `fit` has one micro-batch, and "
+            "the others of its window are not there."
+        )
+    if parallel_micro_batches != 1:
+        raise ValueError(
+            "loss_over='window' runs one micro-batch at a time: leave `parallel_micro_batches` out. "
+            f"Received: {parallel_micro_batches}"
+        )
+    if normalization != "auto":
+        raise ValueError(
+            "loss_over='window' computes the loss once, so micro-batches have no weights: leave `normalization` out. "
+            f"Received: {normalization!r}"
+        )
+
+
 def check_compilation(strategy: tf.distribute.Strategy | None, jit_compile: bool) -> None:
     """Raises if XLA is to compile steps under a mirroring strategy."""
     if strategy is not None and jit_compile:

@@ -63,6 +63,9 @@ class GradientAccumulateModel(Wrapper):
             activations are in memory together. Gradients and metrics add up in the same order.
         whole_inputs: With `micro_batch_size`, inputs that are no batch, such as the adjacency of a graph: each
             micro-batch gets them whole. Keys if the inputs are a dict, else positions.
+        loss_over: With `micro_batch_size`, what the loss sees: `"micro_batch"` (each micro-batch by itself, which is
+            exact for means and sums over samples) or `"window"` (the outputs of all its micro-batches at once, which
+            is exact for every loss, such as contrastive ones; it costs one more forward pass).
         normalization: What a micro-batch counts for in the mean over its window: `"auto"` (what its loss has divided
             by: samples, valid positions of a mask, labels that `ignore_class` leaves, or the sum of sample weights if
             the loss's reduction is `"mean_with_sample_weight"`; an error if the losses of several outputs divide by
@@ -102,6 +105,7 @@ class GradientAccumulateModel(Wrapper):
         micro_batch_size: int | None = None,
         parallel_micro_batches: int = 1,
         whole_inputs: Sequence[str | int] = (),
+        loss_over: str = "micro_batch",
         normalization: str | Normalization = "auto",
         partial_window: str = "flush",
         gradient_clipping: Clipping | None = None,
@@ -113,6 +117,7 @@ class GradientAccumulateModel(Wrapper):
         model = checks.check_model(model, inputs, outputs)
         checks.check_mode(accum_steps, micro_batch_size, parallel_micro_batches, whole_inputs)
         check_normalization(normalization)
+        checks.check_loss_over(loss_over, micro_batch_size, parallel_micro_batches, normalization)
         if partial_window not in PARTIAL_WINDOWS:
             raise ValueError(f"`partial_window` must be one of {PARTIAL_WINDOWS}. Received: {partial_window!r}")
         check_gradient_clipping(gradient_clipping)
@@ -124,12 +129,13 @@ class GradientAccumulateModel(Wrapper):
         self.micro_batch_size = None if micro_batch_size is None else int(micro_batch_size)
         self.parallel_micro_batches = int(parallel_micro_batches)
         self.whole_inputs = tuple(whole_inputs)
+        self.loss_over = loss_over
         self.normalization = normalization
         self.partial_window = partial_window
         self.gradient_clipping = gradient_clipping
         self.lazy_sparse = lazy_sparse
         # Untracked, where TensorFlow does not find functions to export.
-        self._untracked = Untracked(step=TrainingStep(self), flush=None, ends_window=None)
+        self._untracked = Untracked(step=TrainingStep(self), flush=None, ends_window=None, losses=None)
 
     @property
     def accum_steps(self) -> int | dict[int, int] | Schedule | None:
@@ -182,7 +188,7 @@ class GradientAccumulateModel(Wrapper):
             ValueError: If the optimizer accumulates gradients itself, a loss has a reduction that no weighted mean of
                 micro-batches gives, or with `micro_batch_size` if a layer is stateful.
         """
-        reduction = check_losses(loss, self.normalization)
+        reduction = "mean" if self.loss_over == "window" else check_losses(loss, self.normalization)
         checks.check_layers(self.model, self._accum_steps, self.micro_batch_size)
         optimizer = keras.optimizers.get(optimizer)
         own = optimizer is getattr(self, "optimizer", None)
@@ -215,7 +221,7 @@ class GradientAccumulateModel(Wrapper):
         wrapped.jit_compile = bool(self.jit_compile) and not self.compiles_passes
         for layer in self.normalizations():
             self._adopt(layer)
-        self._untracked.step.compile_passes(False)
+        self._untracked.step.start_anew()
         self._untracked.flush = None
 
     def get_compile_config(self) -> dict[str, Any]:
@@ -320,7 +326,22 @@ class GradientAccumulateModel(Wrapper):
     @property
     def compiles_passes(self) -> bool:
         """Whether XLA compiles forward and backward alone, and not the whole step."""
-        return compiles_passes(self, loops=self.micro_batch_size is not None)
+        return self.loss_over != "window" and compiles_passes(self, loops=self.micro_batch_size is not None)
+
+    @property
+    def losses(self) -> list[Any]:
+        """Losses of layers (`add_loss`) and regularizers, of the last call."""
+        losses = self._untracked.losses
+        return super().losses if losses is None else losses
+
+    @contextlib.contextmanager
+    def with_losses(self, losses: Sequence[tf.Tensor]) -> Iterator[None]:
+        """Has `losses` return what is given, while the block runs or is traced."""
+        self._untracked.losses = list(losses)
+        try:
+            yield
+        finally:
+            self._untracked.losses = None
 
     @contextlib.contextmanager
     def window_ends(self, ends: bool | None) -> Iterator[None]:
@@ -405,6 +426,7 @@ class GradientAccumulateModel(Wrapper):
             "micro_batch_size": self.micro_batch_size,
             "parallel_micro_batches": self.parallel_micro_batches,
             "whole_inputs": list(self.whole_inputs),
+            "loss_over": self.loss_over,
             "normalization": keras.saving.serialize_keras_object(self.normalization),
             "partial_window": self.partial_window,
             "gradient_clipping": keras.saving.serialize_keras_object(self.gradient_clipping),

@@ -12,6 +12,61 @@ Carried = Sequence[tf.Tensor]
 _LARGEST = 1 << 30
 
 
+class Slices:
+    """A batch that is cut into slices of a number of samples, of which the last one may be smaller.
+
+    Args:
+        data: The batch, a structure of tensors, with None for parts that it lacks.
+        size: Samples a slice.
+        empty: Whether a batch without samples is one slice, instead of an error.
+        uncut: Tensors of the batch that are not cut: each slice gets all of them.
+
+    Raises:
+        ValueError: As `fold_slices`.
+    """
+
+    def __init__(self, data: Any, size: int, *, empty: bool = False, uncut: Collection[tf.Tensor] = ()) -> None:
+        self._data = data
+        self._uncut = {id(tensor) for tensor in uncut}
+        leaves = [leaf for leaf in keras.tree.flatten(data) if leaf is not None and id(leaf) not in self._uncut]
+        if any(isinstance(leaf, tf.SparseTensor) for leaf in leaves):
+            raise ValueError(
+                "A batch with a tf.SparseTensor cannot be split: use `accum_steps` instead of `micro_batch_size`."
+            )
+        self.size = min(size, _LARGEST)
+        self.count = _count(leaves, empty)
+        """The number of samples, a scalar."""
+        self.known = next((leaf.shape[0] for leaf in leaves if leaf.shape[0] is not None), None)
+        """The number of samples, if the graph knows it."""
+        self.divides = self.known is not None and self.known > 0 and self.known % self.size == 0
+        """Whether the graph knows that all slices have the same size."""
+
+    def part(self, begin: tf.Tensor | int, end: tf.Tensor | int) -> Any:
+        """The samples from one position to another."""
+        return self._map(lambda leaf: leaf[begin:end])
+
+    def whole(self, begin: tf.Tensor | int) -> Any:
+        """The slice that begins at a position, of a size that the graph knows, where it can."""
+        return self._map(lambda leaf: self._cut(leaf, begin, self.divides))
+
+    def full(self, begin: tf.Tensor | int) -> Any:
+        """The slice that begins at a position where another slice follows, so that it has its full size."""
+        return self._map(lambda leaf: self._cut(leaf, begin, True))
+
+    def _cut(self, leaf: tf.Tensor, begin: tf.Tensor | int, is_full: bool) -> tf.Tensor:
+        if isinstance(leaf, tf.RaggedTensor):
+            return leaf[begin : begin + self.size]
+        rest = leaf.shape.rank - 1
+        size = self.size if is_full else tf.minimum(self.size, self.count)
+        result = tf.slice(leaf, [begin] + [0] * rest, [size] + [-1] * rest)
+        return tf.ensure_shape(result, [self.size if is_full else None, *leaf.shape[1:]])
+
+    def _map(self, cut: Callable[[tf.Tensor], tf.Tensor]) -> Any:
+        return keras.tree.map_structure(
+            lambda leaf: leaf if leaf is None or id(leaf) in self._uncut else cut(leaf), self._data
+        )
+
+
 def fold_slices(
     data: Any,
     size: int,
@@ -46,37 +101,8 @@ def fold_slices(
         ValueError: If the batch cannot be split, has no samples, or its tensors have different numbers of samples. In
             a graph that does not know the numbers, `tf.errors.InvalidArgumentError`.
     """
-    kept = {id(tensor) for tensor in uncut}
-    leaves = [leaf for leaf in keras.tree.flatten(data) if leaf is not None and id(leaf) not in kept]
-    if any(isinstance(leaf, tf.SparseTensor) for leaf in leaves):
-        raise ValueError(
-            "A batch with a tf.SparseTensor cannot be split: use `accum_steps` instead of `micro_batch_size`."
-        )
-    size = min(size, _LARGEST)
-    count = _count(leaves, empty)
-    known = next((leaf.shape[0] for leaf in leaves if leaf.shape[0] is not None), None)
-    divides = known is not None and known > 0 and known % size == 0
-
-    def part(begin: tf.Tensor | int, end: tf.Tensor | int) -> Any:
-        def cut(leaf: tf.Tensor | None) -> tf.Tensor | None:
-            return leaf if leaf is None or id(leaf) in kept else leaf[begin:end]
-
-        return keras.tree.map_structure(cut, data)
-
-    def whole(begin: tf.Tensor) -> Any:
-        """A slice of a size that the graph knows, where it can."""
-
-        def cut(leaf: tf.Tensor | None) -> tf.Tensor | None:
-            if leaf is None or id(leaf) in kept:
-                return leaf
-            if isinstance(leaf, tf.RaggedTensor):
-                return leaf[begin : begin + size]
-            rest = leaf.shape.rank - 1
-            result = tf.slice(leaf, [begin] + [0] * rest, [size if divides else tf.minimum(size, count)] + [-1] * rest)
-            return tf.ensure_shape(result, [size if divides else None, *leaf.shape[1:]])
-
-        return keras.tree.map_structure(cut, data)
-
+    slices = Slices(data, size, empty=empty, uncut=uncut)
+    size, count, part, whole, divides = slices.size, slices.count, slices.part, slices.whole, slices.divides
     if tf.executing_eagerly():
         begins = range(0, int(count), size)
         for begin in begins:
@@ -101,19 +127,19 @@ def fold_slices(
         state = [tf.convert_to_tensor(begin), *carried]
         return tf.while_loop(lambda begin, *_: begin < end, body, state, parallel_iterations=1)[1:]
 
-    slices = (count + size - 1) // size
+    number = (count + size - 1) // size
     cut_one = whole if static_sizes or divides else lambda begin: part(begin, begin + size)
     done: tf.Tensor | int = 0
     if at_once > 1:
         done = count // (size * at_once) * (size * at_once)
         carried = loop(0, done, cut_one, carried, at_once)
     if divides:
-        return slices, loop(done, count, whole, carried)
+        return number, loop(done, count, whole, carried)
     if not static_sizes:
-        return slices, loop(done, count, lambda begin: part(begin, tf.minimum(begin + size, count)), carried)
+        return number, loop(done, count, lambda begin: part(begin, tf.minimum(begin + size, count)), carried)
     full = count // size * size
     carried = loop(done, full, whole, carried)
-    return slices, tf.cond(
+    return number, tf.cond(
         full < count, lambda: list(run(part(full, count), tf.equal(full, 0), carried)), lambda: list(carried)
     )
 

@@ -2,7 +2,7 @@
 
     accum_steps        a batch is one micro-batch: pass, then `optimizer.apply`, which ends the window if it is full
     micro_batch_size   a batch is a window: for each slice a pass and `optimizer.accumulate_slice`, then
-                       `optimizer.close`
+                       `optimizer.close`; with `loss_over="window"` as in `window_loss.py`
 
 A pass goes forward and backward over a micro-batch, updates the metrics, and weighs the micro-batch. The mean of the
 loss in the logs is weighed like the gradients' mean.
@@ -19,6 +19,7 @@ from accumops.adapters.keras_losses import following
 from accumops.adapters.keras_model import loss_tracker
 from accumops.training.slicing import Carried, fold_slices
 from accumops.training.weighting import count_samples, share_of
+from accumops.training.window_loss import WindowLoss
 
 
 class Pass(NamedTuple):
@@ -43,6 +44,12 @@ class TrainingStep:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._compiled_pass: Callable[[Any], Pass] | None = None
+        self._window_loss: WindowLoss | None = None
+
+    def start_anew(self) -> None:
+        """Forgets what was known of the model: it has been compiled."""
+        self._compiled_pass = None
+        self._window_loss = WindowLoss(self._model) if self._model.loss_over == "window" else None
 
     def compile_passes(self, compiled: bool) -> None:
         """Has XLA compile each pass by itself, or no longer."""
@@ -64,7 +71,9 @@ class TrainingStep:
             data: The batch.
             ends_window: With `accum_steps`, whether the step ends its window; None leaves it to the counters.
         """
-        if self._model.micro_batch_size is not None:
+        if self._model.micro_batch_size is not None and self._window_loss is not None:
+            self._train_on_window(data, self._model.micro_batch_size, self._window_loss)
+        elif self._model.micro_batch_size is not None:
             self._train_on_slices(data, self._model.micro_batch_size)
         else:
             self._train_on_micro_batch(data, ends_window)
@@ -113,6 +122,16 @@ class TrainingStep:
             optimizer.close()
         value = losses if self._sums() else tf.math.divide_no_nan(losses, total)
         tracker.update_state(tf.cast(value, tracker.dtype), sample_weight=seen)
+
+    @tf.autograph.experimental.do_not_convert
+    def _train_on_window(self, data: Any, size: int, window_loss: WindowLoss) -> None:
+        model, optimizer = self._model, self._model.optimizer
+        optimizer.accumulator.reset()  # as above
+        passed = window_loss.train(data, size, self._whole_inputs(data), self._share_dtype())
+        # Gradients of parts of one loss are added, and not averaged.
+        optimizer.accumulator.state.count(passed.slices, tf.ones([], self._share_dtype()))
+        optimizer.close()
+        loss_tracker(model).update_state(passed.loss, sample_weight=passed.samples)
 
     @tf.autograph.experimental.do_not_convert
     def _whole_inputs(self, data: Any) -> list[tf.Tensor]:

@@ -1,0 +1,1 @@
+"""Memory: running parts of a model again instead of keeping what they computed."""
