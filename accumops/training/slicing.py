@@ -56,7 +56,7 @@ class Slices:
     def _cut(self, leaf: tf.Tensor, begin: tf.Tensor | int, is_full: bool) -> tf.Tensor:
         if isinstance(leaf, tf.RaggedTensor):
             return leaf[begin : begin + self.size]
-        rest = leaf.shape.rank - 1
+        rest = len(leaf.shape) - 1
         size = self.size if is_full else tf.minimum(self.size, self.count)
         result = tf.slice(leaf, [begin] + [0] * rest, [size] + [-1] * rest)
         return tf.ensure_shape(result, [self.size if is_full else None, *leaf.shape[1:]])

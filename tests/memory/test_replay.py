@@ -94,7 +94,7 @@ def test_metrics_in_layers_are_state():
     stretch.run(run.state, X)
     assert float(layer.mean.count) == 0
     stretch.assign(run.state)
-    assert float(layer.mean.count) == X.size
+    assert float(layer.mean.count) == len(X)
 
 
 def test_windows_of_batch_normalization_collect_where_they_are_told():
