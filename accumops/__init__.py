@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from accumops.registration import register
 
 if TYPE_CHECKING:
-    from accumops import ops
+    from accumops import losses, ops
     from accumops.normalization.layer import AccumBatchNormalization
     from accumops.normalization.replace import replace_batchnorm_layers, restore_batchnorm_layers
     from accumops.ops import LibraryError, build_info, get_backend, set_backend
@@ -31,6 +31,7 @@ __all__ = [
     "PartialWindow",
     "build_info",
     "get_backend",
+    "losses",
     "ops",
     "replace_batchnorm_layers",
     "restore_batchnorm_layers",
@@ -55,7 +56,7 @@ _MODULES = {
     "restore_batchnorm_layers": "accumops.normalization.replace",
     "set_backend": "accumops.ops",
 }
-_SUBMODULES = ("adapters", "arguments", "normalization", "ops", "optimizer", "training", "window")
+_SUBMODULES = ("adapters", "arguments", "losses", "memory", "normalization", "ops", "optimizer", "training", "window")
 
 
 def __getattr__(name: str) -> Any:
@@ -84,4 +85,4 @@ def _version() -> str:
         return "0+unknown"
 
 
-register(sorted(set(_MODULES.values())))
+register(sorted({*_MODULES.values(), "accumops.losses"}))

@@ -11,7 +11,7 @@ FLOORS = (
     {"ops"},
     {"window"},
     {"optimizer", "normalization"},
-    {"memory"},
+    {"memory", "losses"},
     {"training"},
     {"verification"},
     {"benchmark"},

@@ -51,14 +51,14 @@ def test_type_checkers_and_the_table_see_the_same_names():
     block = next(node for node in tree.body if isinstance(node, ast.If))
     imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
     seen = {alias.name: node.module for node in imports for alias in node.names}
-    assert seen == accumops._MODULES | {"ops": "accumops"}
+    assert seen == accumops._MODULES | {"losses": "accumops", "ops": "accumops"}
     assert sorted(seen) == sorted(accumops.__all__)
 
 
 def test_names_are_those_of_their_modules():
     for name in accumops.__all__:
         value = getattr(accumops, name)
-        home = "accumops" if name == "ops" else accumops._MODULES[name]
+        home = "accumops" if name in ("losses", "ops") else accumops._MODULES[name]
         assert value is getattr(importlib.import_module(home), name)
     assert accumops.GradientAccumulator.__module__ == "accumops.window.accumulator"
 
@@ -69,7 +69,17 @@ def test_dir_lists_what_can_be_used():
 
 
 def test_modules_are_attributes():
-    for module in ("adapters", "arguments", "normalization", "ops", "optimizer", "training", "window"):
+    for module in (
+        "adapters",
+        "arguments",
+        "losses",
+        "memory",
+        "normalization",
+        "ops",
+        "optimizer",
+        "training",
+        "window",
+    ):
         assert getattr(accumops, module).__name__ == f"accumops.{module}"
 
 
