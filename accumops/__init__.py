@@ -7,6 +7,7 @@ from accumops.registration import register
 
 if TYPE_CHECKING:
     from accumops import losses, ops
+    from accumops.memory.window_gradients import window_gradients
     from accumops.normalization.layer import AccumBatchNormalization
     from accumops.normalization.replace import replace_batchnorm_layers, restore_batchnorm_layers
     from accumops.ops import LibraryError, build_info, get_backend, set_backend
@@ -36,6 +37,7 @@ __all__ = [
     "replace_batchnorm_layers",
     "restore_batchnorm_layers",
     "set_backend",
+    "window_gradients",
 ]
 
 # Importing TensorFlow takes seconds, so each name is imported when it is first used. The imports above say the same to
@@ -55,6 +57,7 @@ _MODULES = {
     "replace_batchnorm_layers": "accumops.normalization.replace",
     "restore_batchnorm_layers": "accumops.normalization.replace",
     "set_backend": "accumops.ops",
+    "window_gradients": "accumops.memory.window_gradients",
 }
 _SUBMODULES = ("adapters", "arguments", "losses", "memory", "normalization", "ops", "optimizer", "training", "window")
 

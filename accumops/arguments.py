@@ -111,3 +111,17 @@ def as_weight(weight: float | tf.Tensor, dtype: tf.DType) -> tf.Tensor:
     if tensor.shape.rank not in (0, None):
         raise ValueError(f"`weight` must be a number or a scalar tensor. Received shape: {tensor.shape}")
     return tensor
+
+
+def check_count(name: str, value: int, what: str) -> None:
+    """Raises unless an argument is an int of at least 1.
+
+    Args:
+        name: The argument's name.
+        value: The argument.
+        what: What it counts, for the message.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"`{name}` must be an int, {what}. Received: {value!r}")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1. Received: {value}")

@@ -47,7 +47,9 @@ def over_row_tiles(
             first = (0, tf.zeros_like(shared), array)
             _, of_shared, array = tf.while_loop(lambda i, *_: i < count, body, first, parallel_iterations=1)
             rest, more = tile_gradient(count * tile, tf.shape(rows)[0])
-            whole = tf.reshape(array.stack(), tf.concat([[count * tile], tf.shape(rows)[1:]], 0))
+            shape = tf.concat([[count * tile], tf.shape(rows)[1:]], 0)
+            # An array without tiles has no shape, if the graph does not know that of a row.
+            whole = tf.cond(count > 0, lambda: tf.reshape(array.stack(), shape), lambda: rows[:0])
             return tf.concat([whole, rest], 0), of_shared + more
 
         def body(i: tf.Tensor, values: tf.TensorArray) -> tuple:

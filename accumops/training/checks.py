@@ -1,6 +1,5 @@
 """Models and arguments that a `GradientAccumulateModel` refuses, and the errors that say why."""
 
-import numbers
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +10,7 @@ import tensorflow as tf
 
 from accumops.adapters.keras_layer import layers_within
 from accumops.adapters.keras_model import own_metrics
-from accumops.arguments import Schedule
+from accumops.arguments import Schedule, check_count
 from accumops.training.callbacks import AccumStepsScheduler
 
 
@@ -53,7 +52,7 @@ def check_mode(
         )
     if isinstance(accum_steps, dict):
         AccumStepsScheduler(accum_steps)
-    _check_count("parallel_micro_batches", parallel_micro_batches, "a number of micro-batches")
+    check_count("parallel_micro_batches", parallel_micro_batches, "a number of micro-batches")
     if isinstance(whole_inputs, str) or not all(isinstance(key, str | int) for key in whole_inputs):
         raise TypeError(f"`whole_inputs` must be a list of keys or positions of inputs. Received: {whole_inputs!r}")
     if micro_batch_size is None and whole_inputs:
@@ -62,7 +61,7 @@ def check_mode(
             f"Received: {whole_inputs!r}"
         )
     if micro_batch_size is not None:
-        _check_count("micro_batch_size", micro_batch_size, "a number of samples")
+        check_count("micro_batch_size", micro_batch_size, "a number of samples")
     elif parallel_micro_batches != 1:
         raise ValueError(
             "`parallel_micro_batches` needs `micro_batch_size`: with `accum_steps` each step is one micro-batch. "
@@ -188,10 +187,3 @@ def check_batch_size(
         raise ValueError(
             f"A batch is split into micro-batches: micro_batch_size={micro_batch_size} is larger than {of}, {share}."
         )
-
-
-def _check_count(name: str, value: int, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"`{name}` must be an int, {what}. Received: {value!r}")
-    if value < 1:
-        raise ValueError(f"`{name}` must be at least 1. Received: {value}")

@@ -131,7 +131,7 @@ class TrainingStep:
         # Gradients of parts of one loss are added, and not averaged.
         optimizer.accumulator.state.count(passed.slices, tf.ones([], self._share_dtype()))
         optimizer.close()
-        loss_tracker(model).update_state(passed.loss, sample_weight=passed.samples)
+        loss_tracker(model).update_state(self._mean_loss(passed.loss, passed.samples), sample_weight=passed.samples)
 
     @tf.autograph.experimental.do_not_convert
     def _whole_inputs(self, data: Any) -> list[tf.Tensor]:

@@ -1,0 +1,51 @@
+"""A loss over the window of all replicas, against one device with the whole batch."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from replicas import check_replicas_are_equal, largest_difference, mirrored
+
+import accumops
+
+pytestmark = pytest.mark.usefixtures("logical_devices")
+
+PAIRS = np.random.default_rng(0).normal(size=(50, 2, 5)).astype("float32")
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class MeanOfOutputs(keras.layers.Layer):
+    def call(self, inputs):
+        self.add_loss(0.1 * keras.ops.mean(keras.ops.square(inputs)))
+        return inputs
+
+
+def towers():
+    keras.utils.set_random_seed(2)
+    hidden = keras.layers.Dense(8, "tanh", kernel_regularizer="l2")
+    return keras.Sequential([keras.Input((2, 5)), hidden, MeanOfOutputs(), keras.layers.Dense(4)])
+
+
+def train(model, weights):
+    """Three windows, the last of which leaves some replicas with fewer samples, or none."""
+    history = model.fit(PAIRS, np.zeros(50), batch_size=24, sample_weight=weights, shuffle=False, verbose=0).history
+    return history["loss"]
+
+
+@pytest.mark.parametrize(
+    ("replicas", "weighted"), [(2, True), (4, False), pytest.param(4, True, marks=pytest.mark.exhaustive)]
+)
+def test_replicas_see_the_outputs_of_all(replicas, weighted):
+    weights = np.linspace(0.5, 1.5, 50) if weighted else None
+    plain = towers()
+    plain.compile(keras.optimizers.SGD(0.1), accumops.losses.CLIPLoss(0.5))
+    wanted = train(plain, weights)
+    with mirrored(replicas).scope():
+        inner = towers()
+        model = accumops.GradientAccumulateModel(inner, micro_batch_size=4, loss_over="window")
+        model.compile(keras.optimizers.SGD(0.1), accumops.losses.CLIPLoss(0.5))
+    got = train(model, weights)
+    assert largest_difference(inner, plain) <= 2e-6
+    np.testing.assert_allclose(got, wanted, rtol=1e-3)
+    check_replicas_are_equal(inner.trainable_variables)
+    assert tf.distribute.get_strategy() is not model.distribute_strategy
