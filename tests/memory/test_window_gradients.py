@@ -52,7 +52,7 @@ def test_several_towers_with_inputs_of_several_kinds():
     model = keras.Model({"image": image, "tokens": tokens}, [left, right])
     inputs = {
         "image": tf.constant(RNG.normal(size=(9, 4, 4, 1)), tf.float32),
-        "tokens": RNG.integers(0, 5, size=(9, 3)),
+        "tokens": tf.constant(RNG.integers(0, 5, size=(9, 3))),
     }
 
     def loss(outputs):
