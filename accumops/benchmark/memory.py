@@ -88,11 +88,21 @@ def peak_bytes(problem: str, contender: str, samples: int, device: str) -> int:
         device: `"CPU"` or `"GPU"`.
     """
     make = _at_once if contender == FLOOR else CONTENDERS[contender]
+    return peak_of(lambda: make(PROBLEMS[problem], samples), device)
+
+
+def peak_of(prepare: Callable[[], Callable[[], object]], device: str) -> int:
+    """Returns the peak while windows run, in bytes above the memory before. Needs a new process.
+
+    Args:
+        prepare: Makes the model, and returns a function that runs a window.
+        device: `"CPU"` or `"GPU"`.
+    """
     memory = _DeviceMemory() if device == "GPU" else _ResidentMemory()
     with tf.device(f"{device}:0"):
         tf.add(1.0, 1.0)  # starts TensorFlow
         before = memory.now()
-        window = make(PROBLEMS[problem], samples)
+        window = prepare()
         window()  # traces
         memory.forget_peak()
         for _ in range(_WINDOWS):

@@ -23,13 +23,13 @@ def split(x: tf.Tensor, y: tf.Tensor, micro_batch: int) -> list[tuple[tf.Tensor,
     return [(x[i : i + micro_batch], y[i : i + micro_batch]) for i in range(0, len(x), micro_batch)]
 
 
-def train_steps(model: Any, x: tf.Tensor, y: tf.Tensor, batch_size: int) -> Callable[[], object]:
+def train_steps(model: Any, x: Any, y: tf.Tensor, batch_size: int) -> Callable[[], object]:
     """Returns a function that takes a compiled model once through the data, as `fit` does, but without callbacks."""
     model.make_train_function()
     with tf.device("CPU:0"):  # datasets stay on the CPU, whichever device the steps run on
         data = tf.data.Dataset.from_tensor_slices((x, y)).batch(batch_size, drop_remainder=True)
         batches = iter(data.cache().repeat())
-    steps = len(x) // batch_size
+    steps = len(y) // batch_size
 
     def window() -> None:
         for _ in range(steps):
