@@ -3,7 +3,7 @@
     pip install scikit-learn matplotlib
     python examples/contrastive.py [picture.png]
 
-Two views of each image, moved by a pixel and with noise, go through a small encoder; the loss is NT-Xent (SimCLR), whose
+Two views of each image, moved by a pixel and with noise, go through a small encoder. The loss is NT-Xent (SimCLR): its
 negatives are all other images of the batch. Trained three ways with the same number of updates:
 
     the full batch         1024 images at once: what the other two stand for
