@@ -128,6 +128,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
                 "To use the BackupAndRestore callback, your model must be built before you call `fit()`. Model "
                 f"{self.model} is unbuilt. You can build it beforehand by calling it on a batch of data."
             )
+        self._let_fit_choose_the_epoch()  # if the last `fit` has failed
         self._since_backup = 0
         self._first_accum_steps = self._accum_steps()
         self._files.prepare()
@@ -151,7 +152,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         if backup is None or not backup.record["batches"] or backup.record["epoch"] != epoch:
             self._restored = None
             return
-        before, now = backup.record["batches_of_epoch"], self.params.get("steps")
+        before, now = backup.record["batches_of_epoch"], self._batches_of_epoch()
         if None not in (before, now) and before != now:
             raise ValueError(
                 f"The backup in {backup.path!r} was made after {backup.record['batches']} of {before} batches of an "
@@ -210,7 +211,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         record = {
             "epoch": epoch,
             "batches": batches,
-            "batches_of_epoch": self.params.get("steps"),
+            "batches_of_epoch": self._batches_of_epoch(),
             "updates_before_epoch": self._updates_before_epoch,
             "accum_steps": [self._first_accum_steps, self._accum_steps()],
             "logs": {name: _plain(value) for name, value in (logs or {}).items()},
@@ -253,6 +254,9 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         """The model's variables that Keras's files do not have."""
         known = {id(variable) for variable in [*self.model.weights, *self.model.metrics_variables]}
         return list({id(each): each for each in self.model.variables if id(each) not in known}.values())
+
+    def _batches_of_epoch(self) -> int | None:
+        return (self.params or {}).get("steps")
 
     def _optimizer(self) -> Any:
         return accumulating_optimizer(self.model) or self.model.optimizer
@@ -305,28 +309,35 @@ class _Passing:
 
     def __init__(self, model: Any, backup: Backup) -> None:
         self._model = model
-        self._train_function: Callable[[Any], Any] = model.train_function
+        function = model.train_function
+        # One of a `fit` that has failed may still be there.
+        self.train_function: Callable[[Any], Any] = (
+            function.train_function if isinstance(function, _Passing) else function
+        )
         self._backup = backup
         self._passed = 0
+        self._history = getattr(model, "history", None)  # each `fit` has its own
         self._iterator: Any = None
 
     def __call__(self, iterator: Any) -> Any:
-        if self._iterator is None:
-            self._iterator = iterator
-        elif self._iterator is not iterator:  # another `fit`, after one that has failed
-            self._model.train_function = self._train_function
-            return self._train_function(iterator)
+        if getattr(self._model, "history", None) is not self._history or (
+            self._iterator is not None and self._iterator is not iterator
+        ):
+            # Another `fit`, after one that has failed before it had passed all.
+            self._model.train_function = self.train_function
+            return self.train_function(iterator)
+        self._iterator = iterator
         steps = self._model.steps_per_execution
         last = self._passed + steps >= self._backup.record["batches"]
         try:
             if last:
-                self._model.train_function = self._train_function
-                self._train_function(iterator)
+                self._model.train_function = self.train_function
+                self.train_function(iterator)
             else:
                 for _ in range(steps):
                     next(iterator)
         except StopIteration as error:
-            self._model.train_function = self._train_function
+            self._model.train_function = self.train_function
             raise _too_short(self._backup, self._passed) from error
         self._passed += steps
         return dict(self._backup.record["logs"])

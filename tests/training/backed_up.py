@@ -6,7 +6,7 @@ import numpy as np
 import accumops
 
 BATCHES = 5  # of an epoch; the last is smaller
-EPOCHS = 3
+EPOCHS = 2
 KINDS = ("plain", "optimizer", "accum_steps", "scheduled", "micro_batch_size", "batch_norm")
 
 
