@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from accumops.ops import LibraryError, build_info, get_backend, set_backend
     from accumops.optimizer.clipping import AdaptiveGradientClipping
     from accumops.optimizer.optimizer import GradientAccumulateOptimizer
+    from accumops.training.backup import BackupAndRestore
     from accumops.training.callbacks import AccumStepsScheduler, EffectiveBatchSize
     from accumops.training.model import GradientAccumulateModel
     from accumops.training.partial_window import PartialWindow
@@ -24,6 +25,7 @@ __all__ = [
     "AccumBatchNormalization",
     "AccumStepsScheduler",
     "AdaptiveGradientClipping",
+    "BackupAndRestore",
     "EffectiveBatchSize",
     "GradientAccumulateModel",
     "GradientAccumulateOptimizer",
@@ -46,6 +48,7 @@ _MODULES = {
     "AccumBatchNormalization": "accumops.normalization.layer",
     "AccumStepsScheduler": "accumops.training.callbacks",
     "AdaptiveGradientClipping": "accumops.optimizer.clipping",
+    "BackupAndRestore": "accumops.training.backup",
     "EffectiveBatchSize": "accumops.training.callbacks",
     "GradientAccumulateModel": "accumops.training.model",
     "GradientAccumulateOptimizer": "accumops.optimizer.optimizer",

@@ -14,7 +14,7 @@ on one machine, start two processes, each in a terminal of its own or the first 
 
 Each step of `fit` takes a micro-batch of 64 samples, divided among all replicas. Every fourth step makes an update,
 from 256 samples. If a job is killed and started again, it continues from its last backup, in mid-window too. Each
-worker keeps its own backup in `--backup`, and the workers check that all backups are of the same point of training.
+worker keeps its own backups in `--backup`, and all continue from the newest one that each of them has.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def main() -> None:
         model = make_model()
     callbacks = []
     if arguments.backup:
-        callbacks.append(keras.callbacks.BackupAndRestore(os.path.join(arguments.backup, f"worker_{index}")))
+        callbacks.append(accumops.BackupAndRestore(os.path.join(arguments.backup, f"worker_{index}")))
     logs = model.fit(
         make_data(arguments.samples), epochs=arguments.epochs, callbacks=callbacks, verbose=2 if index == 0 else 0
     ).history

@@ -52,6 +52,46 @@ def mark_built(model: keras.Model, like: keras.Model) -> None:
     model._build_shapes_dict = getattr(like, "_build_shapes_dict", None)
 
 
+@relies_on("<a compiled model>._initial_epoch", feature="BackupAndRestore")
+def start_at_epoch(model: keras.Model, epoch: int | None) -> int | None:
+    """Sets the epoch that `fit` starts with, counted from 0; None leaves it to the arguments of `fit`.
+
+    Returns:
+        What was set before.
+    """
+    before = model._initial_epoch
+    model._initial_epoch = epoch
+    return before
+
+
+@relies_on("keras.src.utils.file_utils.is_remote_path(path)", feature="BackupAndRestore")
+def is_remote_path(path: str) -> bool:
+    """Whether Keras reads and writes a path through TensorFlow's file systems, as it does `gs://bucket/file`."""
+    from keras.src.utils import file_utils
+
+    return bool(file_utils.is_remote_path(path))
+
+
+@relies_on(
+    "keras.src.backend.common.global_state.get_global_attribute(name)",
+    "keras.src.random.seed_generator.GLOBAL_SEED_GENERATOR",
+    "keras.src.random.seed_generator.global_seed_generator()",
+    feature="BackupAndRestore",
+)
+def global_seed(*, create: bool) -> keras.Variable | None:
+    """The state of the seed of `keras.random` functions that are called without one; None before the first such call.
+
+    Args:
+        create: Whether to create it if there is none yet.
+    """
+    from keras.src.backend.common import global_state
+    from keras.src.random import seed_generator
+
+    if not create and global_state.get_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR) is None:
+        return None
+    return seed_generator.global_seed_generator().state
+
+
 @relies_on(
     "keras.Model._maybe_symbolic_build(iterator=, data_batch=)",
     "<a compiled model>._default_save_signature",

@@ -11,6 +11,14 @@ from accumops.arguments import check_accum_steps
 from accumops.optimizer.optimizer import GradientAccumulateOptimizer
 
 
+def accumulating_optimizer(model: Any) -> GradientAccumulateOptimizer | None:
+    """Returns the optimizer of a model that accumulates, also within a LossScaleOptimizer, or None."""
+    optimizer = getattr(model, "optimizer", None)
+    while optimizer is not None and not isinstance(optimizer, GradientAccumulateOptimizer):
+        optimizer = getattr(optimizer, "inner_optimizer", None)
+    return optimizer
+
+
 class WindowCallback(keras.callbacks.Callback):
     """A callback that finds the optimizer that accumulates, also within a LossScaleOptimizer."""
 
@@ -21,9 +29,7 @@ class WindowCallback(keras.callbacks.Callback):
         Raises:
             ValueError: If the model has none.
         """
-        optimizer = getattr(self.model, "optimizer", None)
-        while optimizer is not None and not isinstance(optimizer, GradientAccumulateOptimizer):
-            optimizer = getattr(optimizer, "inner_optimizer", None)
+        optimizer = accumulating_optimizer(self.model)
         if optimizer is None:
             raise ValueError(
                 f"{type(self).__name__} needs a model that is compiled with a GradientAccumulateOptimizer, or a "

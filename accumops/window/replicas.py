@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from accumops.adapters.tensorflow import components_of, distribution_of, replicas_cannot_merge
@@ -123,19 +124,29 @@ def check_agreement(strategy: tf.distribute.Strategy, what: dict[str, int]) -> N
         strategy: The strategy.
         what: The numbers of this process, by their names in the message.
     """
-    mine = tf.constant([list(what.values())], tf.int64)
-
-    @tf.function(autograph=False)
-    def gather() -> tf.Tensor:
-        return strategy.gather(strategy.run(tf.identity, args=(mine,)), axis=0)
-
-    everyone = gather().numpy()
+    everyone = gather_from_processes(strategy, list(what.values()))
     if (everyone != everyone[0]).any():
         each = "; ".join(", ".join(f"{name} {n}" for name, n in zip(what, row, strict=True)) for row in everyone)
         raise RuntimeError(
             f"The processes of the {type(strategy).__name__} do not go on from the same point: {each}. Restore the "
             "same backup in all of them."
         )
+
+
+def gather_from_processes(strategy: tf.distribute.Strategy, numbers: Sequence[int]) -> np.ndarray:
+    """Returns numbers of all processes of a strategy: a row for each replica. All processes wait for it together.
+
+    Args:
+        strategy: The strategy.
+        numbers: The numbers of this process. All processes give equally many.
+    """
+    mine = tf.constant([list(numbers)], tf.int64)
+
+    @tf.function(autograph=False)
+    def gather() -> tf.Tensor:
+        return strategy.gather(strategy.run(tf.identity, args=(mine,)), axis=0)
+
+    return gather().numpy()
 
 
 def first_share(strategy: tf.distribute.Strategy, batch: Any) -> Any:

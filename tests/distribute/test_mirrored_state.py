@@ -74,6 +74,37 @@ def test_a_window_goes_on_elsewhere(before, after, way, tmp_path):
     assert largest_difference(straight.model, second.model) <= 1e-6
 
 
+class Interrupt(keras.callbacks.Callback):
+    """Interrupts `fit` in its second epoch."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if (self.epoch, batch) == (1, 4):
+            raise KeyboardInterrupt
+
+
+def test_a_backup_in_mid_window_goes_on(tmp_path):
+    """Six micro-batches an epoch; the last backup is after ten. With its logs, which are sums over the replicas."""
+    x, y, _ = (each[: 6 * MICRO - 3] for each in data())
+
+    def train(backup, *callbacks):
+        model = model_under(mirrored(2))
+        logs = model.fit(
+            x, y, batch_size=MICRO, epochs=2, shuffle=False, verbose=0, callbacks=[*callbacks, backup]
+        ).history
+        return model, logs["loss"][-1]
+
+    straight, wanted = train(accumops.BackupAndRestore(tmp_path / "a"))
+    with pytest.raises(KeyboardInterrupt):
+        train(accumops.BackupAndRestore(tmp_path / "b", save_freq=5), Interrupt())
+    again, loss = train(accumops.BackupAndRestore(tmp_path / "b", save_freq=5))
+    assert largest_difference(straight.model, again.model) <= 1e-6
+    assert again.optimizer.iterations.numpy() == 3
+    assert loss == pytest.approx(wanted, rel=1e-6)
+
+
 def test_a_new_fit_drops_the_window_on_all_replicas():
     model = model_under(mirrored(2))
     model.partial_window = "flush"

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -87,8 +88,11 @@ def test_every_optimizer(mode, tmp_path):
 
 
 def test_a_worker_that_is_killed_in_mid_window(results, tmp_path):
+    """And whose peer has not finished its newest backup: both go on from the one before, of an open window."""
     undisturbed = results("backed_up")
     run_workers(["killed"], tmp_path, expected=(-signal.SIGKILL, -signal.SIGKILL))
+    assert [len(list((tmp_path / f"backup_{index}").iterdir())) for index in range(2)] == [2, 2]
+    shutil.rmtree(tmp_path / "backup_0" / "backup-00000002")
     resumed = [result["backed_up"] for result in run_workers(["backed_up"], tmp_path)]
     assert [result["step_at_start"] for result in undisturbed + resumed] == [0, 0, 2, 2]
     assert resumed[0]["weights"] == resumed[1]["weights"]

@@ -1,4 +1,4 @@
-"""A training that is backed up after each epoch, and may be killed: `resumed.py DIRECTORY [EPOCH]`."""
+"""A training that is backed up after every seventh batch, and may be killed: `resumed.py DIRECTORY [EPOCH]`."""
 
 import os
 import pathlib
@@ -29,7 +29,7 @@ class Kill(keras.callbacks.Callback):
 def train(directory, *callbacks):
     """Trains for 7 epochs and writes all variables to the directory.
 
-    An epoch has 3 micro-batches and a window 4: two epochs' ends in three fall into the middle of a window.
+    An epoch has 3 micro-batches and a window 4. So the backup after 14 micro-batches is in the middle of both.
     """
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((48, 5)).astype("float32"), rng.standard_normal((48, 2)).astype("float32")
@@ -37,7 +37,7 @@ def train(directory, *callbacks):
     net = keras.Sequential([keras.Input((5,)), keras.layers.Dense(8, "tanh"), keras.layers.Dense(2)])
     model = accumops.GradientAccumulateModel(net, accum_steps=4, partial_window="carry")
     model.compile(keras.optimizers.Adam(0.01), loss="mse")
-    callbacks = [keras.callbacks.BackupAndRestore(directory / "backup"), *callbacks]
+    callbacks = [*callbacks, accumops.BackupAndRestore(directory / "backup", save_freq=7)]
     model.fit(x, y, batch_size=16, epochs=7, shuffle=False, verbose=0, callbacks=callbacks)
     np.savez(directory / "weights.npz", *model.get_weights(), *[v.numpy() for v in model.optimizer.variables])
 
