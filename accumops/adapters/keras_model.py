@@ -29,6 +29,13 @@ def mask_of(tensor: tf.Tensor) -> tf.Tensor | None:
     return getattr(tensor, "_keras_mask", None)
 
 
+def with_mask(tensor: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
+    """Gives a tensor a mask, as Keras's layers do, and returns the tensor."""
+    if mask is not None:
+        tensor._keras_mask = mask
+    return tensor
+
+
 @relies_on(
     "<a compiled model>._convert_input_args",
     "<a compiled model>._allow_non_tensor_positional_args",

@@ -105,7 +105,7 @@ class TrainingStep:
             static_sizes=bool(model.jit_compile) and not model.compiles_passes,
             at_once=model.parallel_micro_batches,
             empty=model.mirroring is not None,
-            uncut=self._whole_inputs(data),
+            uncut=self.whole_inputs(data),
         )
         # The window and the mean of the losses are counted when all micro-batches have run.
         if optimizer.accumulator.built and model.trainable_variables:
@@ -115,7 +115,7 @@ class TrainingStep:
         tracker.update_state(tf.cast(value, tracker.dtype), sample_weight=seen)
 
     @tf.autograph.experimental.do_not_convert
-    def _whole_inputs(self, data: Any) -> list[tf.Tensor]:
+    def whole_inputs(self, data: Any) -> list[tf.Tensor]:
         """The inputs that each micro-batch gets whole.
 
         Raises:
