@@ -32,7 +32,7 @@ class LossCall(NamedTuple):
 
 
 class _Block(NamedTuple):
-    samples: tf.Tensor
+    samples: tf.Tensor | None
     calls: list[LossCall]
 
 
@@ -53,12 +53,12 @@ def _compiled_losses() -> Any:
 
 
 @contextlib.contextmanager
-def following(samples: tf.Tensor, model: keras.Model) -> Iterator[list[LossCall]]:
+def following(samples: tf.Tensor | None, model: keras.Model) -> Iterator[list[LossCall]]:
     """Follows the losses that `model.compute_loss` computes within a block.
 
     Args:
         samples: How many samples there are, a scalar: what the logged losses of single outputs count for. A loss of no
-            samples counts as nothing, whatever it is.
+            samples counts as nothing, whatever it is. None leaves the logged losses as they are.
         model: The model, compiled.
 
     Returns:
@@ -123,6 +123,8 @@ class _Recorded:
 def _update_of(metric: keras.metrics.Metric) -> Any:
     def update_state(value: tf.Tensor, sample_weight: Any = None) -> Any:
         block = _BLOCK.get()
+        if block is not None and block.samples is None:
+            return None
         if block is not None:
             sample_weight = block.samples
             value = tf.where(sample_weight > 0, value, tf.zeros_like(value))

@@ -29,9 +29,11 @@ def mask_of(tensor: tf.Tensor) -> tf.Tensor | None:
     return getattr(tensor, "_keras_mask", None)
 
 
-def set_mask(tensor: tf.Tensor, mask: tf.Tensor) -> None:
-    """Gives a tensor a mask, as Keras's layers do."""
-    tensor._keras_mask = mask
+def with_mask(tensor: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
+    """Gives a tensor a mask, as Keras's layers do, and returns the tensor."""
+    if mask is not None:
+        tensor._keras_mask = mask
+    return tensor
 
 
 @relies_on(

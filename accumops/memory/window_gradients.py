@@ -21,7 +21,7 @@ import keras
 import tensorflow as tf
 
 from accumops.adapters.keras_layer import regularization_losses
-from accumops.adapters.keras_model import mask_of, set_mask
+from accumops.adapters.keras_model import mask_of, with_mask
 from accumops.arguments import check_count
 from accumops.memory.replay import State, Stretch
 from accumops.memory.slices import Slices
@@ -188,7 +188,7 @@ class WindowPasses:
         flat, masks = rows[: len(masked)], iter(rows[len(masked) :])
         for output, has_mask in zip(flat, masked, strict=True):
             if has_mask:
-                set_mask(output, next(masks))
+                with_mask(output, next(masks))
         return keras.tree.pack_sequence_as(structure, flat)
 
 

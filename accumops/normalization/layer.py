@@ -300,14 +300,15 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
         ]
 
     def _add(self, moments: ops.BatchMoments, pooled: bool) -> None:
+        adopt = _ADOPT.get()
         collects = _COLLECTS.get() if self._joined() else None
         if collects is False:
             return
         if collects is None and in_stateless_scope():
-            self._called_alone()
+            if adopt is None:
+                self._called_alone()
             self._move_stateless(moments)
             return
-        adopt = _ADOPT.get()
         if adopt is not None:
             adopt(self)
         if self._joined():

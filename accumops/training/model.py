@@ -21,6 +21,7 @@ from accumops.optimizer.ending import Clipping
 from accumops.optimizer.optimizer import GradientAccumulateOptimizer
 from accumops.training import checks
 from accumops.training.callbacks import AccumStepsScheduler
+from accumops.training.loss_check import LossCheck, check_action
 from accumops.training.partial_window import PARTIAL_WINDOWS, PartialWindowOfModel
 from accumops.training.step import TrainingStep
 from accumops.training.train_function import function_of_workers, train_function
@@ -66,6 +67,9 @@ class GradientAccumulateModel(Wrapper):
         loss_over: With `micro_batch_size`, what the loss sees: `"micro_batch"` (each micro-batch by itself, which is
             exact for means and sums over samples) or `"window"` (the outputs of all its micro-batches at once, which
             is exact for every loss, such as contrastive ones; it costs one more forward pass).
+        check_loss: What becomes of a loss that micro-batches cannot compute, such as a contrastive loss or one that
+            divides by its own count: `"error"` (a ValueError before the first training step of `fit` or
+            `train_on_batch`), `"warn"` or False (no check). See `compile`.
         normalization: What a micro-batch counts for in the mean over its window: `"auto"` (what its loss has divided
             by: samples, valid positions of a mask, labels that `ignore_class` leaves, or the sum of sample weights if
             the loss's reduction is `"mean_with_sample_weight"`; an error if the losses of several outputs divide by
@@ -110,6 +114,7 @@ class GradientAccumulateModel(Wrapper):
         partial_window: str = "flush",
         gradient_clipping: Clipping | None = None,
         lazy_sparse: bool = False,
+        check_loss: str | bool = "error",
         inputs: Any = None,
         outputs: Any = None,
         name: str | None = None,
@@ -122,6 +127,7 @@ class GradientAccumulateModel(Wrapper):
             raise ValueError(f"`partial_window` must be one of {PARTIAL_WINDOWS}. Received: {partial_window!r}")
         check_gradient_clipping(gradient_clipping)
         check_bool("lazy_sparse", lazy_sparse)
+        check_action(check_loss)
         super().__init__(model, name)
         # A tuple: Keras and TensorFlow would track a dict, and refuse to save one whose keys are ints.
         self._epochs = tuple(accum_steps.items()) if isinstance(accum_steps, dict) else None
@@ -134,8 +140,11 @@ class GradientAccumulateModel(Wrapper):
         self.partial_window = partial_window
         self.gradient_clipping = gradient_clipping
         self.lazy_sparse = lazy_sparse
+        self.check_loss = check_loss
         # Untracked, where TensorFlow does not find functions to export.
-        self._untracked = Untracked(step=TrainingStep(self), flush=None, ends_window=None, losses=None)
+        step = TrainingStep(self)
+        check = LossCheck(self, step.whole_inputs)
+        self._untracked = Untracked(step=step, check=check, flush=None, ends_window=None, losses=None)
 
     @property
     def accum_steps(self) -> int | dict[int, int] | Schedule | None:
@@ -222,6 +231,7 @@ class GradientAccumulateModel(Wrapper):
         for layer in self.normalizations():
             self._adopt(layer)
         self._untracked.step.start_anew()
+        self._untracked.check.restart()
         self._untracked.flush = None
 
     def get_compile_config(self) -> dict[str, Any]:
@@ -283,11 +293,10 @@ class GradientAccumulateModel(Wrapper):
             made = getattr(self, "train_function")  # noqa: B009 - Keras's, of a type that is not known
             plain = not self.run_eagerly and (passes or not jit_compile) and self.steps_per_execution == 1
             if replicas.spans_processes(self.distribute_strategy):
-                made = self.train_function = function_of_workers(
-                    self.train_step, self.distribute_strategy, self.run_eagerly
-                )
+                made = function_of_workers(self.train_step, self.distribute_strategy, self.run_eagerly)
             if plain:
-                made = self.train_function = train_function(self, made)
+                made = train_function(self, made)
+            made = self.train_function = self._untracked.check.before(made)
         return made
 
     def make_test_function(self, force: bool = False) -> Callable[[Any], dict[str, Any]]:
@@ -315,6 +324,7 @@ class GradientAccumulateModel(Wrapper):
             return iterator, data_batch
         for _, _, batches in iterator:
             data_batch = replicas.first_share(strategy, next(batches))
+            self._untracked.check.remember(data_batch)
             break
         return None, data_batch
 
@@ -431,6 +441,7 @@ class GradientAccumulateModel(Wrapper):
             "partial_window": self.partial_window,
             "gradient_clipping": keras.saving.serialize_keras_object(self.gradient_clipping),
             "lazy_sparse": self.lazy_sparse,
+            "check_loss": self.check_loss,
         }
 
     @staticmethod

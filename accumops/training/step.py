@@ -114,7 +114,7 @@ class TrainingStep:
             static_sizes=bool(model.jit_compile) and not model.compiles_passes,
             at_once=model.parallel_micro_batches,
             empty=model.mirroring is not None,
-            uncut=self._whole_inputs(data),
+            uncut=self.whole_inputs(data),
         )
         # The window and the mean of the losses are counted when all micro-batches have run.
         if optimizer.accumulator.built and model.trainable_variables:
@@ -127,14 +127,14 @@ class TrainingStep:
     def _train_on_window(self, data: Any, size: int, window_loss: WindowLoss) -> None:
         model, optimizer = self._model, self._model.optimizer
         optimizer.accumulator.reset()  # as above
-        passed = window_loss.train(data, size, self._whole_inputs(data), self._share_dtype())
+        passed = window_loss.train(data, size, self.whole_inputs(data), self._share_dtype())
         # Gradients of parts of one loss are added, and not averaged.
         optimizer.accumulator.state.count(passed.slices, tf.ones([], self._share_dtype()))
         optimizer.close()
         loss_tracker(model).update_state(self._mean_loss(passed.loss, passed.samples), sample_weight=passed.samples)
 
     @tf.autograph.experimental.do_not_convert
-    def _whole_inputs(self, data: Any) -> list[tf.Tensor]:
+    def whole_inputs(self, data: Any) -> list[tf.Tensor]:
         """The inputs that each micro-batch gets whole.
 
         Raises:

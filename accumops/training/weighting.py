@@ -77,7 +77,7 @@ def share_of(
                 "normalization='weights' needs a model with one output, whose loss has one denominator. Received: "
                 f"{len(calls)} outputs. Use normalization='samples' or a callable."
             )
-        share = _common_divisor(calls, dtype)
+        share = common_divisor(calls, dtype)
         share = tf.cast(samples, dtype) if share is None else share
     return tf.where(samples > 0, tf.cast(share, dtype), tf.zeros([], dtype)) if on_replica else share
 
@@ -112,7 +112,7 @@ class _Divisor(NamedTuple):
 
 
 @tf.autograph.experimental.do_not_convert
-def _common_divisor(calls: Sequence[LossCall], dtype: tf.DType) -> tf.Tensor | None:
+def common_divisor(calls: Sequence[LossCall], dtype: tf.DType) -> tf.Tensor | None:
     """What all losses divide by; None if they divide by samples."""
     divisors = [_divisor_of(call) for call in calls]
     if len({divisor.key for divisor in divisors}) > 1:

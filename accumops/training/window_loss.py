@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from accumops.adapters.keras_layer import regularization_losses
 from accumops.adapters.keras_losses import following
-from accumops.adapters.keras_model import mask_of, set_mask
+from accumops.adapters.keras_model import mask_of, with_mask
 from accumops.memory.slices import Slices
 from accumops.memory.window_gradients import Carried, Gradients, WindowPasses
 from accumops.training.weighting import count_samples
@@ -89,7 +89,7 @@ def _of_all_replicas(structure: Any) -> Any:
         gathered.set_shape([None, *tensor.shape[1:]])
         mask = mask_of(tensor)
         if mask is not None:
-            set_mask(gathered, tf.cast(context.all_gather(tf.cast(mask, tf.int32), axis=0), tf.bool))
+            with_mask(gathered, tf.cast(context.all_gather(tf.cast(mask, tf.int32), axis=0), tf.bool))
         return gathered
 
     return keras.tree.map_structure(gather, structure)
