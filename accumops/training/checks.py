@@ -24,18 +24,33 @@ def check_model(model: keras.Model | None, inputs: Any, outputs: Any) -> keras.M
         raise ValueError("Give either a model, or `inputs` and `outputs`, not both.")
     if not isinstance(model, keras.Model):
         raise TypeError(f"`model` must be a keras.Model. Received: {model!r}")
-    for method in ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics"):
-        if getattr(type(model), method) is not getattr(keras.Model, method):
-            raise ValueError(
-                f"{type(model).__name__} has a `{method}` of its own, which would not be called. Compile it with a "
-                "GradientAccumulateOptimizer instead."
-            )
+    for method in (*_STEPS, *_LOOPS):
+        if getattr(type(model), method) is getattr(keras.Model, method):
+            continue
+        preprocesses = method in _LOOPS and _preprocesses(model, method)
+        if preprocesses and model.preprocessor is None:
+            continue
+        remedy = " Or set its `preprocessor` to None, and preprocess the data before `fit`." if preprocesses else ""
+        raise ValueError(
+            f"{type(model).__name__} has a `{method}` of its own, which would not be called. Compile it with a "
+            f"GradientAccumulateOptimizer instead.{remedy}"
+        )
     if own_metrics(model):
         raise ValueError(
             f"{type(model).__name__} has metrics of its own, which would not be reset. Give them to `compile`, or have "
             "a GradientAccumulateOptimizer in its own `compile` instead."
         )
     return model
+
+
+_STEPS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
+_LOOPS = ("fit", "evaluate", "predict", "train_on_batch", "test_on_batch", "predict_on_batch")
+
+
+def _preprocesses(model: keras.Model, method: str) -> bool:
+    """Whether a method is that of a keras-hub task, which runs the task's preprocessor and is Keras's otherwise."""
+    owner = next(each for each in type(model).__mro__ if method in vars(each))
+    return "preprocess_samples" in vars(owner) and hasattr(model, "preprocessor")
 
 
 def check_mode(
