@@ -75,9 +75,10 @@ def stack(model: keras.Model, scalars: Scalars, samples: tf.Tensor, dtype: tf.DT
         dtype: The dtype to count in.
 
     Returns:
-        A vector with an item for each metric that the model was compiled with; None if there are no scalars.
+        A vector with an item for each metric that the model was compiled with, 0 for those without scalars; None if
+        there are no metrics.
     """
-    if not scalars:
+    if number_of_metrics(model) == 0:
         return None
     items = [tf.zeros([], dtype)] * number_of_metrics(model)
     for i, hook in enumerate(_hooks(model)):

@@ -106,11 +106,13 @@ class TrainingStep:
         tracker = loss_tracker(model)
         # Not the tracker's dtype, which may be a half precision, in which sums over many slices are far off.
         none = tf.zeros([], self._share_dtype())
-        slices, (total, losses, seen, scalars) = fold_slices(
+        # Each slice adds to all of these: XLA fails where a loop hands a constant on as it is.
+        scalars = [tf.zeros([number], none.dtype)] if (number := number_of_metrics(model)) else []
+        slices, (total, losses, seen, *scalars) = fold_slices(
             data,
             size,
             self.train_on_slice,
-            [none, none, none, tf.zeros([number_of_metrics(model)], none.dtype)],
+            [none, none, none, *scalars],
             static_sizes=bool(model.jit_compile) and not model.compiles_passes,
             at_once=model.parallel_micro_batches,
             empty=model.mirroring is not None,
@@ -122,7 +124,8 @@ class TrainingStep:
             optimizer.close()
         value = losses if self._sums() else tf.math.divide_no_nan(losses, total)
         tracker.update_state(tf.cast(value, tracker.dtype), sample_weight=seen)
-        count_scalars(model, scalars, seen)
+        for each in scalars:
+            count_scalars(model, each, seen)
 
     @tf.autograph.experimental.do_not_convert
     def _whole_inputs(self, data: Any) -> list[tf.Tensor]:
@@ -147,13 +150,13 @@ class TrainingStep:
         Args:
             data: The micro-batch.
             first: Whether it is the first of its batch.
-            carried: The sums of shares, of losses times shares, of samples, and of scalars of metrics, before it.
+            carried: The sums of shares, of losses times shares, of samples and, with metrics, of scalars, before it.
 
         Returns:
             The sums with it.
         """
         model = self._model
-        total, losses, seen, scalars = carried
+        total, losses, seen, *scalars = carried
         passed = self._pass(data)
         if passed.gradients is not None:
             model.optimizer.accumulate_slice(
@@ -161,8 +164,9 @@ class TrainingStep:
             )
         share = tf.cast(passed.share, total.dtype)
         losses += tf.cast(passed.loss, losses.dtype) * share
-        scalars = scalars if passed.scalars is None else scalars + passed.scalars
-        return total + share, losses, seen + tf.cast(passed.samples, seen.dtype), scalars
+        if passed.scalars is not None:
+            scalars = [each + passed.scalars for each in scalars]
+        return total + share, losses, seen + tf.cast(passed.samples, seen.dtype), *scalars
 
     def _pass(self, data: Any) -> Pass:
         model = self._model

@@ -176,8 +176,11 @@ def test_losses_of_single_outputs(mode, eager):
         np.testing.assert_allclose([trained[name][0], evaluated[name]], value, rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_metric_functions_of_a_batch(mode):
+@pytest.mark.parametrize(
+    ("mode", "run_eagerly"),
+    cross(MODES, [False, True], default=lambda mode, run_eagerly: run_eagerly == (mode == "micro_batch_size")),
+)
+def test_metric_functions_of_a_batch(mode, run_eagerly):
     """The part of each replica counts once, as under Keras; a part without samples counts as nothing."""
     x, y = (each[:21] for each in data()[:2])  # the replicas get 5 and 5, 5 and 5, 1 and none
 
@@ -189,7 +192,7 @@ def test_metric_functions_of_a_batch(mode):
         model = accumops.GradientAccumulateModel(
             net, **({"micro_batch_size": 3} if mode != "accum_steps" else MODES[mode])
         )
-        model.compile(keras.optimizers.SGD(0.0), "mse", metrics=[mean_square])
+        model.compile(keras.optimizers.SGD(0.0), "mse", metrics=[mean_square], run_eagerly=run_eagerly)
     logs = model.fit(x, y, batch_size=10, shuffle=False, verbose=0, validation_data=(x, y), validation_batch_size=10)
     errors = (net(x).numpy() - y) ** 2
     wanted = np.mean([errors[i : i + 5].mean() for i in range(0, 21, 5)])
