@@ -140,7 +140,15 @@ def _parse(name: str, feature: str) -> PrivateName:
 
 
 def _import_rooms() -> None:
-    for room in ("keras_functional", "keras_layer", "keras_losses", "keras_model", "keras_optimizer", "tensorflow"):
+    for room in (
+        "keras_functional",
+        "keras_layer",
+        "keras_losses",
+        "keras_metrics",
+        "keras_model",
+        "keras_optimizer",
+        "tensorflow",
+    ):
         importlib.import_module(f"accumops.adapters.{room}")
 
 

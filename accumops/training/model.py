@@ -184,7 +184,8 @@ class GradientAccumulateModel(Wrapper):
             loss: The loss, or one for each output. Their reductions have to be means, or all of them `"sum"`: then a
                 window makes the update of the large batch's sum.
             loss_weights: As for `keras.Model.compile`.
-            metrics: As for `keras.Model.compile`; so are the following.
+            metrics: As for `keras.Model.compile`. With `micro_batch_size` a function that returns one value for a batch
+                must be a mean over samples: the maximum or median of a batch cannot be had from its micro-batches.
             weighted_metrics: Metrics that sample weights apply to.
             run_eagerly: Whether nothing is traced.
             steps_per_execution: Steps in one call.
@@ -263,15 +264,8 @@ class GradientAccumulateModel(Wrapper):
         return self.get_metrics_result()
 
     def test_step(self, data: Any) -> dict[str, Any]:
-        """Evaluates a batch.
-
-        Args:
-            data: A batch, as `evaluate` gives it.
-
-        Returns:
-            The metrics, by name.
-        """
-        return super().test_step(data) if self.mirroring is None else self._untracked.step.evaluate(data)
+        """Evaluates a batch, as `evaluate` gives it, and returns the metrics by name."""
+        return self._untracked.step.evaluate(data)
 
     def make_train_function(self, force: bool = False) -> Callable[[Any], dict[str, Any]]:
         """Returns the function that `fit` calls with an iterator, once a step.

@@ -5,7 +5,8 @@
                        `optimizer.close`; with `loss_over="window"` as in `window_loss.py`
 
 A pass goes forward and backward over a micro-batch, updates the metrics, and weighs the micro-batch. The mean of the
-loss in the logs is weighed like the gradients' mean.
+loss in the logs is weighed like the gradients' mean. A metric function that gives one value for a batch is counted when
+all of the batch has been seen: its micro-batches count by their samples, and the batch counts once.
 """
 
 import warnings
@@ -16,6 +17,7 @@ import keras
 import tensorflow as tf
 
 from accumops.adapters.keras_losses import following
+from accumops.adapters.keras_metrics import count_scalars, number_of_metrics, scalars_of, stack
 from accumops.adapters.keras_model import loss_tracker
 from accumops.training.slicing import Carried, fold_slices
 from accumops.training.weighting import count_samples, share_of
@@ -32,6 +34,8 @@ class Pass(NamedTuple):
     loss: float | tf.Tensor
     """The mean over its samples."""
     samples: int | tf.Tensor
+    scalars: tf.Tensor | None = None
+    """What metric functions give for the micro-batch as a whole, times samples, if it is to be counted later."""
 
 
 class TrainingStep:
@@ -79,17 +83,20 @@ class TrainingStep:
             self._train_on_micro_batch(data, ends_window)
 
     def evaluate(self, data: Any) -> dict[str, Any]:
-        """Evaluates a batch on one replica of a strategy, whose part may have no samples, and returns the metrics."""
+        """Evaluates a batch, or the part of it that a replica of a strategy has, and returns the metrics."""
         model = self._model
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         samples = count_samples(x, y)
-        if tf.executing_eagerly() and int(samples) == 0:
+        if model.mirroring is not None and tf.executing_eagerly() and int(samples) == 0:
             return model.get_metrics_result()
         y_pred = model(x, training=False)
         with following(samples, model):
             loss = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=False)
         loss_tracker(model).update_state(self._mean_loss(loss, samples), sample_weight=samples)
-        return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        scalars = self._compute_metrics(x, y, y_pred, sample_weight, samples if model.mirroring is not None else None)
+        if scalars is not None:
+            count_scalars(model, scalars, samples)
+        return model.get_metrics_result()
 
     def _train_on_micro_batch(self, data: Any, ends_window: bool | None) -> None:
         model, optimizer = self._model, self._model.optimizer
@@ -98,6 +105,8 @@ class TrainingStep:
             take = {None: optimizer.apply, False: optimizer.accumulate, True: optimizer.close}[ends_window]
             take(passed.gradients, model.trainable_variables, weight=passed.share)
         loss_tracker(model).update_state(passed.loss, sample_weight=passed.samples)
+        if passed.scalars is not None:
+            count_scalars(model, passed.scalars, passed.samples)
 
     def _train_on_slices(self, data: Any, size: int) -> None:
         model, optimizer = self._model, self._model.optimizer
@@ -106,11 +115,13 @@ class TrainingStep:
         tracker = loss_tracker(model)
         # Not the tracker's dtype, which may be a half precision, in which sums over many slices are far off.
         none = tf.zeros([], self._share_dtype())
-        slices, (total, losses, seen) = fold_slices(
+        # Each slice adds to all of these: XLA fails where a loop hands a constant on as it is.
+        scalars = [tf.zeros([number], none.dtype)] if (number := number_of_metrics(model)) else []
+        slices, (total, losses, seen, *scalars) = fold_slices(
             data,
             size,
             self.train_on_slice,
-            [none, none, none],
+            [none, none, none, *scalars],
             static_sizes=bool(model.jit_compile) and not model.compiles_passes,
             at_once=model.parallel_micro_batches,
             empty=model.mirroring is not None,
@@ -122,6 +133,8 @@ class TrainingStep:
             optimizer.close()
         value = losses if self._sums() else tf.math.divide_no_nan(losses, total)
         tracker.update_state(tf.cast(value, tracker.dtype), sample_weight=seen)
+        for each in scalars:
+            count_scalars(model, each, seen)
 
     @tf.autograph.experimental.do_not_convert
     def _train_on_window(self, data: Any, size: int, window_loss: WindowLoss) -> None:
@@ -156,13 +169,13 @@ class TrainingStep:
         Args:
             data: The micro-batch.
             first: Whether it is the first of its batch.
-            carried: The sums of shares, of losses times shares, and of samples, before it.
+            carried: The sums of shares, of losses times shares, of samples and, with metrics, of scalars, before it.
 
         Returns:
             The sums with it.
         """
         model = self._model
-        total, losses, seen = carried
+        total, losses, seen, *scalars = carried
         passed = self._pass(data)
         if passed.gradients is not None:
             model.optimizer.accumulate_slice(
@@ -170,7 +183,9 @@ class TrainingStep:
             )
         share = tf.cast(passed.share, total.dtype)
         losses += tf.cast(passed.loss, losses.dtype) * share
-        return total + share, losses, seen + tf.cast(passed.samples, seen.dtype)
+        if passed.scalars is not None:
+            scalars = [each + passed.scalars for each in scalars]
+        return total + share, losses, seen + tf.cast(passed.samples, seen.dtype), *scalars
 
     def _pass(self, data: Any) -> Pass:
         model = self._model
@@ -197,7 +212,8 @@ class TrainingStep:
                 "With a loss of reduction='sum', regularizers and `add_loss` would count once for each micro-batch, "
                 "and not once for the large batch. Use a loss that is a mean, or the optimizer's `weight_decay`."
             )
-        model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        is_part = model.micro_batch_size is not None or model.mirroring is not None
+        scalars = self._compute_metrics(x, y, y_pred, sample_weight, samples if is_part else None)
         share = share_of(
             model.normalization,
             calls,
@@ -212,8 +228,20 @@ class TrainingStep:
         variables = model.trainable_variables
         if not variables:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
-            return Pass(None, share, mean_loss, samples)
-        return Pass(tape.gradient(scaled, variables), share, mean_loss, samples)
+            return Pass(None, share, mean_loss, samples, scalars)
+        return Pass(tape.gradient(scaled, variables), share, mean_loss, samples, scalars)
+
+    def _compute_metrics(
+        self, x: Any, y: Any, y_pred: Any, sample_weight: Any, samples: tf.Tensor | None
+    ) -> tf.Tensor | None:
+        """Updates metrics. Of a part of a batch with so many samples, returns what has still to be counted."""
+        model = self._model
+        if samples is None:
+            model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+            return None
+        with scalars_of(model) as scalars:
+            model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        return stack(model, scalars, samples, self._share_dtype())
 
     # Python decides here, also where a function around the step is converted by AutoGraph.
     @tf.autograph.experimental.do_not_convert

@@ -174,3 +174,27 @@ def test_losses_of_single_outputs(mode, eager):
     evaluated = model.evaluate(x, [y, y], batch_size=17, verbose=0, return_dict=True)
     for name, value in wanted.items():
         np.testing.assert_allclose([trained[name][0], evaluated[name]], value, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("mode", "run_eagerly"),
+    cross(MODES, [False, True], default=lambda mode, run_eagerly: run_eagerly == (mode == "micro_batch_size")),
+)
+def test_metric_functions_of_a_batch(mode, run_eagerly):
+    """The part of each replica counts once, as under Keras; a part without samples counts as nothing."""
+    x, y = (each[:21] for each in data()[:2])  # the replicas get 5 and 5, 5 and 5, 1 and none
+
+    def mean_square(y_true, y_pred):
+        return tf.reduce_mean((y_true - y_pred) ** 2)
+
+    with mirrored(2).scope():
+        net = network()
+        model = accumops.GradientAccumulateModel(
+            net, **({"micro_batch_size": 3} if mode != "accum_steps" else MODES[mode])
+        )
+        model.compile(keras.optimizers.SGD(0.0), "mse", metrics=[mean_square], run_eagerly=run_eagerly)
+    logs = model.fit(x, y, batch_size=10, shuffle=False, verbose=0, validation_data=(x, y), validation_batch_size=10)
+    errors = (net(x).numpy() - y) ** 2
+    wanted = np.mean([errors[i : i + 5].mean() for i in range(0, 21, 5)])
+    for name in ("mean_square", "val_mean_square"):
+        np.testing.assert_allclose(logs.history[name], [wanted], rtol=1e-5)

@@ -49,6 +49,26 @@ def test_losses_of_single_outputs(x, y, mode, run):
             np.testing.assert_allclose(logs[name][0], value, rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("run", cross(RUNS, default=lambda run: run != "xla"))
+def test_losses_of_single_outputs_in_validation(x, y, run):
+    """In batches of 17, 17 and 9, with weights and without, by `evaluate` and by `fit`."""
+    inputs = keras.Input((6,))
+    net = keras.Model(inputs, {name: keras.layers.Dense(1, name=name)(inputs) for name in "ab"})
+    weights = np.arange(43.0) / 43
+    predicted = net.predict(x, verbose=0)
+    errors = predicted["a"] - y
+    wanted = {"a_loss": np.mean(errors**2), "b_loss": np.mean(weights * np.abs(predicted["b"] - y)[:, 0])}
+    wanted["loss"] = 0.5 * wanted["a_loss"] + 2 * wanted["b_loss"]
+    model = GradientAccumulateModel(net, accum_steps=2)
+    targets, all_weights = {"a": y, "b": y}, {"a": np.ones(43), "b": weights}
+    model.compile(keras.optimizers.SGD(0.0), {"a": "mse", "b": "mae"}, {"a": 0.5, "b": 2.0}, **RUNS[run])
+    data = (x, targets, all_weights)
+    logs = model.fit(*data[:2], batch_size=43, verbose=0, validation_data=data, validation_batch_size=17).history
+    found = model.evaluate(*data[:2], sample_weight=all_weights, batch_size=17, verbose=0, return_dict=True)
+    for name, value in wanted.items():
+        np.testing.assert_allclose([found[name], logs[f"val_{name}"][0]], value, rtol=1e-5, err_msg=name)
+
+
 @pytest.mark.parametrize("run", list(RUNS))
 def test_loss_where_everything_is_frozen(x, y, run):
     """Micro-batches of 16, 16 and 11 count by their samples, though nothing is trained."""
