@@ -1,12 +1,19 @@
-"""Fixtures that run a test over both backends and the ways TensorFlow executes. TensorFlow is imported when used."""
+"""Fixtures that run a test over both backends and the ways TensorFlow executes. TensorFlow is imported when used.
 
+XLA takes long to compile, so by default it compiles some cases of each test, and all with `-m exhaustive`.
+"""
+
+import collections
 import gc
 import os
+import zlib
 
 import pytest
 
 BACKENDS = ("fused", "reference")
 MODES = ("eager", "graph", "xla")
+# By default XLA compiles a test's first case, and of the others one in so many.
+XLA_CASES = {"fused": 3, "reference": 8}
 
 
 @pytest.fixture(params=BACKENDS)
@@ -56,7 +63,26 @@ def resident_bytes():
     return read
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
 def pytest_collection_modifyitems(items):
+    mark_cases_of_xla(items)
+    skip_without_a_gpu(items)
+
+
+def mark_cases_of_xla(items):
+    seen = collections.Counter()
+    for item in items:
+        case = item.callspec.params if hasattr(item, "callspec") else {}
+        if case.get("mode") != "xla" or "backend" not in case:
+            continue
+        test = (item.parent, item.originalname, case["backend"])
+        # By name, so that the cases are the same ones in each run, and spread over all arguments.
+        if seen[test] and zlib.crc32(item.name.encode()) % XLA_CASES[case["backend"]]:
+            item.add_marker(pytest.mark.exhaustive)
+        seen[test] += 1
+
+
+def skip_without_a_gpu(items):
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return

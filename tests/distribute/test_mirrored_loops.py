@@ -7,6 +7,7 @@ import tensorflow as tf
 from crosses import cross
 from replicas import (
     MICRO,
+    UPDATES,
     WINDOW,
     check_replicas_are_equal,
     count_collectives,
@@ -67,7 +68,7 @@ def test_the_optimizer_in_a_loop(backend, scaling):
             step(batch)
         tf.function(accumulating.flush)()
     accumops.set_backend("auto")
-    assert accumulating.iterations.numpy() == 20
+    assert accumulating.iterations.numpy() == UPDATES
     assert largest_difference(model, wanted) <= 1e-5
     check_replicas_are_equal(accumulating.inner_optimizer.variables)
 
@@ -192,7 +193,7 @@ def test_embeddings_and_moving_averages():
         model.fit(x, y, batch_size=16, shuffle=False, verbose=0)
         return inner
 
-    for name in ("SGD", "Adam", "Adamax"):
+    for name in ("Adam", "Adamax"):  # fused and not
         assert largest_difference(train(tf.distribute.get_strategy(), name), train(mirrored(2), name)) <= 1e-5
 
 

@@ -1,6 +1,7 @@
 """Saving on replicas and restoring on one device, and the reverse, in the middle of a window."""
 
 import contextlib
+import functools
 
 import keras
 import numpy as np
@@ -25,6 +26,14 @@ def train(model, begin, end):
     x, y, _ = data()
     x, y = x[begin * MICRO : end * MICRO], y[begin * MICRO : end * MICRO]
     model.fit(x, y, batch_size=MICRO, shuffle=False, verbose=0)
+
+
+@functools.cache
+def straight():
+    """A model that no one interrupts, on one device."""
+    model = model_under(tf.distribute.get_strategy())
+    train(model, 0, 12)
+    return model
 
 
 def by_file(saved, path, restored):
@@ -60,8 +69,6 @@ def by_checkpoint(saved, path, restored):
 )
 def test_a_window_goes_on_elsewhere(before, after, way, tmp_path):
     """Six micro-batches, one window and a half, then six more; 0 replicas is no strategy."""
-    straight = model_under(tf.distribute.get_strategy())
-    train(straight, 0, 12)
     here, there = (mirrored(n) if n else tf.distribute.get_strategy() for n in (before, after))
     first = model_under(here)
     train(first, 0, 6)
@@ -71,7 +78,7 @@ def test_a_window_goes_on_elsewhere(before, after, way, tmp_path):
         np.testing.assert_allclose(mine.numpy(), wanted.numpy(), atol=1e-6, err_msg=wanted.path)
     train(second, 6, 12)
     assert second.optimizer.iterations.numpy() == 3
-    assert largest_difference(straight.model, second.model) <= 1e-6
+    assert largest_difference(straight().model, second.model) <= 1e-6
 
 
 class Interrupt(keras.callbacks.Callback):

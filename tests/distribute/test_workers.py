@@ -1,14 +1,12 @@
 """Two workers of MultiWorkerMirroredStrategy over loopback, each a process: worker.py."""
 
 import json
-import os
 import pathlib
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 
+import processes
 import pytest
 
 HERE = pathlib.Path(__file__).parent
@@ -25,14 +23,12 @@ def run_workers(scenarios, directory, expected=(0, 0)):
     cluster = {"worker": [f"localhost:{each.getsockname()[1]}" for each in sockets]}
     for each in sockets:
         each.close()
-    workers, logs = [], []
+    workers, logs = [], [directory / f"{index}.log" for index in range(2)]
     for index in range(2):
         task = {"cluster": cluster, "task": {"type": "worker", "index": index}}
-        environment = {**os.environ, "TF_CONFIG": json.dumps(task), "CUDA_VISIBLE_DEVICES": ""}
-        log = (directory / f"{index}.log").open("w+")
-        command = [sys.executable, str(HERE / "worker.py"), str(directory), *scenarios]
-        workers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-        logs.append(log)
+        environment = {"TF_CONFIG": json.dumps(task), "CUDA_VISIBLE_DEVICES": ""}
+        script = (HERE / "worker.py", directory, *scenarios)
+        workers.append(processes.Script(*script, output=logs[index], environment=environment))
     try:
         codes = [0, 0]
         codes[1] = workers[1].wait(TIME_LIMIT)
@@ -45,9 +41,7 @@ def run_workers(scenarios, directory, expected=(0, 0)):
                 worker.kill()
                 worker.wait()
         for index, log in enumerate(logs):
-            log.seek(0)
-            print(f"worker {index}:", log.read()[-10_000:])
-            log.close()
+            print(f"worker {index}:", log.read_text()[-10_000:])
     assert tuple(codes) == expected
     if any(expected):
         return None

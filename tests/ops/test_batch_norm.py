@@ -1,14 +1,12 @@
 """The batch normalization ops: both backends in every mode against a definition in NumPy's float64."""
 
 import dataclasses
-import subprocess
-import sys
-import textwrap
 import zlib
 
 import keras
 import ml_dtypes
 import numpy as np
+import processes
 import pytest
 import tensorflow as tf
 from crosses import cross, label, turns
@@ -351,15 +349,9 @@ NO_CHANNELS = """
 """
 
 
-def run_script(script, *arguments, timeout):
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *arguments], capture_output=True, text=True, timeout=timeout
-    )
-
-
 def test_no_channels():
     """Runs in a process of its own, so that a call that never returns can be stopped."""
-    done = run_script(NO_CHANNELS, timeout=60)
+    done = processes.run(NO_CHANNELS, timeout=60)
     assert done.returncode == 0, done.stderr[-1000:]
 
 
@@ -540,7 +532,7 @@ THREADS = """
 def test_same_bits_with_any_number_of_threads():
     outputs = set()
     for threads in (1, 7):
-        done = run_script(THREADS, str(threads), timeout=120)
+        done = processes.run(THREADS, threads, timeout=120)
         assert done.returncode == 0, done.stderr[-1000:]
         outputs.add(done.stdout)
     assert len(outputs) == 1

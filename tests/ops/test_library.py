@@ -1,13 +1,11 @@
 """The compiled ops are found, checked and loaded, or the reason why not is given."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 import warnings
 
 import numpy as np
+import processes
 import pytest
 import tensorflow as tf
 
@@ -179,8 +177,7 @@ def test_build_info_of_this_build():
 
 
 def run_python(code):
-    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    result = processes.run(code)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 

@@ -1,10 +1,8 @@
 """GradientAccumulator: the window's state machine, in custom loops."""
 
-import subprocess
-import sys
-
 import keras
 import numpy as np
+import processes
 import pytest
 import tensorflow as tf
 
@@ -498,7 +496,7 @@ counters(build_in(True))
 
 def test_counters_are_where_conditions_are_decided():
     """On the host for functions that XLA does not compile; where these run for others, and where it is not known."""
-    run = subprocess.run([sys.executable, "-c", COUNTERS], capture_output=True, text=True, check=False)
+    run = processes.run(COUNTERS)
     assert run.returncode == 0, run.stderr
     means = "[2.0, 2.0, 2.0] [4.0, 4.0, 4.0]"
     assert run.stdout.splitlines() == [f"{means} CPU:{device}" for device in (1, 0, 1, 0, 1)]
