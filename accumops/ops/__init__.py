@@ -3,6 +3,7 @@
 from accumops.ops import reference
 from accumops.ops.accumulate import accumulate
 from accumops.ops.batch_norm import batch_norm, batch_norm_inference
+from accumops.ops.finite import all_finite
 from accumops.ops.library import LibraryError, build_info, get_backend, set_backend
 from accumops.ops.moments import BatchMoments, MomentsWindow, MovingStatistics, merge_moments
 from accumops.ops.update import squared_norms, update
@@ -13,6 +14,7 @@ __all__ = [
     "MomentsWindow",
     "MovingStatistics",
     "accumulate",
+    "all_finite",
     "batch_norm",
     "batch_norm_inference",
     "build_info",

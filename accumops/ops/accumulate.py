@@ -35,7 +35,9 @@ def accumulate(
             or float64 (one list may mix them), or `tf.IndexedSlices`. Rows of `tf.IndexedSlices` are added in their
             order, duplicates included. An index outside the accumulator is an error on a CPU; on a GPU and under XLA
             that row is skipped, as in TensorFlow's own scatters.
-        scale: The factor for all gradients: a number or a floating-point scalar tensor.
+        scale: The factor for all gradients: a number or a floating-point scalar tensor. If it is 0 in an accumulator's
+            dtype, nothing is added to that accumulator, whatever its gradient holds, NaN included, and no row is
+            touched.
         overwrite: Whether to start from zero and ignore what the accumulators hold, NaN included: a bool or a scalar
             bool tensor. A window can start this way, without a separate pass to clear the accumulators.
         touched_rows: One item for each accumulator: None or, if its gradient is `tf.IndexedSlices`, a bool variable of
@@ -44,7 +46,7 @@ def accumulate(
         check_finite: Whether to report if all gradients are finite. The check is part of the same pass.
 
     Returns:
-        None; with `check_finite` a scalar bool tensor, true if all gradients are finite.
+        None; with `check_finite` a scalar bool tensor, true if all gradients are finite, whatever `scale` is.
 
     Raises:
         ValueError: If lengths, shapes or dtypes do not fit, or a variable is given twice.

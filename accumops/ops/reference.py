@@ -14,7 +14,10 @@ def accumulate(
     touched_rows: Sequence[tf.Variable | None] | None = None,
     check_finite: bool = False,
 ) -> tf.Tensor | None:
-    """Defines `accumops.ops.accumulate`. It takes the same arguments and does not check them."""
+    """Defines `accumops.ops.accumulate`. It takes the same arguments and does not check them.
+
+    A scale that is 0 in the accumulator's dtype adds nothing, whatever the gradients hold, and touches no row.
+    """
     touched_rows = touched_rows or [None] * len(accumulators)
     finite = []
     with tf.control_dependencies(_check_indices(accumulators, gradients)):
@@ -24,9 +27,10 @@ def accumulate(
                 finite.append(tf.reduce_all(tf.math.is_finite(values)))
             # Convert a number straight to this dtype: TensorFlow would first make it a float32.
             factor = tf.cast(scale, accumulator.dtype) if tf.is_tensor(scale) else tf.constant(scale, accumulator.dtype)
-            product = tf.cast(values, accumulator.dtype) * factor
+            # Not a plain product: 0 * Inf is NaN.
+            product = tf.math.multiply_no_nan(tf.cast(values, accumulator.dtype), factor)
             if isinstance(gradient, tf.IndexedSlices):
-                _accumulate_rows(accumulator, product, gradient.indices, overwrite, touched)
+                _accumulate_rows(accumulator, product, gradient.indices, overwrite, touched, factor != 0)
             else:
                 accumulator.assign(tf.where(overwrite, product, accumulator + product))
     if not check_finite:
@@ -57,6 +61,7 @@ def _accumulate_rows(
     indices: tf.Tensor,
     overwrite: bool | tf.Tensor,
     touched: tf.Variable | None,
+    counts: tf.Tensor,
 ) -> None:
     def clear() -> tf.Tensor:
         accumulator.assign(tf.zeros_like(accumulator))
@@ -69,7 +74,7 @@ def _accumulate_rows(
     rows, positions = tf.unique(indices)
     accumulator.scatter_add(tf.IndexedSlices(tf.math.unsorted_segment_sum(values, positions, tf.size(rows)), rows))
     if touched is not None:
-        touched.scatter_update(tf.IndexedSlices(tf.ones_like(rows, dtype=tf.bool), rows))
+        touched.scatter_update(tf.IndexedSlices(tf.gather(touched, rows) | counts, rows))
 
 
 def squared_norms(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
@@ -98,14 +103,17 @@ def update(
     epsilon: float,
     clip: float,
 ) -> None:
-    """Defines `accumops.ops.update`. It takes the same arguments, all of them, and does not check them."""
+    """Defines `accumops.ops.update`. It takes the same arguments, all of them, and does not check them.
+
+    A weight of 0 counts as no latest gradients, whatever they hold.
+    """
     scales = tf.broadcast_to(scales, [len(variables)])
     for i, variable in enumerate(variables):
         gradient = tf.zeros_like(variable)
         if accumulators is not None:
             gradient = tf.where(overwrite, gradient, accumulators[i])
         if latest is not None:
-            gradient += weight * tf.cast(latest[i], tf.float32)
+            gradient += tf.math.multiply_no_nan(tf.cast(latest[i], tf.float32), weight)
         gradient *= scales[i]
         if clip:
             gradient = tf.clip_by_value(gradient, -clip, clip)

@@ -69,7 +69,8 @@ def update(
         rate: The learning rate, a number or a scalar tensor.
         decay: The share that a value loses before the step, a number or a scalar tensor.
         decays: For each variable, whether it decays; by default all do.
-        weight: The factor for the latest gradients, a number or a scalar tensor.
+        weight: The factor for the latest gradients, a number or a scalar tensor. With 0 they count as zero, whatever
+            they hold, NaN included.
         overwrite: Whether the accumulators count as zero, whatever they hold: a bool or a scalar bool tensor.
         touched_rows: For each variable None, or a bool variable of shape `[rows]`. Rows whose flag is not set stay as
             they are, in the variable and in its slots.

@@ -65,7 +65,7 @@ _SETTINGS = [
     _Setting(0.37, "float64", overwrite=True, overwrite_tensor=True, check_finite=True, planted=np.nan),
     _Setting(1 / 7, check_finite=True, planted=-np.inf),
     _Setting(1.7, "float32", overwrite=True),
-    _Setting(0.0, overwrite_tensor=True, check_finite=True),
+    _Setting(0.0, overwrite_tensor=True, check_finite=True, planted=np.nan),
     _Setting(1e-3, "float16", overwrite=True, overwrite_tensor=True),
 ]
 
@@ -144,9 +144,15 @@ def _dense_trial(
 
 def _expect_dense(name: str, accumulator: np.ndarray, gradient: np.ndarray, setting: _Setting) -> Expected:
     wide = wider(accumulator.dtype)
-    product = gradient.astype(wide) * wide(setting.scale_for(accumulator.dtype))
+    product = _products(gradient, accumulator.dtype, setting)
     start = np.zeros_like(product) if setting.overwrite else accumulator.astype(wide)
     return Expected(name, start + product, ulp(np.abs(start) + np.abs(product), accumulator.dtype))
+
+
+def _products(values: np.ndarray, dtype: np.dtype, setting: _Setting) -> np.ndarray:
+    """Scaled values in more precision than a dtype's; a scale of 0 counts as nothing, whatever the values are."""
+    wide, scale = wider(dtype), setting.scale_for(dtype)
+    return values.astype(wide) * wide(scale) if scale else np.zeros_like(values, wide)
 
 
 _ROWS: list[tuple[int, ...]] = [(3000, 33), (70, 2, 3), (97,)]
@@ -210,7 +216,7 @@ def _rows_trial(
             accumulator[~flags] = 0  # the op relies on zeros in rows without a flag
             flag_lists.append(flags)
             after = np.zeros_like(flags) if setting.overwrite else flags.copy()
-            after[indices] = True
+            after[indices] |= setting.scale != 0
             expected_flags.append(Expected(f"touched_rows[{i}]", after))
         expected.append(_expect_rows(f"accumulators[{i}]", accumulator, gradient, indices, setting))
 
@@ -234,7 +240,7 @@ def _expect_rows(
     name: str, accumulator: np.ndarray, values: np.ndarray, indices: np.ndarray, setting: _Setting
 ) -> Expected:
     wide = wider(accumulator.dtype)
-    products = values.astype(wide) * wide(setting.scale_for(accumulator.dtype))
+    products = _products(values, accumulator.dtype, setting)
     total = np.zeros_like(accumulator, wide) if setting.overwrite else accumulator.astype(wide)
     magnitude = np.abs(total)
     np.add.at(total, indices, products)

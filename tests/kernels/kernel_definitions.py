@@ -79,7 +79,7 @@ def gradient_of(
 ) -> np.ndarray | np.floating:
     """Returns the gradient by which update() makes its step."""
     total = None if accumulator is None or settings.overwrite else accumulator.astype(dtype)
-    if latest is not None:
+    if latest is not None and settings.weight != 0:  # a weight of 0 counts as no latest gradient
         product = dtype(np.float32(settings.weight)) * widen(latest, dtype)
         total = product if total is None else total + product
     gradient = dtype(np.float32(scale)) * (dtype(0) if total is None else total)

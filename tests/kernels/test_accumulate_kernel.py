@@ -16,7 +16,9 @@ SCALE = 1 / 3
 
 
 def expected_sum(accumulator, gradient, scale=1.0, overwrite=False):
-    """Returns NumPy's result, with product and sum rounded separately."""
+    """Returns NumPy's result, with product and sum rounded separately. A scale of 0 counts as nothing."""
+    if accumulator.dtype.type(scale) == 0:
+        return np.zeros_like(accumulator) if overwrite else accumulator
     with np.errstate(all="ignore"):
         product = accumulator.dtype.type(scale) * widen(gradient, accumulator.dtype)
         return product if overwrite else accumulator + product
@@ -101,7 +103,7 @@ def test_shapes(device, shape):
 
 @pytest.mark.parametrize(
     "scale",
-    [0.0, -0.0, -1.0, 2, 1e-30, 1e300, np.inf, np.nan, np.float32(0.1), np.float64(0.1), np.array(0.5)],
+    [0.0, -0.0, 1e-300, -1.0, 2, 1e-30, 1e300, np.inf, np.nan, np.float32(0.1), np.float64(0.1), np.array(0.5)],
     ids=repr,
 )
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -113,6 +115,31 @@ def test_scales(device, scale, dtype):
     on_device = device.put(accumulator.copy())
     device.accumulate([on_device], [device.put(gradient)], scale=scale)
     assert_same_bits(device.get(on_device), expected)
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["add", "overwrite"])
+@pytest.mark.parametrize("scale", [0.0, -0.0], ids=repr)
+@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+def test_a_scale_of_0_counts_as_nothing_whatever_the_gradient_holds(device, pair, scale, overwrite):
+    sizes = [1, 17, 555, 65537]
+    accumulators, gradients = (
+        [values(dtype, size, seed) for size in sizes] for dtype, seed in zip(pair, (1, 2), strict=True)
+    )
+    for accumulator, gradient in zip(accumulators, gradients, strict=True):
+        accumulator[::3] = -0.0
+        if overwrite:
+            accumulator[1::3] = np.nan
+        for i, value in enumerate((np.nan, np.inf, -np.inf)):
+            for position in range(i, len(gradient), 5):
+                set_element(gradient, position, value, pair[1])
+    for all_finite in (None, device.put(np.ones(1, np.bool_))):
+        on_device = [device.put(each.copy()) for each in accumulators]
+        device.accumulate(
+            on_device, [device.put(each) for each in gradients], scale=scale, overwrite=overwrite, all_finite=all_finite
+        )
+        for found, before in zip(on_device, accumulators, strict=True):
+            assert_same_bits(device.get(found), np.zeros_like(before) if overwrite else before)
+    assert not device.get(all_finite)[0], "gradients are looked at all the same"
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)

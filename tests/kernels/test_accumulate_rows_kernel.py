@@ -149,6 +149,27 @@ def test_rows_without_a_flag_are_not_visited(device):
     np.testing.assert_array_equal(np.flatnonzero(device.get(flags)), [3, 500])
 
 
+@pytest.mark.parametrize("overwrite", [False, True], ids=["add", "overwrite"])
+@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+def test_a_scale_of_0_touches_no_row_whatever_the_values_are(device, pair, overwrite):
+    rng = np.random.default_rng(0)
+    for count in (5, 40_000):  # by one thread, and by several
+        values = gradient_rows(rng, pair[1], (count, 9))
+        values[::2] = 0x7FC0 if pair[1] == "bfloat16" else np.nan
+        indices = rng.integers(3, 10, count)
+        touched = np.arange(10) < 5
+        accumulator = np.where(touched[:, None], rng.standard_normal((10, 9)), 0).astype(pair[0])
+        for all_finite in (None, device.put(np.ones(1, np.bool_))):
+            on_device, flags = device.put(accumulator.copy()), device.put(touched.copy())
+            device.accumulate_rows(
+                on_device, device.put(values), device.put(indices), touched_rows=flags, scale=-0.0, overwrite=overwrite,
+                all_finite=all_finite,
+            )  # fmt: skip
+            np.testing.assert_array_equal(device.get(on_device), 0 * accumulator if overwrite else accumulator)
+            np.testing.assert_array_equal(device.get(flags), touched & (not overwrite))
+        assert not device.get(all_finite)[0], "values are looked at all the same"
+
+
 @pytest.mark.parametrize("touched", [False, True])
 def test_overwrite_with_no_values_clears(device, touched):
     accumulator = device.put(np.full((300, 5), np.nan))

@@ -211,6 +211,20 @@ def test_what_is_not_finite_stays_where_it_is(device, rule):
         assert np.isfinite(value[[1, 76, 78, 299, 301, 598]]).all(), "neighbours must not change"
 
 
+@pytest.mark.parametrize("overwrite", [False, True], ids=["add", "overwrite"])
+@pytest.mark.parametrize("rule", SLOTS)
+def test_latest_gradients_of_weight_0_count_as_nothing_whatever_they_are(device, rule, overwrite):
+    items = [
+        Item(size, latest, accumulated) for size in (17, 9001) for latest in LATEST for accumulated in (True, False)
+    ]
+    for weight in (0.0, -0.0):
+        problem = Problem(device, Settings(rule, weight=weight, overwrite=overwrite, decay=0.1), items)
+        for latest in problem.latest:
+            latest[::3], latest[1::3] = (0x7FC0, 0x7F80) if latest.dtype == np.uint16 else (np.nan, np.inf)
+        problem.check()
+        assert all(np.isfinite(array).all() for arrays in problem.run() for array in arrays)
+
+
 def test_overwritten_accumulators_are_not_read(device):
     problem = Problem(device, Settings("adam", overwrite=True), [Item(999, "float32"), Item(5000)])
     for total in problem.sums:

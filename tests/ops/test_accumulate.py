@@ -105,6 +105,36 @@ def test_scale_and_overwrite_may_be_tensors(backend, mode):
     np.testing.assert_array_equal(accumulator.numpy(), [22.5, 45])
 
 
+@pytest.mark.parametrize("dtype", NUMPY)
+def test_a_scale_of_0_counts_as_nothing_whatever_the_gradient_holds(backend, mode, dtype):
+    """Known when a function is traced, or only when it runs; and whether or not it starts a window."""
+    wide = tf.float64 if dtype == tf.float64 else tf.float32
+    dense, table = tf.Variable([1.0, 2.0], dtype=wide), tf.Variable([[1.0], [2.0], [0.0]], dtype=wide)
+    flags = tf.Variable([True, True, False])
+    values = [np.nan, np.inf]
+
+    @mode
+    def run(scale, overwrite):
+        gradients = [
+            tf.constant(values, dtype),
+            tf.IndexedSlices(tf.constant(values, dtype)[:, None], tf.constant([2, 2])),
+        ]
+        arguments = {"overwrite": overwrite, "touched_rows": [None, flags]}
+        ops.accumulate([dense, table], gradients, scale=0, **arguments)
+        return ops.accumulate([dense, table], gradients, scale=scale, check_finite=True, **arguments)
+
+    assert not run(tf.constant(-0.0), tf.constant(False))
+    np.testing.assert_array_equal(dense.numpy(), [1, 2])
+    np.testing.assert_array_equal(table.numpy(), [[1], [2], [0]])
+    np.testing.assert_array_equal(flags.numpy(), [True, True, False])
+    assert not run(tf.constant(0.0), tf.constant(True))
+    for zeroed in (dense, table, flags):
+        assert not zeroed.numpy().any()
+    run(tf.constant(1.0), tf.constant(False))
+    assert not np.isfinite(dense.numpy()).any()
+    np.testing.assert_array_equal(flags.numpy(), [False, False, True])
+
+
 def test_overwrite_ignores_nan_in_the_accumulator(backend, mode):
     accumulator = tf.Variable([np.nan, np.inf, 3.0])
 

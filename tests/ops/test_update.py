@@ -201,6 +201,23 @@ def test_numbers_that_are_not_finite_stay_where_they_are(backend, mode):
             assert np.isnan(slots[2][0].numpy()[0])
 
 
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_latest_gradients_of_weight_0_count_as_nothing_whatever_they_are(backend, mode, accumulated):
+    variables = [tf.Variable([1.0, 2.0, 3.0]) for _ in range(3)]
+    accumulators = [tf.Variable([1.0, -1.0, 2.0]) for _ in variables]
+
+    @mode
+    def run(weight):
+        latest = [tf.constant([np.nan, np.inf, -np.inf], dtype) for dtype in (tf.float16, tf.bfloat16, tf.float32)]
+        given = {"accumulators": accumulators if accumulated else None, "latest": latest, "weight": weight}
+        ops.update("sgd", variables, scales=2.0, rate=0.5, **given)
+
+    for weight in (0.0, -0.0):
+        run(tf.constant(weight))
+    for variable in variables:
+        np.testing.assert_array_equal(variable.numpy(), [-1, 4, -1] if accumulated else [1, 2, 3])
+
+
 def test_a_variable_that_is_being_read_keeps_what_was_read(backend):
     variable, accumulator = tf.Variable([1.0, 2.0]), tf.Variable([1.0, 1.0])
     before = (
@@ -248,6 +265,28 @@ def test_squared_norms_are_finite_where_the_values_are(backend, mode):
     norms = run(*(tf.constant(each, tf.float32) for each in tensors)).numpy()
     assert np.isfinite(norms).tolist() == [True, False, False, True]
     np.testing.assert_allclose(norms[3], np.float64(np.float32(1e-30)) ** 2)
+
+
+@pytest.mark.parametrize("dtype", NUMPY)
+def test_all_finite(backend, mode, dtype):
+    largest = float(tf.as_dtype(dtype).max)
+
+    @mode
+    def run(*given):
+        rows = tf.IndexedSlices(given[1][:, None], tf.constant([4, 4]))
+        return ops.all_finite([given[0], rows, tf.zeros([0], dtype), tf.constant(1.0)])
+
+    fine = [largest, -largest]
+    assert run(tf.constant(fine, dtype), tf.constant(fine, dtype))
+    for value in (np.nan, np.inf, -np.inf):
+        assert not run(tf.constant(fine, dtype), tf.constant([1.0, value], dtype))
+        assert not run(tf.constant([value, 1.0], dtype), tf.constant(fine, dtype))
+
+
+def test_all_finite_of_nothing_and_of_numbers_that_always_are():
+    assert ops.all_finite([])
+    with pytest.raises(TypeError, match=r"`tensors\[1\]` must be of float16, .* Received: int32"):
+        ops.all_finite([tf.constant(1.0), tf.constant(1)])
 
 
 def test_the_same_bits_on_every_run(rng):

@@ -5,6 +5,10 @@
 // separately there, never contracted into one FMA, so every instruction set and every device
 // returns the same bits. With `overwrite` the accumulator is written and not read: what it held,
 // NaN included, has no influence.
+//
+// A scale that is 0 in the accumulator's type, of either sign, adds nothing, whatever the gradient
+// holds, Inf and NaN included: the accumulator keeps its bits, or is +0 with `overwrite`. Chunks
+// decide it, not elements.
 #pragma once
 
 #include <cstddef>
@@ -25,8 +29,8 @@ struct AccumulateItem {
   DType gradient_dtype;
 };
 
-// `all_finite`, where it is not null, becomes false if a gradient holds Inf or NaN; it is never set
-// to true.
+// `all_finite`, where it is not null, becomes false if a gradient holds Inf or NaN, also with a
+// scale of 0; it is never set to true.
 void AccumulateCpu(const AccumulateItem* items, std::size_t count, double scale, bool overwrite,
                    bool* all_finite, Executor& executor);
 

@@ -92,6 +92,17 @@ class ChunkAccumulator {
     }
   }
 
+  // Does a chunk whose scale is 0: gradients are read where `check` asks, and not multiplied.
+  __device__ void RunWithoutAdding(Acc* accumulator, const Grad* gradient, int size, bool check) {
+    if (!overwrite_ && !check) return;
+    for (int i = static_cast<int>(threadIdx.x); i < size; i += kThreads) {
+      if (overwrite_) accumulator[i] = 0;
+      if (check) {
+        finite_ = finite_ && cuda::IsFinite(static_cast<Acc>(cuda::ToFloat(gradient[i])));
+      }
+    }
+  }
+
   __device__ bool finite() const { return finite_; }
 
  private:
@@ -167,13 +178,19 @@ class ChunkAccumulator {
 // Returns whether the gradients this thread saw were finite.
 template <typename Acc, typename Grad>
 __device__ bool AccumulateChunk(void* accumulator, const void* gradient, std::int64_t size,
-                                std::uint32_t chunk, double scale, bool overwrite) {
+                                std::uint32_t chunk, double scale, bool overwrite, bool check) {
   const std::int64_t begin = static_cast<std::int64_t>(chunk) * kChunkSize<Acc>;
   const std::int64_t left = size - begin;
-  ChunkAccumulator<Acc, Grad> chunk_accumulator(static_cast<Acc>(scale), overwrite);
-  chunk_accumulator.Run(static_cast<Acc*>(accumulator) + begin,
-                        static_cast<const Grad*>(gradient) + begin,
-                        static_cast<int>(left < kChunkSize<Acc> ? left : kChunkSize<Acc>));
+  const int length = static_cast<int>(left < kChunkSize<Acc> ? left : kChunkSize<Acc>);
+  auto* to = static_cast<Acc*>(accumulator) + begin;
+  const auto* from = static_cast<const Grad*>(gradient) + begin;
+  const Acc factor = static_cast<Acc>(scale);
+  ChunkAccumulator<Acc, Grad> chunk_accumulator(factor, overwrite);
+  if (factor == 0) {
+    chunk_accumulator.RunWithoutAdding(to, from, length, check);
+  } else {
+    chunk_accumulator.Run(to, from, length);
+  }
   return chunk_accumulator.finite();
 }
 
@@ -185,7 +202,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int entry = cuda::FindEntry(params.first_chunk, params.count, blockIdx.x);
   const auto accumulate = [&](auto* function) {
     return function(params.accumulator[entry], params.gradient[entry], params.size[entry],
-                    blockIdx.x - params.first_chunk[entry], scale, overwrite);
+                    blockIdx.x - params.first_chunk[entry], scale, overwrite,
+                    params.all_finite != nullptr);
   };
   bool finite = true;
   switch (params.kind[entry]) {

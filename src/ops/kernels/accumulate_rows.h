@@ -1,6 +1,7 @@
 // acc[indices[i]] <- acc[indices[i]] + scale * values[i] for i = 0, 1, …, in that order for each
 // row, so duplicates add up in a fixed order. With `overwrite` the accumulator is cleared first.
-// Products and sums are rounded as in accumulate.h.
+// Products and sums are rounded as in accumulate.h. As there, a scale of 0 adds nothing, whatever
+// the values hold; then no row is touched.
 //
 // `touched_rows`, one flag a row, makes that clearing cheap: the kernel sets the flag of each row
 // it adds to, and relies on every row without a flag being zero, so only flagged rows are cleared.

@@ -19,6 +19,11 @@ std::int64_t FindBad(const Index* indices, std::int64_t count, std::int64_t rows
   return -1;
 }
 
+// Whether a scale is 0 once it has an accumulator's type.
+bool IsZeroIn(DType accumulator_dtype, double scale) {
+  return accumulator_dtype == DType::kFloat64 ? scale == 0 : static_cast<float>(scale) == 0;
+}
+
 void ClearRows(const AccumulateRowsItem& item, Executor& executor) {
   const auto row_bytes = static_cast<std::size_t>(item.columns) * SizeOf(item.accumulator_dtype);
   if (row_bytes == 0) {
@@ -61,7 +66,9 @@ bool AddRows(const AccumulateRowsItem& item, const Index* indices, double scale,
   const auto parts =
       bytes <= kInlineBytes ? 1u : static_cast<std::uint32_t>(executor.concurrency());
   const SpanFunctions& functions = CurrentSpanFunctions();
+  const bool counts = !IsZeroIn(item.accumulator_dtype, scale);
   std::atomic<bool> finite{true};
+  if (!counts && !check_finite) return true;
 
   // Each part owns some rows and walks all positions in order: no two threads meet in a row, and a
   // row's additions have the order of the positions, however many parts there are.
@@ -85,7 +92,7 @@ bool AddRows(const AccumulateRowsItem& item, const Index* indices, double scale,
                          /*streaming=*/false,
                          check_finite};
       if (!functions.accumulate(span)) finite.store(false, std::memory_order_relaxed);
-      if (item.touched_rows != nullptr) item.touched_rows[row] = true;
+      if (counts && item.touched_rows != nullptr) item.touched_rows[row] = true;
     }
   };
   ParallelFor(executor, parts, add);

@@ -81,6 +81,7 @@ class Scatter {
                 (params.aligned ? lane_ * kPackSize<Acc> : lane_)) {}
 
   __device__ void Run() {
+    if (scale_ == 0 && p_.all_finite == nullptr) return;
     int parity = 0;
     for (std::int64_t tile = 0; tile < p_.count; tile += kTile) {
       ListTile(tile, parity);
@@ -174,13 +175,14 @@ class Scatter {
   }
 
   // Adds the products in shared memory to their rows. The first entry of a row does it for all.
+  // With a scale of 0 there is nothing to add: the entries were fetched for their finiteness only.
   __device__ void AddRound(std::int64_t row) {
     unsigned same_row[kMaskWords];
     FindSameRow(same_row);
     unsigned earlier = 0;
 #pragma unroll
     for (int k = 0; k < kMaskWords; ++k) earlier |= same_row[k] & BitsBelow(entry_ - k * kWarp);
-    if (row == kNoRow || earlier != 0) return;
+    if (row == kNoRow || earlier != 0 || scale_ == 0) return;
     if (slice_ == 0 && lane_ == 0 && p_.touched_rows != nullptr) p_.touched_rows[row] = true;
     Acc* to = static_cast<Acc*>(p_.accumulator) + row * p_.columns;
     AccPack sum = LoadColumns<AccPack>(to);

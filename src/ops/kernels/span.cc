@@ -105,9 +105,23 @@ bool AccumulateVectors(float* accumulator, const Gradient* gradient, std::int64_
 }
 #endif
 
+// A scale of 0: the gradient is not multiplied, as 0 * Inf is NaN.
+template <bool kOverwrite, bool kCheck, typename Accumulator, typename Gradient>
+bool AccumulateNothing(Accumulator* accumulator, const Gradient* gradient, std::int64_t size) {
+  if (kOverwrite) {
+    for (std::int64_t i = 0; i < size; ++i) accumulator[i] = 0;
+  }
+  unsigned bad = 0;
+  if (kCheck) {
+    for (std::int64_t i = 0; i < size; ++i) bad |= !IsFinite(gradient[i]);
+  }
+  return bad == 0;
+}
+
 template <bool kOverwrite, bool kCheck, typename Gradient>
 bool AccumulateTyped(const Span& span, float* accumulator, const Gradient* gradient) {
   const float scale = static_cast<float>(span.scale);
+  if (scale == 0) return AccumulateNothing<kOverwrite, kCheck>(accumulator, gradient, span.size);
 #if defined(ACCUMOPS_VECTORS)
   return kOverwrite && span.streaming ? AccumulateVectors<kOverwrite, kOverwrite, kCheck>(
                                             accumulator, gradient, span.size, scale)
@@ -120,6 +134,9 @@ bool AccumulateTyped(const Span& span, float* accumulator, const Gradient* gradi
 
 template <bool kOverwrite, bool kCheck, typename Gradient>
 bool AccumulateTyped(const Span& span, double* accumulator, const Gradient* gradient) {
+  if (span.scale == 0) {
+    return AccumulateNothing<kOverwrite, kCheck>(accumulator, gradient, span.size);
+  }
   return AccumulateScalar<kOverwrite, kCheck>(accumulator, gradient, 0, span.size, span.scale);
 }
 

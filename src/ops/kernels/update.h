@@ -4,6 +4,8 @@
 //   gradient = clamp(scale * ((overwrite ? 0 : accumulator) + weight * latest), -clip, clip)
 //   value   -= value * decay                                      where the item decays
 //
+// A weight of 0, of either sign, counts as no latest gradient at all, whatever that holds.
+//
 //   kSgd       value -= rate * gradient
 //   kMomentum  m = m * beta_1 - rate * gradient;  value += m
 //   kNesterov  m = m * beta_1 - rate * gradient;  value += m * beta_1 - rate * gradient

@@ -22,7 +22,7 @@ UpdateSpan SpanOf(const UpdateItem& item, std::int64_t begin, std::int64_t end, 
   }
   const bool counts = item.accumulator != nullptr && !*scalars.overwrite;
   span.accumulator = counts ? item.accumulator + begin : nullptr;
-  if (item.latest != nullptr) {
+  if (item.latest != nullptr && *scalars.weight != 0) {
     span.latest = static_cast<const char*>(item.latest) +
                   begin * static_cast<std::int64_t>(SizeOf(item.latest_dtype));
   }

@@ -256,7 +256,7 @@ class ChunkUpdater {
       }
     }
     const DType dtype = item_.latest_dtype;
-    const bool has_latest = item_.latest != nullptr;
+    const bool has_latest = item_.latest != nullptr && factors_.weight != 0;
     if (has_latest) {
       const void* from = static_cast<const char*>(item_.latest) +
                          begin_ * static_cast<std::int64_t>(SizeOf(dtype));

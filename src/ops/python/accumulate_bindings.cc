@@ -172,7 +172,8 @@ Args:
         that holds its bits, as neither NumPy nor CuPy has the type. None may share memory with an
         accumulator.
     scale: A number. For CUDA arrays also a one-element device array of float32 or float64, which
-        the kernel reads.
+        the kernel reads. A scale of 0 adds nothing, whatever the gradients hold: the accumulators
+        keep their bits, or are 0 with `overwrite`.
     overwrite: Whether accumulators are written without being read: `acc = scale * gradient`. A
         bool, or for CUDA arrays a one-element device array of bool.
     all_finite: None, or a one-element array of bool, which is set to False if a gradient holds Inf
@@ -202,7 +203,7 @@ Args:
     values: Array of shape [count, ...], with the accumulator's other axes.
     indices: Array of shape [count], int32 or int64. On a GPU a row that does not exist is skipped.
     touched_rows: None, or a writable array of bool of shape [rows]. The rows that are added to are
-        marked True. `overwrite` then clears the marked rows only, and their marks, and relies on
+        marked True; with a scale of 0 none is. `overwrite` then clears the marked rows only, and their marks, and relies on
         every other row being zero.
     scale, all_finite, threads, stream: As in accumulate().
     overwrite: Whether the accumulator is cleared first.

@@ -292,7 +292,8 @@ Args:
     latest: The same of gradients that no accumulator holds: float16, bfloat16 (or its bits as
         uint16) or float32. Each of values needs one of the two.
     scales: A number, or an array of float32 with one for each of values, or one for all.
-    rate, decay, weight: A number, or for CUDA arrays a one-element device array of float32.
+    rate, decay, weight: A number, or for CUDA arrays a one-element device array of float32. With a
+        weight of 0 the latest gradients count as zero, whatever they hold.
     decays: For each of values whether `value -= value * decay` comes first; None for all.
     overwrite: Whether accumulators count as zero. A bool, or for CUDA arrays a one-element device
         array of bool.

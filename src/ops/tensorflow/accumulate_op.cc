@@ -95,8 +95,8 @@ gradients: One tensor for each accumulator, of its shape and no wider type; for 
   values of rows, of shape [rows given, ...].
 indices: For each sparse gradient, the row of each of its values. Duplicates add up in their order.
 touched_rows: For the last of the sparse gradients, a bool variable each, with a flag for each row of the accumulator.
-  The op sets the flags of the rows it adds to and, where overwrite is true, clears only the rows that were flagged.
-scale: A factor for every gradient.
+  The op sets the flags of the rows it adds to (none where scale is 0) and, where overwrite is true, clears only the rows that were flagged.
+scale: A factor for every gradient. With 0 nothing is added, whatever the gradients hold.
 overwrite: Whether to start from zero instead of what the accumulators hold.
 all_finite: With check_finite=1, whether every gradient was finite.
 )doc");

@@ -40,11 +40,12 @@ xla::XlaOp ScatterRows(xla::XlaOp operand, xla::XlaOp indices, xla::XlaOp update
   return xla::Scatter(operand, indices, updates, combine, numbers);
 }
 
-// `value`, or zeros where `overwrite`. Not a product: what is overwritten may hold NaN.
-xla::XlaOp Start(xla::XlaOp value, xla::XlaOp overwrite, xla::XlaOp zero,
-                 const TensorShape& shape) {
-  return xla::Select(xla::Broadcast(overwrite, shape.dim_sizes()),
-                     xla::Broadcast(zero, shape.dim_sizes()), value);
+// `value` if `condition`, a scalar, and else `other`, a scalar too. Not a product: either side may
+// hold NaN where it does not count.
+xla::XlaOp WhereOr(xla::XlaOp value, xla::XlaOp condition, xla::XlaOp other,
+                   const TensorShape& shape) {
+  return xla::Select(xla::Broadcast(condition, shape.dim_sizes()), value,
+                     xla::Broadcast(other, shape.dim_sizes()));
 }
 
 class AccumulateXlaOp : public XlaOpKernel {
@@ -85,12 +86,15 @@ class AccumulateXlaOp : public XlaOpKernel {
       OP_REQUIRES_OK(ctx, ctx->ReadVariableInput(i, dtype, &shape, &accumulator));
       const xla::PrimitiveType type = dtype == tensorflow::DT_DOUBLE ? xla::F64 : xla::F32;
       const xla::XlaOp gradient = ctx->Input(gradient_input);
-      const xla::XlaOp scaled =
-          xla::Mul(xla::ConvertElementType(gradient, type), xla::ConvertElementType(scale, type));
       const xla::XlaOp zero = xla::Zero(builder, type);
-      const xla::XlaOp start = Start(accumulator, overwrite, zero, shape);
-      const int row_list = i - (count_ - sparse_);
+      const xla::XlaOp factor = xla::ConvertElementType(scale, type);
+      const xla::XlaOp counts = xla::Ne(factor, zero);
       const TensorShape gradient_shape = InputTensorShape(ctx, gradient_input);
+      // -0 is what changes no sum, not even that of -0.
+      const xla::XlaOp scaled = WhereOr(xla::Mul(xla::ConvertElementType(gradient, type), factor),
+                                        counts, xla::Neg(zero), gradient_shape);
+      const xla::XlaOp start = WhereOr(accumulator, xla::Not(overwrite), zero, shape);
+      const int row_list = i - (count_ - sparse_);
       if (row_list < 0) {
         OP_REQUIRES(ctx, gradient_shape == shape, Mismatch(i, shape, gradient_shape));
         results[i] = {dtype, xla::Add(start, scaled)};
@@ -117,11 +121,11 @@ class AccumulateXlaOp : public XlaOpKernel {
                           "touched_rows[", flag_list, "] has shape ", flags_shape.DebugString(),
                           "; accumulators[", i, "] has shape ", shape.DebugString(), ".")));
           const xla::XlaOp none = xla::ConstantR0<bool>(builder, false);
-          const xla::XlaOp set =
-              xla::Broadcast(xla::ConstantR0<bool>(builder, true), {index_shape.dim_size(0)});
+          const xla::XlaOp set = xla::Broadcast(counts, {index_shape.dim_size(0)});
           results[count_ + flag_list] = {
               tensorflow::DT_BOOL,
-              ScatterRows(Start(flags, overwrite, none, flags_shape), indices, set, 1, Any())};
+              ScatterRows(WhereOr(flags, xla::Not(overwrite), none, flags_shape), indices, set, 1,
+                          Any())};
         }
       }
       if (check_finite_ > 0) {

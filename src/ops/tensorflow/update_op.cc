@@ -91,7 +91,7 @@ latest: Gradients that the accumulators do not hold yet: one for each variable, 
 scales: A factor for all gradients, or one for each variable.
 rate: The learning rate, with the bias corrections.
 decay: The share of a value that is subtracted from it before the step, where the variable decays.
-weight: A factor for the latest gradients.
+weight: A factor for the latest gradients. With 0 they count as zero, whatever they hold.
 overwrite: Whether accumulators count as zero.
 rows_of: Which variables have flags.
 decays: For each variable, whether it decays.

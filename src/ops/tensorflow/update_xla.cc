@@ -98,8 +98,12 @@ class UpdateXlaOp : public XlaOpKernel {
                                                        "] has shape ", shape.DebugString(), "."));
       }
       const xla::XlaOp latest = xla::ConvertElementType(ctx->Input(LatestInput(i)), xla::F32);
-      const xla::XlaOp product = xla::Mul(ctx->Input("weight"), latest);
-      sum = attributes_.accumulators > 0 ? xla::Add(sum, product) : product;
+      const xla::XlaOp weight = ctx->Input("weight");
+      const xla::XlaOp product = xla::Mul(weight, latest);
+      // Not a product with 0: what does not count may hold NaN.
+      const xla::XlaOp counts = xla::Ne(weight, xla::Zero(builder, xla::F32));
+      sum = xla::Select(xla::Broadcast(counts, shape.dim_sizes()),
+                        attributes_.accumulators > 0 ? xla::Add(sum, product) : product, sum);
     }
     const int scales_input = LatestInput(attributes_.has_latest ? attributes_.count : 0);
     xla::XlaOp scale = ctx->Input(scales_input);
