@@ -119,10 +119,10 @@ def common_divisor(calls: Sequence[LossCall], dtype: tf.DType) -> tf.Tensor | No
         each = [f"'{call.output}' by {divisor.description}" for call, divisor in zip(calls, divisors, strict=True)]
         raise ValueError(
             f"The losses of this model's outputs divide by different numbers: {'; '.join(each)}. No weight of a "
-            "micro-batch makes all of them the large batch's mean. With `micro_batch_size`, loss_over='window' computes "
-            "them on the whole batch, which is exact. Or choose a weight: normalization='samples' weighs micro-batches "
-            "by their samples, which is exact for equal counts only, and a callable "
-            "`(x, y, sample_weight) -> scalar` by what you count."
+            "micro-batch makes all of them the large batch's mean. With `micro_batch_size`, loss_over='window' gives "
+            "the loss of the whole batch, exactly. Or choose a weight: normalization='samples' weighs micro-batches by "
+            "their samples, which is exact for equal counts only, and a callable `(x, y, sample_weight) -> scalar` by "
+            "what you count."
         )
     return divisors[0].value(dtype) if divisors else None
 
