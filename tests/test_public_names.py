@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import keras
+import processes
 import pytest
 
 import accumops
@@ -152,8 +153,8 @@ def test_model_is_loaded_after_a_plain_import(tmp_path):
     model.compile("adam", loss="mse")
     path = tmp_path / "model.keras"
     model.save(path)
-    code = f"import accumops, keras; print(type(keras.models.load_model({str(path)!r})).__name__)"
-    assert run(code) == "GradientAccumulateModel"
+    done = processes.run(f"import accumops, keras; print(type(keras.models.load_model({str(path)!r})).__name__)")
+    assert done.stdout == "GradientAccumulateModel\n", done.stderr
 
 
 def test_missing_tensorflow_is_an_import_error_when_a_name_is_used():

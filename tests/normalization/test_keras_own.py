@@ -38,5 +38,6 @@ class TestOfKeras(keras_tests.BatchNormalizationTest):
         assert made, "Keras's test has made no AccumBatchNormalization"
 
 
+@pytest.mark.exhaustive
 class TestOfKerasWithOneStep(TestOfKeras):
     steps = 1

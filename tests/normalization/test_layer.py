@@ -172,15 +172,15 @@ TRAINERS = (by_accum_steps, by_micro_batch_size, by_parallel_micro_batches, by_o
 
 @pytest.mark.parametrize(
     ("trainer", "run"),
-    # The fused backend runs in a graph with all trainers, and compiled by XLA or eagerly with each second one. The
-    # reference backend runs in a graph with one trainer and eagerly with the next.
+    # The fused backend runs in a graph with all trainers, and of these one after the other, with each second one, is
+    # compiled by XLA and runs eagerly. With the others the reference backend runs in a graph and eagerly.
     cross(
         TRAINERS,
         COMPILED,
         default=lambda trainer, run: (
             run == "graph-fused"
-            or (trainer, run) in turns(TRAINERS, ["xla-fused", "eager-fused"])
-            or (trainer, run) in turns(TRAINERS, ["graph-reference", "eager-reference"])
+            or (trainer, run) in turns(TRAINERS[::2], ["xla-fused", "eager-fused"])
+            or (trainer, run) in turns(TRAINERS[1::2], ["graph-reference", "eager-reference"])
         ),
     ),
     indirect=["run"],
@@ -196,8 +196,14 @@ def test_with_a_loss_scale(data, trainer):
     check(net.layers[0], trainer(net, *data, {}))
 
 
-@pytest.mark.parametrize("trainer", [by_optimizer_not_built, by_loop_not_built])
-@pytest.mark.parametrize("mode", ["graph", "xla"])
+@pytest.mark.parametrize(
+    ("mode", "trainer"),
+    cross(
+        ["graph", "xla"],
+        [by_optimizer_not_built, by_loop_not_built],
+        default=lambda mode, trainer: (mode == "xla") == (trainer == by_loop_not_built),
+    ),
+)
 def test_what_sums_gradients_is_built_after_the_first_micro_batch(data, mode, trainer):
     net = make()
     check(net.layers[0], trainer(net, *data, RUNS[mode]))

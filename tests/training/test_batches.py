@@ -87,7 +87,7 @@ def test_a_whole_input_reaches_each_micro_batch(parts, names, run, unknown):
     wrapped = GradientAccumulateModel(
         with_support(names), micro_batch_size=6, whole_inputs=["a_support"] if names else [0]
     )
-    for a, b in zip(train(with_support(names)), train(wrapped, **run), strict=True):
+    for a, b in zip(train(with_support(names), run_eagerly=True), train(wrapped, **run), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6)
 
 

@@ -29,7 +29,7 @@ ONE_MICRO_BATCH = {"micro_batch_size": 17}
     cross(
         [{"accum_steps": 2}, {"micro_batch_size": 4}, ONE_MICRO_BATCH],
         RUNS,
-        default=lambda mode, run: (mode, run) != (ONE_MICRO_BATCH, "xla"),
+        default=lambda mode, run: run == "graph" or mode == {"micro_batch_size": 4},
     ),
     ids=str,
 )
@@ -104,5 +104,6 @@ def test_losses_that_a_step_computes_without_fit(x, y):
     model = GradientAccumulateModel(net, micro_batch_size=16)
     model.compile(keras.optimizers.SGD(0.0), ["mse", "mae"])
     a, _ = net.predict(x, verbose=0)
-    step = tf.function(lambda: model.train_step((tf.constant(x), (tf.constant(y), tf.constant(y)))))
+    batch = (tf.constant(x), (tf.constant(y), tf.constant(y)))
+    step = tf.function(lambda: model.train_step(batch), autograph=False)
     np.testing.assert_allclose(step()["a_loss"], np.mean((a - y) ** 2), rtol=1e-5)

@@ -47,7 +47,7 @@ def test_the_models_update_is_the_large_batchs(rng, mode, optimizer):
     def train(wrap, batch_size):
         net = network()
         model = GradientAccumulateModel(net, **wrap) if wrap else net
-        model.compile(OPTIMIZERS[optimizer](), squares())
+        model.compile(OPTIMIZERS[optimizer](), squares(), run_eagerly=not wrap)
         history = model.fit(x, y, batch_size=batch_size, shuffle=False, epochs=5, verbose=0)
         return net.get_weights(), history.history["loss"]
 
@@ -64,6 +64,7 @@ def test_in_other_runs_and_with_two_outputs(rng, mode, run):
     x, y = data(rng)
 
     def train(wrap, batch_size, **compiled):
+        compiled = compiled or {"run_eagerly": True}
         net = network(outputs=2)
         model = GradientAccumulateModel(net, **wrap) if wrap else net
         model.compile(keras.optimizers.SGD(0.01), [squares(), squares()], loss_weights=[1.0, 0.5], **compiled)
@@ -80,7 +81,9 @@ def test_the_optimizer_sums(rng, backend):
     def train(wrap, batch_size):
         net = network()
         optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
-        net.compile(GradientAccumulateOptimizer(optimizer, 2, reduction="sum") if wrap else optimizer, squares())
+        if wrap:
+            optimizer = GradientAccumulateOptimizer(optimizer, 2, reduction="sum")
+        net.compile(optimizer, squares(), run_eagerly=not wrap)
         net.fit(x, y, batch_size=batch_size, shuffle=False, epochs=3, verbose=0)
         return net.get_weights()
 

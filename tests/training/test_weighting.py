@@ -59,7 +59,8 @@ CASES = {
 def weights_after(wrap, batch_size, mask, loss, y, sample_weight, tokens, **compiled):
     net = network(mask)
     model = GradientAccumulateModel(net, **wrap) if wrap else net
-    model.compile(keras.optimizers.SGD(1.0), loss, **compiled)
+    # Plain Keras runs eagerly, because tracing it would take longer than its two steps.
+    model.compile(keras.optimizers.SGD(1.0), loss, **(compiled if wrap else {"run_eagerly": True}))
     history = model.fit(
         tokens, y, sample_weight=sample_weight, batch_size=batch_size, shuffle=False, epochs=2, verbose=0
     )
@@ -116,7 +117,7 @@ def test_counts_in_float64_for_float64(text):
         net = keras.models.clone_model(net, clone_function=_in_float64)
         model = GradientAccumulateModel(net, **wrap) if wrap else net
         loss = keras.losses.MeanSquaredError(reduction="mean_with_sample_weight", dtype="float64")
-        model.compile(keras.optimizers.SGD(0.01), loss)
+        model.compile(keras.optimizers.SGD(0.01), loss, run_eagerly=not wrap)
         x, y = text["weights"].astype("float64"), text["labels"][:, :1].astype("float64")
         weights = np.linspace(0.1, 0.7, SAMPLES)
         model.fit(x, y, sample_weight=weights, batch_size=SAMPLES, shuffle=False, verbose=0, epochs=3)
@@ -146,7 +147,7 @@ def test_outputs_under_one_mask_share_it(text, mode):
     def train(wrap, batch_size):
         net = network(True, outputs=2)
         model = GradientAccumulateModel(net, **wrap) if wrap else net
-        model.compile(keras.optimizers.SGD(1.0), [cross_entropy(), cross_entropy()])
+        model.compile(keras.optimizers.SGD(1.0), [cross_entropy(), cross_entropy()], run_eagerly=not wrap)
         model.fit(text["tokens"], [text["labels"]] * 2, batch_size=batch_size, shuffle=False, verbose=0)
         return net.get_weights()
 
@@ -196,7 +197,7 @@ def test_a_loss_with_its_own_call_counts_by_samples(rng):
         keras.utils.set_random_seed(1)
         net = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
         model = GradientAccumulateModel(net, **wrap) if wrap else net
-        model.compile(keras.optimizers.SGD(0.1), Doubled())
+        model.compile(keras.optimizers.SGD(0.1), Doubled(), run_eagerly=not wrap)
         model.fit(x, y, batch_size=batch_size, shuffle=False, verbose=0)
         return net.get_weights()
 

@@ -90,7 +90,7 @@ def test_what_is_compiled(network, mode, passes):
     if network not in (dense, convolutional):
         model.fit(np.zeros((32, 12)), np.zeros((32, 3)), batch_size=32, verbose=0)
     else:
-        fit(model, mode)
+        fit(model, mode, 32)
     assert set(compiled) == {not passes}
 
 
@@ -98,7 +98,7 @@ def test_nothing_calls_back_to_the_host():
     """Neither in the passes nor in a whole step: no host callback, no transfer, in what XLA has made."""
     for mode in MODES:
         model = make(dense, mode)
-        fit(model, mode)
+        fit(model, mode, 32)
         batch = tuple(tf.constant(each[: 8 if mode == "accum_steps" else 32]) for each in data())
         step = (
             model._untracked.step.compiled_pass
@@ -139,7 +139,7 @@ def test_other_ways_to_run_steps(mode):
 def test_compiling_again():
     """The passes are those of the new loss."""
     model = make(dense, "accum_steps")
-    fit(model, "accum_steps")
+    fit(model, "accum_steps", 32)
     model.compile(keras.optimizers.SGD(0.0), "mae", jit_compile=True)
     logs = model.fit(*data(32), batch_size=8, verbose=0).history
     x, y = data(32)
@@ -150,7 +150,7 @@ def test_export(tmp_path):
     """The function of a step's passes, with its metrics, is no part of it."""
     model = GradientAccumulateModel(keras.Sequential([keras.layers.Dense(3)]), accum_steps=4)
     model.compile("sgd", "mse", jit_compile=True)
-    fit(model, "accum_steps")
+    fit(model, "accum_steps", 32)
     tf.saved_model.save(model, tmp_path / "saved")
     x, _ = data(4)
     served = tf.saved_model.load(tmp_path / "saved").signatures["serving_default"](tf.constant(x))
