@@ -2,7 +2,7 @@
 
 import numbers
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -11,8 +11,11 @@ import tensorflow as tf
 
 from accumops.adapters.keras_layer import layers_within
 from accumops.adapters.keras_model import own_metrics
-from accumops.arguments import Schedule
+from accumops.arguments import Schedule, check_bool, check_nonfinite
+from accumops.optimizer.checks import check_gradient_clipping
 from accumops.training.callbacks import AccumStepsScheduler
+from accumops.training.partial_window import check_policy
+from accumops.training.weighting import Normalization, check_normalization
 
 
 def check_model(model: keras.Model | None, inputs: Any, outputs: Any) -> keras.Model:
@@ -37,6 +40,21 @@ def check_model(model: keras.Model | None, inputs: Any, outputs: Any) -> keras.M
             "a GradientAccumulateOptimizer in its own `compile` instead."
         )
     return model
+
+
+def check_settings(
+    normalization: str | Normalization,
+    partial_window: str,
+    gradient_clipping: Callable[..., object] | None,
+    lazy_sparse: bool,
+    nonfinite: str,
+) -> None:
+    """Raises if an argument of a `GradientAccumulateModel` is none of its values, in both of its modes."""
+    check_normalization(normalization)
+    check_policy(partial_window)
+    check_gradient_clipping(gradient_clipping)
+    check_bool("lazy_sparse", lazy_sparse)
+    check_nonfinite(nonfinite)
 
 
 def check_mode(

@@ -6,6 +6,9 @@
 
 A pass goes forward and backward over a micro-batch, updates the metrics, and weighs the micro-batch. The mean of the
 loss in the logs is weighed like the gradients' mean.
+
+With `nonfinite="skip"` and `"drop"` a pass may turn out not to count. Then what it has moved is taken back before its
+gradients can end a window, and its loss has no weight in the logs.
 """
 
 import warnings
@@ -17,8 +20,10 @@ import tensorflow as tf
 
 from accumops.adapters.keras_losses import following
 from accumops.adapters.keras_model import loss_tracker
+from accumops.training.left_out import Undo
 from accumops.training.slicing import Carried, fold_slices
 from accumops.training.weighting import count_samples, share_of
+from accumops.window.nonfinite import Share
 
 
 class Pass(NamedTuple):
@@ -26,11 +31,13 @@ class Pass(NamedTuple):
 
     gradients: list[Any] | None
     """None of a model that has nothing to train."""
-    share: float | tf.Tensor
+    share: float | tf.Tensor | Share
     """What the micro-batch counts for in its window."""
     loss: float | tf.Tensor
     """The mean over its samples."""
     samples: int | tf.Tensor
+    counts: bool | tf.Tensor = True
+    """Whether it counts in the logs; if not, loss and samples are 0."""
 
 
 class TrainingStep:
@@ -42,7 +49,7 @@ class TrainingStep:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._compiled_pass: Callable[[Any], Pass] | None = None
+        self._compiled_pass: Any = None
 
     def compile_passes(self, compiled: bool) -> None:
         """Has XLA compile each pass by itself, or no longer."""
@@ -84,7 +91,7 @@ class TrainingStep:
 
     def _train_on_micro_batch(self, data: Any, ends_window: bool | None) -> None:
         model, optimizer = self._model, self._model.optimizer
-        passed = self._pass(data)
+        passed = self._counted_pass(data)
         if passed.gradients is not None:
             take = {None: optimizer.apply, False: optimizer.accumulate, True: optimizer.close}[ends_window]
             take(passed.gradients, model.trainable_variables, weight=passed.share)
@@ -97,11 +104,11 @@ class TrainingStep:
         tracker = loss_tracker(model)
         # Not the tracker's dtype, which may be a half precision, in which sums over many slices are far off.
         none = tf.zeros([], self._share_dtype())
-        slices, (total, losses, seen) = fold_slices(
+        slices, (total, losses, logged, seen) = fold_slices(
             data,
             size,
             self.train_on_slice,
-            [none, none, none],
+            [none, none, none, none],
             static_sizes=bool(model.jit_compile) and not model.compiles_passes,
             at_once=model.parallel_micro_batches,
             empty=model.mirroring is not None,
@@ -111,7 +118,7 @@ class TrainingStep:
         if optimizer.accumulator.built and model.trainable_variables:
             optimizer.accumulator.state.count(slices, total)
             optimizer.close()
-        value = losses if self._sums() else tf.math.divide_no_nan(losses, total)
+        value = losses if self._sums() else tf.math.divide_no_nan(losses, logged)
         tracker.update_state(tf.cast(value, tracker.dtype), sample_weight=seen)
 
     @tf.autograph.experimental.do_not_convert
@@ -137,21 +144,46 @@ class TrainingStep:
         Args:
             data: The micro-batch.
             first: Whether it is the first of its batch.
-            carried: The sums of shares, of losses times shares, and of samples, before it.
+            carried: The sums before it: shares, losses times shares, shares that count in the logs, samples.
 
         Returns:
             The sums with it.
         """
         model = self._model
-        total, losses, seen = carried
-        passed = self._pass(data)
+        total, losses, logged, seen = carried
+        passed = self._counted_pass(data)
         if passed.gradients is not None:
             model.optimizer.accumulate_slice(
                 passed.gradients, model.trainable_variables, weight=passed.share, starts=first
             )
-        share = tf.cast(passed.share, total.dtype)
-        losses += tf.cast(passed.loss, losses.dtype) * share
-        return total + share, losses, seen + tf.cast(passed.samples, seen.dtype)
+        weight = passed.share.weight if isinstance(passed.share, Share) else passed.share
+        share = tf.cast(weight, total.dtype)
+        # A share of 0 counts as nothing, whatever the loss is.
+        losses += tf.math.multiply_no_nan(tf.cast(passed.loss, losses.dtype), share)
+        logged += tf.where(passed.counts, share, tf.zeros_like(share))
+        return total + share, losses, logged, seen + tf.cast(passed.samples, seen.dtype)
+
+    def _counted_pass(self, data: Any) -> Pass:
+        """A pass that has left no trace, and counts for nothing in the logs, if it does not count.
+
+        With "skip" its gradients decide, which are looked at here. With "drop" its loss decides, since the window finds
+        out about the gradients later.
+        """
+        optimizer = self._model.optimizer
+        nonfinite = optimizer.accumulator.state.nonfinite
+        if not nonfinite.acts:
+            return self._pass(data)
+        if self._compiled_pass is not None:
+            self._compiled_pass.get_concrete_function(data)  # makes variables that metrics make when they are called
+        undo = Undo(self._model)
+        passed = self._pass(data)
+        share, counts = passed.share, tf.math.is_finite(passed.loss)
+        if nonfinite.policy == "skip" and passed.gradients is not None:
+            share = nonfinite.share(passed.gradients, passed.share)
+            counts = share.counts & (counts | tf.not_equal(share.weight, 0))
+        undo.unless(counts)
+        loss, samples = (tf.where(counts, each, tf.zeros_like(each)) for each in (passed.loss, passed.samples))
+        return Pass(passed.gradients, share, loss, samples, counts)
 
     def _pass(self, data: Any) -> Pass:
         model = self._model
