@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from accumops.optimizer.clipping import AdaptiveGradientClipping
     from accumops.optimizer.optimizer import GradientAccumulateOptimizer
     from accumops.training.backup import BackupAndRestore
-    from accumops.training.callbacks import AccumStepsScheduler, EffectiveBatchSize
+    from accumops.training.callbacks import AccumStepsScheduler, EffectiveBatchSize, NonfiniteCount
     from accumops.training.model import GradientAccumulateModel
     from accumops.training.partial_window import PartialWindow
     from accumops.window.accumulator import GradientAccumulator
@@ -31,6 +31,7 @@ __all__ = [
     "GradientAccumulateOptimizer",
     "GradientAccumulator",
     "LibraryError",
+    "NonfiniteCount",
     "PartialWindow",
     "build_info",
     "get_backend",
@@ -54,6 +55,7 @@ _MODULES = {
     "GradientAccumulateOptimizer": "accumops.optimizer.optimizer",
     "GradientAccumulator": "accumops.window.accumulator",
     "LibraryError": "accumops.ops",
+    "NonfiniteCount": "accumops.training.callbacks",
     "PartialWindow": "accumops.training.partial_window",
     "build_info": "accumops.ops",
     "get_backend": "accumops.ops",

@@ -81,6 +81,13 @@ def check_reduction(reduction: str) -> str:
     return reduction
 
 
+def check_nonfinite(nonfinite: str) -> str:
+    """Returns `nonfinite` if it says what becomes of gradients that are not finite."""
+    if nonfinite not in ("propagate", "skip", "drop"):
+        raise ValueError(f"`nonfinite` must be 'propagate', 'skip' or 'drop'. Received: {nonfinite!r}")
+    return nonfinite
+
+
 def check_bool(name: str, value: bool) -> bool:
     """Returns `value` if it is a bool."""
     if not isinstance(value, bool):

@@ -312,6 +312,9 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
         if adopt is not None:
             adopt(self)
         if self._joined():
+            accumulator = self._state.accumulator
+            if accumulator is not None and accumulator.nonfinite != "propagate":
+                moments = _if_finite(moments)
             if pooled:  # they count the values of all replicas, so that only one replica adds them
                 first = tf.distribute.get_replica_context().replica_id_in_sync_group == 0
                 moments = moments._replace(count=tf.where(first, moments.count, 0))
@@ -417,6 +420,12 @@ class _WindowInCheckpoints(tf.train.experimental.PythonState):
     def deserialize(self, string_value: str) -> None:
         """Restores what `serialize` returned."""
         self._layer.load_window(*json.loads(string_value))
+
+
+def _if_finite(moments: ops.BatchMoments) -> ops.BatchMoments:
+    """The moments, of no values if they are not finite: what is merged into a window cannot be taken out of it."""
+    finite = ops.all_finite([moments.mean, moments.variance])
+    return moments._replace(count=tf.where(finite, moments.count, tf.zeros_like(moments.count)))
 
 
 def _window_variable(name: str, value: Any, dtype: str) -> keras.Variable:

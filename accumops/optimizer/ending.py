@@ -25,7 +25,7 @@ from accumops.adapters.overriding import LOCK
 from accumops.optimizer import fused_update, row_update
 from accumops.optimizer.checks import check_goes_with_lazy_rows, check_no_constraints
 from accumops.optimizer.fused_update import FusedUpdate
-from accumops.optimizer.nonfinite import scale_of_loss
+from accumops.optimizer.nonfinite import scale_of_loss, update_if_it_applies
 from accumops.window import replicas
 from accumops.window.micro_batch import CountedMicroBatch, Window
 from accumops.window.state import WindowState
@@ -87,17 +87,24 @@ class Ending:
             replicas.across_replicas(strategy, lambda: self._on_replicas(strategy, given))
             return
         with LOCK, self.state.ending() as window:
-            clip = self.gradient_clipping
-            if not self.fused_update:
-                self._unfused(window, given)
-            elif clip is not None:
-                self._fused(self._clip(window, clip), given)
-            else:
-                self._fused(window, given)
+            self._update(window, lambda: self._end(window, given))
+
+    def _update(self, window: Window, update: Callable[[], None]) -> None:
+        """Makes the update of a window, unless gradients that are not finite keep it from making one."""
+        update_if_it_applies(self.optimizer, window.verdict, update)
+
+    def _end(self, window: Window, given: Sequence[int]) -> None:
+        clip = self.gradient_clipping
+        if not self.fused_update:
+            self._unfused(window, given)
+        elif clip is not None:
+            self._fused(self._clip(window, clip), given)
+        else:
+            self._fused(window, given)
 
     def _fold(self, batch: CountedMicroBatch, given: Sequence[int]) -> None:
         with LOCK, self.state.ending_with(batch) as window:
-            self._fused(window, given)
+            self._update(window, lambda: self._fused(window, given))
 
     def _fused(self, window: Window, given: Sequence[int]) -> None:
         if self.lazy_sparse:
@@ -136,17 +143,22 @@ class Ending:
     def _on_replicas(self, strategy: tf.distribute.Strategy, given: Sequence[int]) -> None:
         """Ends the window of all replicas, which make the same update. Runs outside of the replicas."""
         with LOCK, self.state.ending_across(strategy) as windows:
+            self._update(windows[0], lambda: self._end_on_replicas(strategy, windows, given))
 
-            def own_window() -> Window:
-                return windows[replicas.local_replica()]
+    def _end_on_replicas(
+        self, strategy: tf.distribute.Strategy, windows: Sequence[Window], given: Sequence[int]
+    ) -> None:
+        def own_window() -> Window:
+            return windows[replicas.local_replica()]
 
-            if not self.fused_update:
-                with without_reduction(innermost(self.optimizer), replicas.own):
-                    replicas.on_each_replica(strategy, lambda: self._unfused(own_window(), given))
-                return
-            clip = self.gradient_clipping
-            if clip is not None:
-                windows = replicas.on_each_replica(strategy, lambda: self._clip(own_window(), clip))
+        clip = self.gradient_clipping
+        if not self.fused_update:
+            with without_reduction(innermost(self.optimizer), replicas.own):
+                replicas.on_each_replica(strategy, lambda: self._unfused(own_window(), given))
+        elif clip is not None:
+            clipped = replicas.on_each_replica(strategy, lambda: self._clip(own_window(), clip))
+            fused_update.apply(self.optimizer, clipped, self.variables, given, lazy=False)
+        else:
             fused_update.apply(self.optimizer, windows, self.variables, given, lazy=False)
 
     def _clip(self, window: Window, clip: Clipping) -> Window:

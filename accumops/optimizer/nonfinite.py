@@ -1,12 +1,20 @@
-"""What becomes of a window with a gradient that is not finite, and of the scale that float16 losses have.
+"""What becomes of the update of a window with a gradient that is not finite, and of the scale that float16 losses have.
 
-Such a gradient is summed as any other, and makes the window's sum not finite. What happens then depends on where a
-`keras.optimizers.LossScaleOptimizer` is, which multiplies the loss and takes the factor out of the gradients:
+The window decides by its policy whether it makes an update; see `accumops.window.nonfinite`. A
+`keras.optimizers.LossScaleOptimizer`, which multiplies the loss and takes the factor out of the gradients, decides by
+itself. Together, with the LossScaleOptimizer
 
-inside the GradientAccumulateOptimizer    The window is dropped: no variable moves, no update is counted, and the
-                                          scale backs off. This is what `GradientAccumulateModel` sets up.
-around the GradientAccumulateOptimizer    The micro-batch is skipped: it never reaches the window, which goes on.
-nowhere                                   The update is made with what is not finite, as without accumulation.
+inside the GradientAccumulateOptimizer, and the policy
+    "propagate"    The LossScaleOptimizer finds that the window's gradient is not finite: no variable moves, no update
+                   is counted, and the scale backs off. This is what `GradientAccumulateModel` sets up.
+    "drop"         The same, and the window counts itself.
+    "skip"         The update is made with the other micro-batches, and the scale backs off all the same: else it
+                   would never fit a model of which each micro-batch overflows.
+around the GradientAccumulateOptimizer
+    any            The LossScaleOptimizer skips the micro-batch: it never reaches the window, whose next micro-batch
+                   takes its place.
+
+Without a LossScaleOptimizer, "propagate" makes the update with what is not finite, as without accumulation.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +24,7 @@ import tensorflow as tf
 
 from accumops.adapters.keras_optimizer import finding_finite
 from accumops.adapters.overriding import overriding
+from accumops.window.nonfinite import Verdict
 
 
 def scale_of_loss(optimizer: keras.optimizers.Optimizer) -> float | tf.Tensor | None:
@@ -23,6 +32,29 @@ def scale_of_loss(optimizer: keras.optimizers.Optimizer) -> float | tf.Tensor | 
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         return tf.convert_to_tensor(optimizer.dynamic_scale)
     return optimizer.loss_scale_factor
+
+
+def update_if_it_applies(optimizer: keras.optimizers.Optimizer, verdict: Verdict, update: Callable[[], None]) -> None:
+    """Makes the update of a window, unless the window's verdict is that it makes none.
+
+    Args:
+        optimizer: The optimizer that makes the update, or a LossScaleOptimizer around it.
+        verdict: The window's verdict.
+        update: Has the optimizer make the update.
+    """
+    nonfinite = verdict.nonfinite
+    if nonfinite is None:
+        update()
+        return
+    keras.ops.cond(verdict.applies, update, lambda: None)
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        keras.ops.cond(nonfinite > 0, lambda: _back_off(optimizer), lambda: None)
+
+
+def _back_off(optimizer: keras.optimizers.LossScaleOptimizer) -> None:
+    """Halves the scale of losses, as a LossScaleOptimizer does for gradients that are not finite."""
+    optimizer.step_counter.assign(0)
+    optimizer.dynamic_scale.assign(optimizer.dynamic_scale * 0.5)
 
 
 def apply_if_finite(

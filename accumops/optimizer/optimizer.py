@@ -2,16 +2,22 @@
 
 import contextlib
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from accumops.adapters.keras_optimizer import innermost
 from accumops.adapters.untracked import Untracked
-from accumops.arguments import Schedule, check_accum_steps, check_bool, check_reduction, check_variables
+from accumops.arguments import (
+    Schedule,
+    check_accum_steps,
+    check_bool,
+    check_nonfinite,
+    check_reduction,
+    check_variables,
+)
 from accumops.optimizer.checks import (
     check_goes_with_lazy_rows,
     check_goes_with_strategy,
@@ -21,14 +27,14 @@ from accumops.optimizer.checks import (
 )
 from accumops.optimizer.ending import Clipping, Ending, Gradients
 from accumops.optimizer.fused_update import FusedUpdate
-from accumops.optimizer.inner_optimizer import StandsForInner
 from accumops.optimizer.known_variables import KnownVariables
+from accumops.optimizer.loading import LoadsState
 from accumops.window import replicas
 from accumops.window.accumulator import GradientAccumulator
 
 
 @keras.saving.register_keras_serializable(package="accumops")
-class GradientAccumulateOptimizer(StandsForInner):
+class GradientAccumulateOptimizer(LoadsState):
     """Wraps a Keras optimizer so that every `accum_steps` calls of `apply` make one update.
 
     The wrapped optimizer sees one gradient a window, the mean over its micro-batches, and nothing in between: its
@@ -39,8 +45,10 @@ class GradientAccumulateOptimizer(StandsForInner):
     and call `apply` in a function that `strategy.run` calls, with no `tf.cond` or loop around it. Replicas communicate
     where a window ends, and nowhere else. As with any optimizer there, gradients are summed over the replicas, and come
     from losses that are divided by the number R of replicas, as in Keras's trainer: the wrapped optimizer sees
-    `R * sum(weight * gradient) / sum(weight)` over the micro-batches of all replicas. A micro-batch of weight 0, such
-    as one without samples, counts as nothing, whatever its gradients are. `flush` can be called anywhere.
+    `R * sum(weight * gradient) / sum(weight)` over the micro-batches of all replicas. `flush` can be called anywhere.
+
+    A micro-batch of weight 0, such as one without samples, counts as nothing, whatever its gradients are, NaN included.
+    A window whose weights are all 0 makes an update with gradients of zero, as Keras does for a batch of weight 0.
 
     Args:
         inner_optimizer: Any `keras.optimizers.Optimizer`, or a string or config that `keras.optimizers.get` knows.
@@ -57,13 +65,19 @@ class GradientAccumulateOptimizer(StandsForInner):
             these rows without it too.
         reduction: `"mean"`, or `"sum"` for a loss that is a sum over samples: the wrapped optimizer then sees the sum
             of the micro-batches' gradients.
+        nonfinite: What becomes of gradients with Inf or NaN. `"propagate"`: they make the update what they are.
+            `"skip"`: the micro-batch is left out of its window, and the update is made with the mean over the others;
+            without any others, there is none. The micro-batch still is one of the window's `accum_steps`. `"drop"`: the
+            window makes no update. A window without an update moves no variable, and is not counted in `iterations`. A
+            LossScaleOptimizer inside backs off in each of these cases; one around skips such micro-batches by itself,
+            before they get here.
         name: The name of this optimizer.
 
     Raises:
         TypeError: If `accum_steps` is neither an int nor a callable that returns one, or `gradient_clipping` is not
             callable.
-        ValueError: If `accum_steps` is less than 1, `inner_optimizer` accumulates gradients itself, or it does not
-            go with `lazy_sparse`.
+        ValueError: If `accum_steps` is less than 1, `reduction` or `nonfinite` is none of its values,
+            `inner_optimizer` accumulates gradients itself, or it does not go with `lazy_sparse`.
 
     Example:
 
@@ -75,8 +89,6 @@ class GradientAccumulateOptimizer(StandsForInner):
     2
     """
 
-    built: bool
-
     def __init__(
         self,
         inner_optimizer: keras.optimizers.Optimizer | str | dict[str, Any],
@@ -86,11 +98,13 @@ class GradientAccumulateOptimizer(StandsForInner):
         gradient_clipping: Clipping | None = None,
         lazy_sparse: bool = False,
         reduction: str = "mean",
+        nonfinite: str = "propagate",
     ) -> None:
         accum_steps = check_accum_steps(accum_steps)
         inner_optimizer = check_inner_optimizer(keras.optimizers.get(inner_optimizer))
         check_gradient_clipping(gradient_clipping)
         check_reduction(reduction)
+        check_nonfinite(nonfinite)
         if check_bool("lazy_sparse", lazy_sparse):
             check_goes_with_lazy_rows(inner_optimizer)
         super().__init__(learning_rate=0.0, name=name)
@@ -99,7 +113,9 @@ class GradientAccumulateOptimizer(StandsForInner):
         self.lazy_sparse = lazy_sparse
         self.jit_compile: bool | None = None
         """Whether XLA will compile the step; see `GradientAccumulator.build`. None if that is not known yet."""
-        self._accumulator = GradientAccumulator(accum_steps, f"{self.name}_accumulator", reduction=reduction)
+        self._accumulator = GradientAccumulator(
+            accum_steps, f"{self.name}_accumulator", reduction=reduction, nonfinite=nonfinite
+        )
         self._untracked = Untracked(known=KnownVariables(()), scaled_around=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -122,6 +138,16 @@ class GradientAccumulateOptimizer(StandsForInner):
     def accumulator(self) -> GradientAccumulator:
         """The accumulator of the window's gradients."""
         return self._accumulator
+
+    @property
+    def nonfinite(self) -> str:
+        """What becomes of gradients that are not finite: `"propagate"`, `"skip"` or `"drop"`."""
+        return self._accumulator.nonfinite
+
+    @property
+    def nonfinite_count(self) -> keras.Variable:
+        """How many micro-batches have been skipped, or windows dropped; see `GradientAccumulator.nonfinite_count`."""
+        return self._accumulator.nonfinite_count
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
         """Creates the accumulators and the wrapped optimizer's variables.
@@ -175,7 +201,8 @@ class GradientAccumulateOptimizer(StandsForInner):
         Args:
             grads: One gradient for each variable: tensors, `tf.IndexedSlices` or None.
             trainable_variables: The variables, in the order of `grads`; by default those of `build`.
-            weight: This micro-batch's share in the window, a number or scalar tensor that is not negative.
+            weight: This micro-batch's share in the window, a number or scalar tensor that is not negative. With 0 the
+                micro-batch counts as nothing, whatever its gradients are.
 
         Raises:
             ValueError: If it is not built and `trainable_variables` is not given, a variable is not known, or a
@@ -375,47 +402,6 @@ class GradientAccumulateOptimizer(StandsForInner):
             )
         self.inner_optimizer.loss_scale_factor = factor
 
-    def set_weights(self, weights: Sequence[Any]) -> None:
-        """Sets all of `variables`: the wrapped optimizer's, then the window's state.
-
-        Args:
-            weights: An array for each of `variables`, or for each of the wrapped optimizer's; then the open window is
-                dropped.
-
-        Raises:
-            ValueError: If it is not built, or the number of arrays or a shape does not fit. Nothing is set then.
-        """
-        if not self.built:
-            raise ValueError("`set_weights` needs an optimizer that is built: call `build(trainable_variables)` first.")
-        inner, weights = self.inner_optimizer.variables, list(weights)
-        variables = inner if len(weights) == len(inner) else self.variables
-        if len(weights) != len(variables):
-            raise ValueError(
-                f"`weights` must be {len(self.variables)} arrays, or {len(inner)} for the wrapped optimizer alone. "
-                f"Received: {len(weights)}"
-            )
-        for variable, weight in zip(variables, weights, strict=True):
-            if tuple(variable.shape) != np.shape(weight):
-                raise ValueError(
-                    f"The weight of '{variable.path}' must have shape {tuple(variable.shape)}. "
-                    f"Received: {np.shape(weight)}"
-                )
-        for variable, weight in zip(variables, weights, strict=True):
-            variable.assign(weight)
-        if variables is inner and self._accumulator.built:
-            self._accumulator.reset()
-
-    def load_own_variables(self, store: Mapping[str, Any]) -> None:
-        """Loads what `save_own_variables` stored, or the variables of the wrapped optimizer alone.
-
-        A model that was saved before it was wrapped has only these. The next window then starts empty.
-        """
-        if self._accumulator.built and len(store.keys()) == len(self.inner_optimizer.variables):
-            self.inner_optimizer.load_own_variables(store)
-            self._accumulator.reset()
-            return
-        super().load_own_variables(store)
-
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments to make this optimizer again, without its state."""
         return {
@@ -425,6 +411,7 @@ class GradientAccumulateOptimizer(StandsForInner):
             "gradient_clipping": keras.saving.serialize_keras_object(self.gradient_clipping),
             "lazy_sparse": self.lazy_sparse,
             "reduction": self._accumulator.reduction,
+            "nonfinite": self.nonfinite,
             # For those who look it up, as in the config of any optimizer. The wrapped optimizer has its own.
             "learning_rate": innermost(self.inner_optimizer).get_config().get("learning_rate"),
         }

@@ -1,4 +1,4 @@
-"""Callbacks for `fit`: a K that changes, and the effective batch size in the logs."""
+"""Callbacks for `fit`: a K that changes, and what they add to the logs."""
 
 import numbers
 from collections.abc import Callable
@@ -97,7 +97,8 @@ class AccumStepsScheduler(WindowCallback):
 class EffectiveBatchSize(WindowCallback):
     """Adds `effective_batch_size` to the logs of each epoch: samples an update, on average over the epoch.
 
-    It is `nan` in an epoch without an update. Samples of a window that is dropped count. An update that a
+    It is `nan` in an epoch without an update. Samples of a window that is dropped count; those of a micro-batch that
+    `nonfinite="skip"` leaves out do not. An update that a
     `PartialWindow` makes counts if that callback comes earlier in the list.
 
     Raises:
@@ -148,6 +149,32 @@ class EffectiveBatchSize(WindowCallback):
     def _seen(self) -> float:
         # Keras weighs the mean of the losses by the batches' sizes.
         return float(loss_tracker(self.model).count.numpy())
+
+
+class NonfiniteCount(WindowCallback):
+    """Adds `nonfinite_count` to the logs of each epoch, for an optimizer with `nonfinite="skip"` or `"drop"`.
+
+    It is the optimizer's `nonfinite_count` at the end of the epoch: how many micro-batches have been skipped so far, or
+    windows dropped. A `GradientAccumulateModel` has this callback in each `fit` already.
+
+    Raises:
+        ValueError: In `fit`, if nothing accumulates.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    >>> model.compile(accumops.GradientAccumulateOptimizer("sgd", accum_steps=4, nonfinite="skip"), loss="mse")
+    >>> x, y = tf.fill([64, 3], float("inf")), tf.ones([64, 1])
+    >>> history = model.fit(x, y, batch_size=8, callbacks=[accumops.NonfiniteCount()], verbose=0)
+    >>> history.history["nonfinite_count"]
+    [8]
+    """
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Adds the count to the logs."""
+        accumulator = self.optimizer.accumulator
+        if logs is not None and accumulator.nonfinite != "propagate":
+            logs["nonfinite_count"] = int(accumulator.nonfinite_count.numpy()) if accumulator.built else 0
 
 
 def _check_epochs(schedule: dict[int, int]) -> None:

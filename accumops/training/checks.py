@@ -1,7 +1,7 @@
 """Models and arguments that a `GradientAccumulateModel` refuses, and the errors that say why."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -10,8 +10,11 @@ import tensorflow as tf
 
 from accumops.adapters.keras_layer import layers_within
 from accumops.adapters.keras_model import own_metrics
-from accumops.arguments import Schedule, check_count
+from accumops.arguments import Schedule, check_bool, check_count, check_nonfinite
+from accumops.optimizer.checks import check_gradient_clipping
 from accumops.training.callbacks import AccumStepsScheduler
+from accumops.training.partial_window import check_policy
+from accumops.training.weighting import Normalization, check_normalization
 
 
 def check_model(model: keras.Model | None, inputs: Any, outputs: Any) -> keras.Model:
@@ -53,6 +56,24 @@ def _preprocesses(model: keras.Model, method: str) -> bool:
     return "preprocess_samples" in vars(owner) and hasattr(model, "preprocessor")
 
 
+def check_settings(
+    normalization: str | Normalization,
+    partial_window: str,
+    gradient_clipping: Callable[..., object] | None,
+    lazy_sparse: bool,
+    nonfinite: str,
+    check_loss: str | bool,
+) -> None:
+    """Raises if an argument of a `GradientAccumulateModel` is none of its values, in both of its modes."""
+    check_normalization(normalization)
+    check_policy(partial_window)
+    check_gradient_clipping(gradient_clipping)
+    check_bool("lazy_sparse", lazy_sparse)
+    check_nonfinite(nonfinite)
+    if check_loss is not False and check_loss not in ("error", "warn"):
+        raise ValueError(f"`check_loss` must be 'error', 'warn' or False. Received: {check_loss!r}")
+
+
 def check_mode(
     accum_steps: int | dict[int, int] | Schedule | None,
     micro_batch_size: int | None,
@@ -85,7 +106,7 @@ def check_mode(
 
 
 def check_loss_over(
-    loss_over: str, micro_batch_size: int | None, parallel_micro_batches: int, normalization: Any
+    loss_over: str, micro_batch_size: int | None, parallel_micro_batches: int, normalization: Any, nonfinite: str
 ) -> None:
     """Raises unless `loss_over` is known and goes with the other arguments."""
     if loss_over not in ("micro_batch", "window"):
@@ -106,6 +127,11 @@ def check_loss_over(
         raise ValueError(
             "loss_over='window' computes the loss once, so micro-batches have no weights: leave `normalization` out. "
             f"Received: {normalization!r}"
+        )
+    if nonfinite == "skip":
+        raise ValueError(
+            "loss_over='window' computes one loss, so a micro-batch cannot be left out of it by its gradients: use "
+            "nonfinite='drop', which leaves out the window."
         )
 
 

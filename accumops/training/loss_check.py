@@ -20,15 +20,8 @@ from accumops.training.first_batch import peek, plain
 from accumops.training.splits import Finding, Subject, cut, examine, rows_of
 from accumops.training.weighting import Normalization, common_divisor, count_samples, reduction_of, share_of
 
-ACTIONS = ("error", "warn", False)
 _MOST_PREDICTIONS = 1 << 20
 """Fewer samples are examined where they have more numbers than this: the loss of few samples shows what it is."""
-
-
-def check_action(check_loss: Any) -> None:
-    """Raises if it is not one of `ACTIONS`."""
-    if check_loss is not False and check_loss not in ("error", "warn"):
-        raise ValueError(f"`check_loss` must be one of {ACTIONS}. Received: {check_loss!r}")
 
 
 class LossCheck:

@@ -14,18 +14,17 @@ import tensorflow as tf
 
 from accumops.adapters.keras_layer import layers_within
 from accumops.adapters.untracked import Untracked
-from accumops.arguments import Schedule, check_accum_steps, check_bool
+from accumops.arguments import Schedule, check_accum_steps
 from accumops.normalization.layer import AccumBatchNormalization, owning_windows
-from accumops.optimizer.checks import check_gradient_clipping
 from accumops.optimizer.ending import Clipping
 from accumops.optimizer.optimizer import GradientAccumulateOptimizer
 from accumops.training import checks
 from accumops.training.callbacks import AccumStepsScheduler
-from accumops.training.loss_check import LossCheck, check_action
-from accumops.training.partial_window import PARTIAL_WINDOWS, PartialWindowOfModel
+from accumops.training.loss_check import LossCheck
+from accumops.training.partial_window import PartialWindowOfModel
 from accumops.training.step import TrainingStep
 from accumops.training.train_function import function_of_workers, train_function
-from accumops.training.weighting import Normalization, check_losses, check_normalization
+from accumops.training.weighting import Normalization, check_losses
 from accumops.training.wrapper import Wrapper
 from accumops.training.xla_compilation import compiles_passes
 from accumops.window import replicas
@@ -79,6 +78,8 @@ class GradientAccumulateModel(Wrapper):
             update, correctly weighted), `"carry"` (it goes on in the next epoch) or `"drop"` (no update).
         gradient_clipping: As for `GradientAccumulateOptimizer`.
         lazy_sparse: As for `GradientAccumulateOptimizer`.
+        nonfinite: As for `GradientAccumulateOptimizer`. A skipped micro-batch leaves no trace in running statistics,
+            metrics and the mean of the loss; with `"drop"`, one whose loss is not finite. `fit` logs `nonfinite_count`.
         inputs: The inputs of a functional model, instead of `model`.
         outputs: Its outputs.
         name: The name of this model.
@@ -115,19 +116,15 @@ class GradientAccumulateModel(Wrapper):
         gradient_clipping: Clipping | None = None,
         lazy_sparse: bool = False,
         check_loss: str | bool = "error",
+        nonfinite: str = "propagate",
         inputs: Any = None,
         outputs: Any = None,
         name: str | None = None,
     ) -> None:
         model = checks.check_model(model, inputs, outputs)
         checks.check_mode(accum_steps, micro_batch_size, parallel_micro_batches, whole_inputs)
-        check_normalization(normalization)
-        checks.check_loss_over(loss_over, micro_batch_size, parallel_micro_batches, normalization)
-        if partial_window not in PARTIAL_WINDOWS:
-            raise ValueError(f"`partial_window` must be one of {PARTIAL_WINDOWS}. Received: {partial_window!r}")
-        check_gradient_clipping(gradient_clipping)
-        check_bool("lazy_sparse", lazy_sparse)
-        check_action(check_loss)
+        checks.check_settings(normalization, partial_window, gradient_clipping, lazy_sparse, nonfinite, check_loss)
+        checks.check_loss_over(loss_over, micro_batch_size, parallel_micro_batches, normalization, nonfinite)
         super().__init__(model, name)
         # A tuple: Keras and TensorFlow would track a dict, and refuse to save one whose keys are ints.
         self._epochs = tuple(accum_steps.items()) if isinstance(accum_steps, dict) else None
@@ -141,6 +138,7 @@ class GradientAccumulateModel(Wrapper):
         self.gradient_clipping = gradient_clipping
         self.lazy_sparse = lazy_sparse
         self.check_loss = check_loss
+        self.nonfinite = nonfinite
         # Untracked, where TensorFlow does not find functions to export.
         step = TrainingStep(self)
         check = LossCheck(self, step.whole_inputs)
@@ -190,9 +188,8 @@ class GradientAccumulateModel(Wrapper):
             run_eagerly: Whether nothing is traced.
             steps_per_execution: Steps in one call.
             jit_compile: Whether XLA compiles steps.
-            auto_scale_loss: Whether a `mixed_float16` model gets a `LossScaleOptimizer` inside that wrapper. It drops a
-                window with a gradient that is not finite, and the scale backs off. Keras's SwapEMAWeights callback
-                does not find the moving averages through it.
+            auto_scale_loss: Whether a `mixed_float16` model gets a `LossScaleOptimizer` inside that wrapper. It drops
+                windows that are not finite, and its scale backs off. Keras's SwapEMAWeights does not look through it.
 
         Raises:
             ValueError: If the optimizer accumulates gradients itself, a loss has a reduction that no weighted mean of
@@ -215,6 +212,7 @@ class GradientAccumulateModel(Wrapper):
             gradient_clipping=self.gradient_clipping,
             lazy_sparse=self.lazy_sparse,
             reduction=reduction,
+            nonfinite=self.nonfinite,
         )
         super().compile(
             wrapped,
@@ -436,6 +434,7 @@ class GradientAccumulateModel(Wrapper):
             "gradient_clipping": keras.saving.serialize_keras_object(self.gradient_clipping),
             "lazy_sparse": self.lazy_sparse,
             "check_loss": self.check_loss,
+            "nonfinite": self.nonfinite,
         }
 
     @staticmethod

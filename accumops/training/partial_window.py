@@ -2,11 +2,19 @@
 
 from typing import Any
 
-from accumops.training.callbacks import WindowCallback
+from accumops.adapters.keras_model import loss_tracker
+from accumops.training.callbacks import NonfiniteCount, WindowCallback
 from accumops.window import replicas
 
 PARTIAL_WINDOWS = ("flush", "carry", "drop")
 """The policies; see `PartialWindow`."""
+
+
+def check_policy(policy: str, name: str = "partial_window") -> str:
+    """Returns `policy` if it is one of `PARTIAL_WINDOWS`."""
+    if policy not in PARTIAL_WINDOWS:
+        raise ValueError(f"`{name}` must be one of {PARTIAL_WINDOWS}. Received: {policy!r}")
+    return policy
 
 
 class PartialWindow(WindowCallback):
@@ -35,9 +43,7 @@ class PartialWindow(WindowCallback):
 
     def __init__(self, policy: str = "flush") -> None:
         super().__init__()
-        if policy not in PARTIAL_WINDOWS:
-            raise ValueError(f"`policy` must be one of {PARTIAL_WINDOWS}. Received: {policy!r}")
-        self.policy = policy
+        self.policy = check_policy(policy, "policy")
         self._in_epoch = False
 
     def on_train_begin(self, logs: Any = None) -> None:
@@ -79,7 +85,17 @@ class PartialWindow(WindowCallback):
 
 
 class PartialWindowOfModel(PartialWindow):
-    """The callback that a `GradientAccumulateModel` has in each `fit`."""
+    """The callback that a `GradientAccumulateModel` has in each `fit`. It also has the logs say what was skipped."""
+
+    def __init__(self, policy: str = "flush") -> None:
+        super().__init__(policy)
+        self._nonfinite_count = NonfiniteCount()
+        self._nothing_counted = False
+
+    def set_model(self, model: Any) -> None:
+        """Takes the model."""
+        super().set_model(model)
+        self._nonfinite_count.set_model(model)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Checks that the processes of a strategy start an epoch from the same point."""
@@ -91,6 +107,26 @@ class PartialWindowOfModel(PartialWindow):
             updates, step = int(self.optimizer.iterations.numpy()), int(accumulator.step)
             numbers = {"epoch": epoch, "updates": updates, "micro-batches in the window": step}
             replicas.check_agreement(strategy, numbers)
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        """Looks at the epoch's loss before its validation resets it."""
+        if self._in_epoch:
+            self._nothing_counted = self._has_no_loss()
+        super().on_test_begin(logs)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Has the logs say what was skipped. Where all was, there is no loss: Keras's mean over nothing would be 0."""
+        nothing_counted = self._nothing_counted or self._has_no_loss()
+        self._nothing_counted = False
+        super().on_epoch_end(epoch, logs)
+        self._nonfinite_count.on_epoch_end(epoch, logs)
+        if nothing_counted and logs is not None and "loss" in logs:
+            logs["loss"] = float("nan")
+
+    def _has_no_loss(self) -> bool:
+        if self.optimizer.accumulator.nonfinite == "propagate":
+            return False
+        return float(loss_tracker(self.model).count.numpy()) == 0
 
     def flush(self) -> None:
         """Makes an update of the open window, in a function that is traced once."""

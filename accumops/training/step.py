@@ -7,6 +7,9 @@
 A pass goes forward and backward over a micro-batch, updates the metrics, and weighs the micro-batch. The mean of the
 loss in the logs is weighed like the gradients' mean. A metric function that gives one value for a batch is counted when
 all of the batch has been seen: its micro-batches count by their samples, and the batch counts once.
+
+With `nonfinite="skip"` and `"drop"` a pass may turn out not to count. Then what it has moved is taken back before its
+gradients can end a window, and its loss has no weight in the logs.
 """
 
 import warnings
@@ -19,9 +22,11 @@ import tensorflow as tf
 from accumops.adapters.keras_losses import following
 from accumops.adapters.keras_metrics import count_scalars, number_of_metrics, scalars_of, stack
 from accumops.adapters.keras_model import loss_tracker
+from accumops.training.left_out import Undo
 from accumops.training.slicing import Carried, fold_slices
 from accumops.training.weighting import count_samples, share_of
 from accumops.training.window_loss import WindowLoss
+from accumops.window.nonfinite import Share
 
 
 class Pass(NamedTuple):
@@ -29,13 +34,15 @@ class Pass(NamedTuple):
 
     gradients: list[Any] | None
     """None of a model that has nothing to train."""
-    share: float | tf.Tensor
+    share: float | tf.Tensor | Share
     """What the micro-batch counts for in its window."""
     loss: float | tf.Tensor
     """The mean over its samples."""
     samples: int | tf.Tensor
     scalars: tf.Tensor | None = None
     """What metric functions give for the micro-batch as a whole, times samples, if it is to be counted later."""
+    counts: bool | tf.Tensor = True
+    """Whether it counts in the logs; if not, loss and samples are 0."""
 
 
 class TrainingStep:
@@ -47,7 +54,7 @@ class TrainingStep:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._compiled_pass: Callable[[Any], Pass] | None = None
+        self._compiled_pass: Any = None
         self._window_loss: WindowLoss | None = None
 
     def start_anew(self) -> None:
@@ -100,7 +107,7 @@ class TrainingStep:
 
     def _train_on_micro_batch(self, data: Any, ends_window: bool | None) -> None:
         model, optimizer = self._model, self._model.optimizer
-        passed = self._pass(data)
+        passed = self._counted_pass(data)
         if passed.gradients is not None:
             take = {None: optimizer.apply, False: optimizer.accumulate, True: optimizer.close}[ends_window]
             take(passed.gradients, model.trainable_variables, weight=passed.share)
@@ -117,11 +124,11 @@ class TrainingStep:
         none = tf.zeros([], self._share_dtype())
         # Each slice adds to all of these: XLA fails where a loop hands a constant on as it is.
         scalars = [tf.zeros([number], none.dtype)] if (number := number_of_metrics(model)) else []
-        slices, (total, losses, seen, *scalars) = fold_slices(
+        slices, (total, losses, logged, seen, *scalars) = fold_slices(
             data,
             size,
             self.train_on_slice,
-            [none, none, none, *scalars],
+            [none, none, none, none, *scalars],
             static_sizes=bool(model.jit_compile) and not model.compiles_passes,
             at_once=model.parallel_micro_batches,
             empty=model.mirroring is not None,
@@ -131,7 +138,7 @@ class TrainingStep:
         if optimizer.accumulator.built and model.trainable_variables:
             optimizer.accumulator.state.count(slices, total)
             optimizer.close()
-        value = losses if self._sums() else tf.math.divide_no_nan(losses, total)
+        value = losses if self._sums() else tf.math.divide_no_nan(losses, logged)
         tracker.update_state(tf.cast(value, tracker.dtype), sample_weight=seen)
         for each in scalars:
             count_scalars(model, each, seen)
@@ -169,23 +176,52 @@ class TrainingStep:
         Args:
             data: The micro-batch.
             first: Whether it is the first of its batch.
-            carried: The sums of shares, of losses times shares, of samples and, with metrics, of scalars, before it.
+            carried: The sums before it: shares, losses times shares, shares that count in the logs, samples and, with
+                metrics, scalars.
 
         Returns:
             The sums with it.
         """
         model = self._model
-        total, losses, seen, *scalars = carried
-        passed = self._pass(data)
+        total, losses, logged, seen, *scalars = carried
+        passed = self._counted_pass(data)
         if passed.gradients is not None:
             model.optimizer.accumulate_slice(
                 passed.gradients, model.trainable_variables, weight=passed.share, starts=first
             )
-        share = tf.cast(passed.share, total.dtype)
-        losses += tf.cast(passed.loss, losses.dtype) * share
+        weight = passed.share.weight if isinstance(passed.share, Share) else passed.share
+        share = tf.cast(weight, total.dtype)
+        # A share of 0 counts as nothing, whatever the loss is.
+        losses += tf.math.multiply_no_nan(tf.cast(passed.loss, losses.dtype), share)
+        logged += tf.where(passed.counts, share, tf.zeros_like(share))
         if passed.scalars is not None:
             scalars = [each + passed.scalars for each in scalars]
-        return total + share, losses, seen + tf.cast(passed.samples, seen.dtype), *scalars
+        return total + share, losses, logged, seen + tf.cast(passed.samples, seen.dtype), *scalars
+
+    def _counted_pass(self, data: Any) -> Pass:
+        """A pass that has left no trace, and counts for nothing in the logs, if it does not count.
+
+        With "skip" its gradients decide, which are looked at here. With "drop" its loss decides, since the window finds
+        out about the gradients later.
+        """
+        optimizer = self._model.optimizer
+        nonfinite = optimizer.accumulator.state.nonfinite
+        if not nonfinite.acts:
+            return self._pass(data)
+        if self._compiled_pass is not None:
+            self._compiled_pass.get_concrete_function(data)  # makes variables that metrics make when they are called
+        undo = Undo(self._model)
+        passed = self._pass(data)
+        share, counts = passed.share, tf.math.is_finite(passed.loss)
+        if nonfinite.policy == "skip" and passed.gradients is not None:
+            share = nonfinite.share(passed.gradients, passed.share)
+            counts = share.counts & (counts | tf.not_equal(share.weight, 0))
+        undo.unless(counts)
+        loss, samples = (tf.where(counts, each, tf.zeros_like(each)) for each in (passed.loss, passed.samples))
+        scalars = passed.scalars
+        if scalars is not None:
+            scalars = tf.where(counts, scalars, tf.zeros_like(scalars))
+        return Pass(passed.gradients, share, loss, samples, scalars, counts)
 
     def _pass(self, data: Any) -> Pass:
         model = self._model

@@ -29,8 +29,10 @@ class GradientAccumulator(tf.Module):
       have one size or are weighted by their size;
     - a replica's loss comes from `tf.nn.compute_average_loss`, and the weight is the default.
 
-    A micro-batch of weight 0, such as one without samples, counts as nothing, whatever its gradients are. Sparse
-    gradients become dense.
+    Sparse gradients become dense.
+
+    A micro-batch of weight 0, such as one without samples, counts as nothing, whatever its gradients are, NaN included.
+    If all weights of a window are 0, its gradient is zero.
 
     Args:
         accum_steps: Micro-batches a window, an int of at least 1; or a callable that returns it for a count of updates,
@@ -39,10 +41,16 @@ class GradientAccumulator(tf.Module):
         name: The name of the accumulator, in messages and checkpoints.
         reduction: `"mean"`, or `"sum"`: then the gradient is `sum(weight * gradient)`, as of a loss that is a sum over
             the whole window. A replica's loss is not divided by R then.
+        nonfinite: What becomes of gradients with Inf or NaN. `"propagate"`: they make the window's gradient what they
+            are. `"skip"`: the micro-batch is left out, and the window's gradient is the mean over the others; the
+            micro-batch still is one of the window's `accum_steps`. `"drop"`: the whole window is discarded. A full
+            window that is discarded, or has nothing left, is never `ready`: the next micro-batch starts a new one.
+            Under a strategy replicas skip micro-batches each for themselves, and `"drop"` needs a
+            `GradientAccumulateOptimizer`.
 
     Raises:
         TypeError: If `accum_steps` is neither an int nor a callable that returns one.
-        ValueError: If `accum_steps` is less than 1, or `reduction` is neither `"mean"` nor `"sum"`.
+        ValueError: If `accum_steps` is less than 1, or `reduction` or `nonfinite` is none of its values.
 
     Example:
 
@@ -67,10 +75,15 @@ class GradientAccumulator(tf.Module):
     """
 
     def __init__(
-        self, accum_steps: int | Schedule | None, name: str = "gradient_accumulator", *, reduction: str = "mean"
+        self,
+        accum_steps: int | Schedule | None,
+        name: str = "gradient_accumulator",
+        *,
+        reduction: str = "mean",
+        nonfinite: str = "propagate",
     ) -> None:
         super().__init__(name=name)
-        self._state = WindowState(accum_steps, owner=self.name, reduction=reduction)
+        self._state = WindowState(accum_steps, owner=self.name, reduction=reduction, nonfinite=nonfinite)
 
     def build(
         self,
@@ -141,6 +154,19 @@ class GradientAccumulator(tf.Module):
         return self._state.reduction
 
     @property
+    def nonfinite(self) -> str:
+        """What becomes of gradients that are not finite: `"propagate"`, `"skip"` or `"drop"`."""
+        return self._state.nonfinite.policy
+
+    @property
+    def nonfinite_count(self) -> keras.Variable:
+        """How many micro-batches have been skipped, or with `"drop"` windows discarded: a variable, an int64 scalar.
+
+        It is part of the state, and can be set. Under a strategy a window's micro-batches are counted where it ends.
+        """
+        return self._built_state().nonfinite.count
+
+    @property
     def strategy(self) -> tf.distribute.Strategy | None:
         """The mirroring strategy that the accumulator was built under, or None."""
         return self._state.strategy
@@ -184,6 +210,16 @@ class GradientAccumulator(tf.Module):
             return tf.constant(False)
         return self._built_state().counters.ready
 
+    @property
+    def makes_update(self) -> tf.Tensor:
+        """Whether the open window has a gradient to make an update with: a bool scalar.
+
+        False if none is open; with `nonfinite="skip"` if nothing but skipped micro-batches have a weight; with
+        `nonfinite="drop"` if a micro-batch was not finite. Ask it before `close` of a window that is not full; if it is
+        False, call `reset`.
+        """
+        return tf.logical_and(self.open, self._state.verdict().applies)
+
     @tf.autograph.experimental.do_not_convert
     def accumulate(
         self,
@@ -199,17 +235,26 @@ class GradientAccumulator(tf.Module):
                 zero, and a variable that has had nothing but None closes with None.
             variables: What to build with on the first call; it is not needed later.
             weight: This micro-batch's share in the window, a number or scalar tensor, not negative. For micro-batches
-                of different sizes whose loss is a mean, give the number of samples.
+                of different sizes whose loss is a mean, give the number of samples. With 0 the micro-batch counts as
+                nothing, whatever its gradients are, NaN included.
 
         Raises:
             ValueError: If it is not built and `variables` is not given, if all gradients are None, if their number, a
-                shape or a dtype does not fit, or under a strategy outside of its replicas.
+                shape or a dtype does not fit, or under a strategy outside of its replicas or with `nonfinite="drop"`.
         """
         if not self.built:
             if variables is None:
                 raise ValueError(f"{self.name} is not built: call `build(variables)` first, or pass `variables`.")
             self.build(variables)
+        if self.strategy is not None and self.nonfinite == "drop":
+            raise ValueError(
+                f"{self.name} has nonfinite='drop', and under {type(self.strategy).__name__} a replica knows only of "
+                "its own gradients. Use nonfinite='skip', or a GradientAccumulateOptimizer, which drops the window on "
+                "all replicas."
+            )
         self._state.add(self._state.prepare(gradients, weight))
+        if self.nonfinite != "propagate" and self.strategy is None and self.accum_steps is not None:
+            self._state.discard_full()
 
     @tf.autograph.experimental.do_not_convert
     def close(self, *, keep_sparse: bool = False, reduce: bool = False) -> list[tf.Tensor | tf.IndexedSlices | None]:
@@ -225,7 +270,8 @@ class GradientAccumulator(tf.Module):
 
         Returns:
             For each variable the weighted mean (or sum) of its gradients, of the accumulator's dtype, or None where it
-            had none. If the weights add up to zero, so do the gradients.
+            had none. If the weights add up to zero, so do the gradients, as do those of a window that is not
+            `makes_update`.
 
         Raises:
             ValueError: If no window is open, when executing eagerly. In a graph, `tf.errors.InvalidArgumentError`,
@@ -238,7 +284,7 @@ class GradientAccumulator(tf.Module):
         if state.strategy is not None:
             return self._close_on_replica(state.strategy, keep_sparse, reduce)
         with state.ending() as window:
-            return window.means(sparse=keep_sparse)
+            return window.or_zero().means(sparse=keep_sparse)
 
     def _close_on_replica(
         self, strategy: tf.distribute.Strategy, keep_sparse: bool, reduce: bool
@@ -248,15 +294,12 @@ class GradientAccumulator(tf.Module):
             raise ValueError(
                 f"Under {type(strategy).__name__} gradients of a window are dense: `keep_sparse=True` needs one device."
             )
-        with self._state.ending() as window:
-            sums = [None if each is None else tf.convert_to_tensor(each) for each in window.accumulators]
-            present = [each for each in sums if each is not None] if reduce else []
-            weight, *reduced = replicas.sum_over_replicas([window.weight, *present])
-            weight = weight if self.reduction == "mean" else tf.ones_like(weight)
-            if reduce:
-                rest = iter(reduced)
-                sums = [None if each is None else next(rest) for each in sums]
-            return [None if each is None else tf.math.divide_no_nan(each, tf.cast(weight, each.dtype)) for each in sums]
+        with self._state.ending_on_replica(reduce_sums=reduce) as window:
+            sums = [window.latest.get(i) for i in range(len(window.accumulators))]
+            return [
+                None if each is None else tf.math.divide_no_nan(each, tf.cast(window.weight, each.dtype))
+                for each in sums
+            ]
 
     def reset(self) -> None:
         """Drops the open window, if there is one: the next micro-batch starts a new one."""

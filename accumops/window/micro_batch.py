@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from accumops.window import replicas
+from accumops.window.nonfinite import MAKES_UPDATE, Share, Verdict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,10 +20,15 @@ class MicroBatch:
     """The positions of the gradients that are not None."""
     touched_rows: list[keras.Variable | None]
     """For each gradient the flags of the rows that it touches, if it relies on flags."""
-    weight: tf.Tensor
-    """The share: what the micro-batch counts for in its window."""
+    share: Share
+    """What the micro-batch counts for in its window."""
     starts: tf.Tensor | bool
     """Whether it is the window's first."""
+
+    @property
+    def weight(self) -> tf.Tensor:
+        """The share as a number."""
+        return self.share.weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +64,8 @@ class Window:
     """Whether the accumulators of `latest` hold nothing of this window."""
     replica: int | None = None
     """Under a strategy, the number of the window's replica among those of this process."""
+    verdict: Verdict = MAKES_UPDATE
+    """Whether it makes an update."""
 
     def own(self, variable: keras.Variable) -> tf.Variable | keras.Variable:
         """The component of a variable that this window updates."""
@@ -66,6 +74,13 @@ class Window:
     def place(self, beside: keras.Variable) -> contextlib.AbstractContextManager[None]:
         """The device on which a variable is updated."""
         return contextlib.nullcontext() if self.replica is None else tf.device(self.own(beside).device)
+
+    def or_zero(self) -> "Window":
+        """Returns the window, with gradients of zero if it makes no update."""
+        applies = self.verdict.applies
+        if applies is True:
+            return self
+        return dataclasses.replace(self, weight=tf.where(applies, self.weight, tf.zeros_like(self.weight)))
 
     def means(self, *, sparse: bool) -> list[tf.Tensor | tf.IndexedSlices | None]:
         """Returns the weighted mean of each variable's gradients.

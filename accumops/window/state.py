@@ -16,6 +16,7 @@ saved, as their sum over the replicas; all other variables are the same on all r
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
 import keras
@@ -23,12 +24,13 @@ import tensorflow as tf
 
 from accumops import ops
 from accumops.adapters.untracked import Untracked
-from accumops.arguments import Schedule, as_weight, check_reduction, name_of
+from accumops.arguments import Schedule, check_reduction, name_of
 from accumops.window import replicas
 from accumops.window.connected_variables import Connections
 from accumops.window.counters import Counters
 from accumops.window.members import WindowMember
 from accumops.window.micro_batch import CountedMicroBatch, MicroBatch, Window
+from accumops.window.nonfinite import MAKES_UPDATE, NonfiniteGradients, Share, Verdict
 from accumops.window.recorded_operations import Recording
 from accumops.window.state_variables import PER_REPLICA, new_accumulator, new_variable
 from accumops.window.touched_rows import TouchedRows
@@ -42,12 +44,16 @@ class WindowState(tf.Module):
         owner: What the state belongs to, for messages.
         reduction: `"mean"` if the window's gradient is the weighted mean over its micro-batches, `"sum"` if it is their
             weighted sum.
+        nonfinite: What becomes of gradients that are not finite; see `accumops.window.nonfinite`.
     """
 
-    def __init__(self, accum_steps: int | Schedule | None, owner: str, reduction: str = "mean") -> None:
+    def __init__(
+        self, accum_steps: int | Schedule | None, owner: str, reduction: str = "mean", nonfinite: str = "propagate"
+    ) -> None:
         super().__init__(name="window_state")
         self.counters = Counters(accum_steps)
         self.reduction = check_reduction(reduction)
+        self.nonfinite = NonfiniteGradients(nonfinite)
         self.built = False
         self._owner = owner
         self._untracked = Untracked(members=[], strategy=None)
@@ -72,6 +78,7 @@ class WindowState(tf.Module):
             # Shares are counted in float64 for float64 gradients, which they scale.
             wide = any(accumulator.dtype == "float64" for accumulator in self.accumulators)
             self.weight = new_variable("weight", (), "float64" if wide else "float32", **summed)
+            self.nonfinite.build(self.weight.dtype, mirrored=mirrored)
             self.connections = Connections(self._names, self._owner, self.counters.step, **same)
             self.touched_rows = TouchedRows(variables, self.accumulators, track_all=track_all_rows, mirrored=mirrored)
         self.built = True
@@ -86,13 +93,14 @@ class WindowState(tf.Module):
         """What has to be saved to go on with the open window, in the order of Keras's files."""
         counters = self.counters
         limits = [counters.limit] if counters.closed is None else [counters.limit, counters.closed]
+        nonfinite = [self.nonfinite.count, self.nonfinite.in_window]
         flags = [self.connections.connected, *self.touched_rows.flags]
-        return [counters.step, self.weight, *limits, *flags, *self.accumulators]
+        return [counters.step, self.weight, *limits, *nonfinite, *flags, *self.accumulators]
 
     # A micro-batch on its way in
 
     def prepare(
-        self, gradients: Sequence[tf.Tensor | tf.IndexedSlices | None], weight: float | tf.Tensor
+        self, gradients: Sequence[tf.Tensor | tf.IndexedSlices | None], weight: float | tf.Tensor | Share
     ) -> CountedMicroBatch:
         """Checks a micro-batch, and says what it does to the counters. Changes no variable."""
         starts = self.counters.starts
@@ -105,7 +113,7 @@ class WindowState(tf.Module):
     def prepare_slice(
         self,
         gradients: Sequence[tf.Tensor | tf.IndexedSlices | None],
-        weight: float | tf.Tensor,
+        weight: float | tf.Tensor | Share,
         starts: tf.Tensor | bool,
     ) -> MicroBatch:
         """Checks a micro-batch whose caller knows whether it is the window's first. Changes no variable."""
@@ -114,10 +122,10 @@ class WindowState(tf.Module):
         gradients = list(gradients)
         self._check_gradients(gradients)
         gradients = list(map(_as_gradient, gradients, self.accumulators))
-        weight = as_weight(weight, tf.as_dtype(self.weight.dtype))
+        share = self.nonfinite.share(gradients, weight)
         present = [i for i, gradient in enumerate(gradients) if gradient is not None]
         self.connections.check(present)
-        return MicroBatch(gradients, present, self.touched_rows.prepare(gradients), weight, starts)
+        return MicroBatch(gradients, present, self.touched_rows.prepare(gradients), share, starts)
 
     def add(self, batch: CountedMicroBatch) -> None:
         """Adds a micro-batch to the window, and counts it."""
@@ -133,10 +141,11 @@ class WindowState(tf.Module):
         """Adds a micro-batch to the window without counting it; `count` counts all of a window at once."""
         with Recording() as accumulation:
             if self.strategy is None:
-                self._sum(batch, range(len(self.accumulators)))
+                finite = self._sum(batch, range(len(self.accumulators)))
             else:
-                self._sum_on_replica(self.strategy, batch)
+                finite = self._sum_on_replica(self.strategy, batch)
         with tf.control_dependencies(accumulation.operations):
+            self.nonfinite.add(batch.share, finite, batch.starts)
             self.touched_rows.add(batch.gradients)
             if self.strategy is not None:
                 self.touched_rows.set_all()
@@ -147,14 +156,18 @@ class WindowState(tf.Module):
         self.weight.assign(tf.cast(weight, self.weight.dtype))
         self.counters.step.assign(tf.cast(steps, tf.int64))
 
-    def _sum(self, batch: MicroBatch, positions: Iterable[int]) -> None:
-        """Adds the gradients at some positions to their accumulators."""
+    def _sum(self, batch: MicroBatch, positions: Iterable[int]) -> tf.Tensor | None:
+        """Adds the gradients at some positions to their accumulators.
+
+        Returns:
+            If a window is to be dropped for it, whether these gradients are finite; otherwise None.
+        """
         positions = list(positions)
         if not positions:
-            return
+            return None
         accumulators = [self.accumulators[i] for i in positions]
         gradients = [batch.gradients[i] for i in positions]
-        ops.accumulate(
+        return ops.accumulate(
             accumulators,
             [
                 _no_change(accumulator) if gradient is None else gradient
@@ -163,32 +176,21 @@ class WindowState(tf.Module):
             scale=batch.weight,
             overwrite=batch.starts,
             touched_rows=[batch.touched_rows[i] for i in positions],
+            check_finite=self.nonfinite.policy == "drop",
         )
 
-    def _sum_on_replica(self, strategy: tf.distribute.Strategy, batch: MicroBatch) -> None:
+    def _sum_on_replica(self, strategy: tf.distribute.Strategy, batch: MicroBatch) -> tf.Tensor | None:
         accumulators = [replicas.own(accumulator) for accumulator in self.accumulators]
-        nothing = [_no_change(accumulator) for accumulator in accumulators]
-        given = [
-            none if gradient is None else gradient for none, gradient in zip(nothing, batch.gradients, strict=True)
+        gradients = [
+            _no_change(accumulator) if gradient is None else gradient
+            for accumulator, gradient in zip(accumulators, batch.gradients, strict=True)
         ]
         # Losses that are means are divided by the number of replicas. It is taken out again here: the sums are then
-        # those of one device, and a saved window can go on under another strategy.
+        # those of one device, and a saved window can go on under another strategy. The gradients of a replica without
+        # samples are 0 / 0; its share is 0.
         scale = batch.weight * (strategy.num_replicas_in_sync if self.reduction == "mean" else 1)
-
-        def add() -> None:
-            ops.accumulate(accumulators, given, scale=scale, overwrite=batch.starts)
-
-        def start() -> None:
-            ops.accumulate(accumulators, nothing, overwrite=batch.starts)
-
-        weight = tf.get_static_value(batch.weight)
-        if weight is None:
-            # The gradients of a replica without samples are 0 / 0: they must not be multiplied by a share of 0.
-            tf.cond(tf.not_equal(batch.weight, 0), add, start)
-        elif weight != 0:
-            add()
-        else:
-            start()
+        check_finite = self.nonfinite.policy == "drop"
+        return ops.accumulate(accumulators, gradients, scale=scale, overwrite=batch.starts, check_finite=check_finite)
 
     # The window on its way out
 
@@ -199,20 +201,10 @@ class WindowState(tf.Module):
         Raises:
             ValueError: If no window is open, when executing eagerly; in a graph `tf.errors.InvalidArgumentError`.
         """
-        empty = f"{self._owner} has no open window to close: call `accumulate` first."
-        step = tf.convert_to_tensor(self.counters.step)
-        checks = []
-        if tf.executing_eagerly():
-            if int(step) == 0:
-                raise ValueError(empty)
-        else:
-            with self.counters.place():
-                checks.append(tf.debugging.assert_positive(step, message=empty))
-        with tf.control_dependencies([check for check in checks if check is not None]):
-            with Recording() as update:
-                yield Window(self._closing(), self._divisor(self.weight), self.touched_rows.track)
-            with tf.control_dependencies(update.effects):
-                self._close()
+        with tf.control_dependencies(self._check_open()):
+            verdict = self.verdict()
+            with self._closing_with(verdict):
+                yield Window(self._closing(), self._divisor(self.weight), self.touched_rows.track, verdict=verdict)
 
     @contextlib.contextmanager
     def ending_across(self, strategy: tf.distribute.Strategy) -> Iterator[list[Window]]:
@@ -220,18 +212,31 @@ class WindowState(tf.Module):
 
         Gives a window for each replica of this process, with the sums over all replicas in `latest`.
         """
-        with self.ending() as window:
-            held = [i for i, each in enumerate(window.accumulators) if each is not None]
+        with tf.control_dependencies(self._check_open()):
+            accumulators = self._closing()
+            reduced = replicas.on_each_replica(strategy, lambda: self._reduced(accumulators))
+            windows = [dataclasses.replace(window, replica=i) for i, window in enumerate(reduced)]
+            with self._closing_with(windows[0].verdict):
+                yield windows
 
-            def reduce() -> list[tf.Tensor]:
-                parts = [self.weight, *(self.accumulators[i] for i in held)]
-                return replicas.sum_over_replicas([tf.convert_to_tensor(each) for each in parts])
+    @contextlib.contextmanager
+    def ending_on_replica(self, *, reduce_sums: bool) -> Iterator[Window]:
+        """As `ending`, on each replica, with its own sums or those over all replicas in `latest`."""
+        with tf.control_dependencies(self._check_open()):
+            window = self._reduced(self._closing(), sums=reduce_sums)
+            with self._closing_with(window.verdict):
+                yield window
 
-            windows = []
-            for replica, (weight, *sums) in enumerate(replicas.on_each_replica(strategy, reduce)):
-                latest = dict(zip(held, sums, strict=True))
-                windows.append(Window(window.accumulators, self._divisor(weight), _no_rows, latest, 1.0, True, replica))
-            yield windows
+    def _reduced(self, accumulators: list[keras.Variable | None], *, sums: bool = True) -> Window:
+        """Reduces the window of a replica with those of all others, in one operation for each dtype."""
+        held = [i for i, each in enumerate(accumulators) if each is not None]
+        values = [tf.convert_to_tensor(self.accumulators[i]) for i in held]
+        asked = [self.nonfinite.in_window] if self.nonfinite.acts else []
+        parts = [tf.convert_to_tensor(each) for each in (self.weight, *asked)] + (values if sums else [])
+        weight, *reduced = replicas.sum_over_replicas(parts)
+        verdict = self.nonfinite.verdict(weight, reduced.pop(0) if asked else None)
+        latest = dict(zip(held, reduced if sums else values, strict=True))
+        return Window(accumulators, self._divisor(weight), _no_rows, latest, starts=True, verdict=verdict)
 
     @contextlib.contextmanager
     def ending_with(self, batch: CountedMicroBatch) -> Iterator[Window]:
@@ -241,10 +246,15 @@ class WindowState(tf.Module):
         """
         latest = {i: batch.gradients[i] for i in batch.present if not isinstance(batch.gradients[i], tf.IndexedSlices)}
         with Recording() as accumulation:
-            self._sum(batch, (i for i in range(len(self.accumulators)) if i not in latest))
+            finite = self._sum(batch, (i for i in range(len(self.accumulators)) if i not in latest))
+            if self.nonfinite.policy == "drop":
+                others = ops.all_finite(list(latest.values()))
+                finite = others if finite is None else finite & others
+            nonfinite = self.nonfinite.with_next(batch.share, finite, batch.starts)
+            verdict = self.nonfinite.verdict(batch.total, nonfinite, last=batch.share)
         with tf.control_dependencies(accumulation.operations):
             self.connections.add(batch.present)
-            with Recording() as update:
+            with self._closing_with(verdict):
                 yield Window(
                     self._closing(),
                     self._divisor(batch.total),
@@ -252,9 +262,48 @@ class WindowState(tf.Module):
                     latest,
                     batch.weight,
                     batch.starts,
+                    verdict=verdict,
                 )
-            with tf.control_dependencies(update.effects):
-                self._close()
+
+    def verdict(self) -> Verdict:
+        """Whether the open window, as it is on this replica, makes an update."""
+        if not self.nonfinite.acts:
+            return MAKES_UPDATE
+        total, found = (tf.convert_to_tensor(each) for each in (self.weight, self.nonfinite.in_window))
+        return self.nonfinite.verdict(total, found)
+
+    def discard_full(self) -> None:
+        """Drops the window if it is full and makes no update. Not for replicas, which know their own part only."""
+        counters = self.counters
+
+        def discard() -> None:
+            self.nonfinite.count_more(self.verdict().uncounted)
+            self.reset()
+
+        def decide() -> None:
+            keras.ops.cond(self.verdict().applies, lambda: None, discard)
+
+        # Two conditions: only where the window is full does its verdict have to come from a GPU.
+        keras.ops.cond(counters.ready, decide, lambda: None)
+
+    def _check_open(self) -> list[tf.Operation]:
+        empty = f"{self._owner} has no open window to close: call `accumulate` first."
+        step = tf.convert_to_tensor(self.counters.step)
+        if tf.executing_eagerly():
+            if int(step) == 0:
+                raise ValueError(empty)
+            return []
+        with self.counters.place():
+            check = tf.debugging.assert_positive(step, message=empty)
+        return [] if check is None else [check]
+
+    @contextlib.contextmanager
+    def _closing_with(self, verdict: Verdict) -> Iterator[None]:
+        """Closes the window when a block, which makes the update, has not failed."""
+        with Recording() as update:
+            yield
+        with tf.control_dependencies(update.effects):
+            self._close(verdict)
 
     def _divisor(self, weight: tf.Tensor | keras.Variable) -> tf.Tensor:
         """What turns the sums of a window with this sum of shares into its gradients."""
@@ -266,9 +315,13 @@ class WindowState(tf.Module):
         closing = self.connections.closing()
         return [accumulator if i in closing else None for i, accumulator in enumerate(self.accumulators)]
 
-    def _close(self) -> None:
+    def _close(self, verdict: Verdict) -> None:
         self.counters.close()
+        self.nonfinite.count_more(verdict.uncounted)
         members: list[WindowMember] = self._untracked.members
+        if members and verdict.applies is not True:
+            # What they close then is empty.
+            keras.ops.cond(verdict.applies, lambda: None, self._drop_members)
 
         def close_members() -> None:
             for kind in dict.fromkeys(type(member) for member in members):
@@ -282,6 +335,9 @@ class WindowState(tf.Module):
     def reset(self) -> None:
         """Drops the open window, if there is one."""
         self.counters.step.assign(0)
+        self._drop_members()
+
+    def _drop_members(self) -> None:
         for member in self._untracked.members:
             member.drop_window()
 

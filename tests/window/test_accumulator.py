@@ -5,6 +5,7 @@ import numpy as np
 import processes
 import pytest
 import tensorflow as tf
+from crosses import cross
 
 import accumops
 from accumops import GradientAccumulator
@@ -49,6 +50,73 @@ def test_weights_of_zero_give_zero(variables):
     accumulator = GradientAccumulator(accum_steps=1)
     accumulator.accumulate(gradients(5), variables, weight=0)
     np.testing.assert_array_equal(accumulator.close()[0], np.zeros([2, 3]))
+
+
+def test_a_weight_of_0_counts_as_nothing_whatever_the_gradient_is(backend, mode, variables):
+    """In the micro-batch that starts the window, and in later ones; also where only the run knows the weight."""
+    accumulator = GradientAccumulator(accum_steps=None)
+    accumulator.build(variables)
+    accumulate = mode(lambda value, weight: accumulator.accumulate([tf.fill([2, 3], value), value], weight=weight))
+    for value, weight in ((np.nan, 0.0), (1.0, 1.0), (np.inf, -0.0), (4.0, 2.0)):
+        accumulate(tf.constant(value), tf.constant(weight))
+    np.testing.assert_allclose(accumulator.close()[0], np.full([2, 3], 3.0))
+    for _ in range(2):
+        accumulator.accumulate(gradients(np.nan), weight=0)
+    np.testing.assert_array_equal(accumulator.close()[0], np.zeros([2, 3]))
+
+
+class TestNonfinite:
+    @pytest.mark.parametrize(
+        ("backend", "mode", "policy"),
+        cross(
+            ["fused", "reference"],
+            ["eager", "graph", "xla"],
+            ["skip", "drop"],
+            default=lambda backend, mode, policy: backend == "fused" and (mode != "xla" or policy == "skip"),
+        ),
+        indirect=["backend", "mode"],
+    )
+    def test_a_window_that_makes_no_update_is_never_ready(self, backend, mode, variables, policy):
+        accumulator = GradientAccumulator(accum_steps=2, nonfinite=policy)
+        accumulator.build(variables)
+        accumulate = mode(lambda value: accumulator.accumulate([tf.fill([2, 3], value), value]))
+        closed = []
+        for value in (1.0, np.nan, np.inf, np.nan, 1.0, 3.0):
+            accumulate(tf.constant(value))
+            if accumulator.ready:
+                closed.append(float(accumulator.close()[1]))
+        assert closed == ([1.0, 2.0] if policy == "skip" else [2.0])
+        assert int(accumulator.nonfinite_count) == (3 if policy == "skip" else 2)
+        assert int(accumulator.step) == 0
+
+    @pytest.mark.parametrize("policy", ["propagate", "skip", "drop"])
+    def test_windows_that_are_closed_by_hand(self, variables, policy):
+        accumulator = GradientAccumulator(accum_steps=None, nonfinite=policy)
+        accumulator.build(variables)
+        assert not accumulator.makes_update
+        for value in (np.nan, 2.0):
+            accumulator.accumulate(gradients(value))
+        assert bool(accumulator.makes_update) == (policy != "drop")
+        np.testing.assert_array_equal(accumulator.close()[1], {"propagate": np.nan, "skip": 20.0, "drop": 0.0}[policy])
+        accumulator.accumulate(gradients(np.inf))
+        assert bool(accumulator.makes_update) == (policy == "propagate")
+        accumulator.reset()
+        accumulator.accumulate(gradients(3.0))
+        assert accumulator.makes_update
+        np.testing.assert_array_equal(accumulator.close()[0], np.full([2, 3], 3.0))
+
+    def test_none_and_integers_are_finite(self, variables):
+        accumulator = GradientAccumulator(accum_steps=1, nonfinite="skip")
+        accumulator.accumulate([None, tf.constant(3)], variables)
+        assert float(accumulator.close()[1]) == 3
+
+    def test_the_count_can_be_set(self, variables):
+        accumulator = GradientAccumulator(accum_steps=2, nonfinite="skip")
+        accumulator.accumulate(gradients(np.nan), variables)
+        assert any(each is accumulator.nonfinite_count for each in accumulator.variables)
+        accumulator.nonfinite_count.assign(0)
+        accumulator.accumulate(gradients(np.nan))
+        assert int(accumulator.nonfinite_count) == 1
 
 
 def test_partial_window_by_hand(variables):
