@@ -140,7 +140,8 @@ def _parse(name: str, feature: str) -> PrivateName:
 
 
 def _import_rooms() -> None:
-    for room in ("keras_functional", "keras_layer", "keras_losses", "keras_model", "keras_optimizer", "tensorflow"):
+    rooms = ("conditional_steps", "keras_functional", "keras_layer", "keras_losses", "keras_model", "keras_optimizer")
+    for room in (*rooms, "tensorflow"):
         importlib.import_module(f"accumops.adapters.{room}")
 
 

@@ -237,7 +237,7 @@ class GradientAccumulator(tf.Module):
         state = self._built_state()
         if state.strategy is not None:
             return self._close_on_replica(state.strategy, keep_sparse, reduce)
-        with state.ending() as window:
+        with state.ending(by_trace=True) as window:
             return window.means(sparse=keep_sparse)
 
     def _close_on_replica(
@@ -248,7 +248,7 @@ class GradientAccumulator(tf.Module):
             raise ValueError(
                 f"Under {type(strategy).__name__} gradients of a window are dense: `keep_sparse=True` needs one device."
             )
-        with self._state.ending() as window:
+        with self._state.ending(by_trace=True) as window:
             sums = [None if each is None else tf.convert_to_tensor(each) for each in window.accumulators]
             present = [each for each in sums if each is not None] if reduce else []
             weight, *reduced = replicas.sum_over_replicas([window.weight, *present])

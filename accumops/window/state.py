@@ -16,6 +16,7 @@ saved, as their sum over the replicas; all other variables are the same on all r
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
 import keras
@@ -25,10 +26,11 @@ from accumops import ops
 from accumops.adapters.untracked import Untracked
 from accumops.arguments import Schedule, as_weight, check_reduction, name_of
 from accumops.window import replicas
-from accumops.window.connected_variables import Connections
+from accumops.window.connected_variables import Connected, Connections
 from accumops.window.counters import Counters
 from accumops.window.members import WindowMember
 from accumops.window.micro_batch import CountedMicroBatch, MicroBatch, Window
+from accumops.window.parts import Parts
 from accumops.window.recorded_operations import Recording
 from accumops.window.state_variables import PER_REPLICA, new_accumulator, new_variable
 from accumops.window.touched_rows import TouchedRows
@@ -72,7 +74,8 @@ class WindowState(tf.Module):
             # Shares are counted in float64 for float64 gradients, which they scale.
             wide = any(accumulator.dtype == "float64" for accumulator in self.accumulators)
             self.weight = new_variable("weight", (), "float64" if wide else "float32", **summed)
-            self.connections = Connections(self._names, self._owner, self.counters.step, **same)
+            self.connections = Connections(self._names, self._owner, self.counters, jit_compile, **same)
+            self.parts = Parts(self._names, self._owner, self.counters, self.connections.gaps, mirrored=mirrored)
             self.touched_rows = TouchedRows(variables, self.accumulators, track_all=track_all_rows, mirrored=mirrored)
         self.built = True
 
@@ -86,27 +89,41 @@ class WindowState(tf.Module):
         """What has to be saved to go on with the open window, in the order of Keras's files."""
         counters = self.counters
         limits = [counters.limit] if counters.closed is None else [counters.limit, counters.closed]
-        flags = [self.connections.connected, *self.touched_rows.flags]
+        flags = [self.connections.gaps, *self.touched_rows.flags]
         return [counters.step, self.weight, *limits, *flags, *self.accumulators]
 
     # A micro-batch on its way in
 
     def prepare(
-        self, gradients: Sequence[tf.Tensor | tf.IndexedSlices | None], weight: float | tf.Tensor
+        self,
+        gradients: Sequence[tf.Tensor | tf.IndexedSlices | None],
+        weight: float | tf.Tensor,
+        given: Sequence[int] | None = None,
+        *,
+        ends: bool | None = False,
     ) -> CountedMicroBatch:
-        """Checks a micro-batch, and says what it does to the counters. Changes no variable."""
+        """Checks a micro-batch, and says what it does to the counters. Changes no variable.
+
+        Args:
+            gradients: A gradient or None for each variable.
+            weight: Its share.
+            given: The positions of the variables that the call gave; by default all.
+            ends: Whether the window ends with it; None if it does when it is full.
+        """
         starts = self.counters.starts
-        batch = self.prepare_slice(gradients, weight, starts)
+        batch = self.prepare_slice(gradients, weight, starts, given)
+        checks = self.parts.check(batch.given, ends)
         limit, fills = self.counters.with_next(starts)
         # A new window starts from 0, whatever the sum of the last one's shares was, NaN included.
         before = tf.math.multiply_no_nan(tf.convert_to_tensor(self.weight), tf.cast(~starts, self.weight.dtype))
-        return CountedMicroBatch(**vars(batch), fills=fills, limit=limit, total=before + batch.weight)
+        return CountedMicroBatch(**vars(batch), fills=fills, limit=limit, total=before + batch.weight, checks=checks)
 
     def prepare_slice(
         self,
         gradients: Sequence[tf.Tensor | tf.IndexedSlices | None],
         weight: float | tf.Tensor,
         starts: tf.Tensor | bool,
+        given: Sequence[int] | None = None,
     ) -> MicroBatch:
         """Checks a micro-batch whose caller knows whether it is the window's first. Changes no variable."""
         if self.strategy is not None:
@@ -117,12 +134,14 @@ class WindowState(tf.Module):
         weight = as_weight(weight, tf.as_dtype(self.weight.dtype))
         present = [i for i, gradient in enumerate(gradients) if gradient is not None]
         self.connections.check(present)
-        return MicroBatch(gradients, present, self.touched_rows.prepare(gradients), weight, starts)
+        given = range(len(gradients)) if given is None else given
+        return MicroBatch(gradients, present, given, self.touched_rows.prepare(gradients), weight, starts)
 
     def add(self, batch: CountedMicroBatch) -> None:
         """Adds a micro-batch to the window, and counts it."""
         with Recording() as accumulation:
-            self.add_slice(batch)
+            self._add(batch)
+            self.connections.add(batch.present, batch.given)
         # The counters wait: a micro-batch that fails does not count.
         with tf.control_dependencies(accumulation.operations):
             self.weight.assign(batch.total)
@@ -131,6 +150,10 @@ class WindowState(tf.Module):
 
     def add_slice(self, batch: MicroBatch) -> None:
         """Adds a micro-batch to the window without counting it; `count` counts all of a window at once."""
+        self._add(batch)
+        self.connections.add_slice(batch.present, batch.given)
+
+    def _add(self, batch: MicroBatch) -> None:
         with Recording() as accumulation:
             if self.strategy is None:
                 self._sum(batch, range(len(self.accumulators)))
@@ -140,10 +163,10 @@ class WindowState(tf.Module):
             self.touched_rows.add(batch.gradients)
             if self.strategy is not None:
                 self.touched_rows.set_all()
-            self.connections.add(batch.present)
 
     def count(self, steps: int | tf.Tensor, weight: tf.Tensor) -> None:
         """Opens a window that `add_slice` has filled: with this many micro-batches, and this sum of shares."""
+        self.connections.count_slices()
         self.weight.assign(tf.cast(weight, self.weight.dtype))
         self.counters.step.assign(tf.cast(steps, tf.int64))
 
@@ -193,8 +216,12 @@ class WindowState(tf.Module):
     # The window on its way out
 
     @contextlib.contextmanager
-    def ending(self) -> Iterator[Window]:
+    def ending(self, last: MicroBatch | None = None, *, by_trace: bool = False) -> Iterator[Window]:
         """Gives the open window to a block, and closes it when the block has not failed.
+
+        Args:
+            last: The window's last micro-batch, if it is known.
+            by_trace: Whether a graph has to know the variables that have a gradient when it is traced.
 
         Raises:
             ValueError: If no window is open, when executing eagerly; in a graph `tf.errors.InvalidArgumentError`.
@@ -208,19 +235,25 @@ class WindowState(tf.Module):
         else:
             with self.counters.place():
                 checks.append(tf.debugging.assert_positive(step, message=empty))
+        if by_trace:
+            connected, same = self.connections.at_end_by_trace()
+            checks += same
+        else:
+            present, given = ((), ()) if last is None else (last.present, last.given)
+            connected = self.connections.at_end(present, given)
         with tf.control_dependencies([check for check in checks if check is not None]):
             with Recording() as update:
-                yield Window(self._closing(), self._divisor(self.weight), self.touched_rows.track)
+                yield Window(self._held(connected), connected, self._divisor(self.weight), self.touched_rows.track)
             with tf.control_dependencies(update.effects):
                 self._close()
 
     @contextlib.contextmanager
-    def ending_across(self, strategy: tf.distribute.Strategy) -> Iterator[list[Window]]:
+    def ending_across(self, strategy: tf.distribute.Strategy, last: MicroBatch | None) -> Iterator[list[Window]]:
         """As `ending`, but outside of the replicas, which are reduced first.
 
         Gives a window for each replica of this process, with the sums over all replicas in `latest`.
         """
-        with self.ending() as window:
+        with self.ending(last) as window:
             held = [i for i, each in enumerate(window.accumulators) if each is not None]
 
             def reduce() -> list[tf.Tensor]:
@@ -230,7 +263,17 @@ class WindowState(tf.Module):
             windows = []
             for replica, (weight, *sums) in enumerate(replicas.on_each_replica(strategy, reduce)):
                 latest = dict(zip(held, sums, strict=True))
-                windows.append(Window(window.accumulators, self._divisor(weight), _no_rows, latest, 1.0, True, replica))
+                divisor = self._divisor(weight)
+                windows.append(
+                    dataclasses.replace(
+                        window,
+                        weight=divisor,
+                        touched_rows=_no_rows,
+                        latest=latest,
+                        starts=True,
+                        replica=replica,
+                    )
+                )
             yield windows
 
     @contextlib.contextmanager
@@ -243,10 +286,12 @@ class WindowState(tf.Module):
         with Recording() as accumulation:
             self._sum(batch, (i for i in range(len(self.accumulators)) if i not in latest))
         with tf.control_dependencies(accumulation.operations):
-            self.connections.add(batch.present)
+            self.connections.note(batch.present, batch.given)
+            connected = self.connections.at_end(batch.present, batch.given)
             with Recording() as update:
                 yield Window(
-                    self._closing(),
+                    self._held(connected),
+                    connected,
                     self._divisor(batch.total),
                     self.touched_rows.track,
                     latest,
@@ -261,13 +306,14 @@ class WindowState(tf.Module):
         total = tf.convert_to_tensor(weight)
         return total if self.reduction == "mean" else tf.ones_like(total)
 
-    def _closing(self) -> list[keras.Variable | None]:
+    def _held(self, connected: Connected) -> list[keras.Variable | None]:
         """The accumulators, None for those of variables that the window has no gradient for."""
-        closing = self.connections.closing()
-        return [accumulator if i in closing else None for i, accumulator in enumerate(self.accumulators)]
+        positions = set(connected.positions)
+        return [accumulator if i in positions else None for i, accumulator in enumerate(self.accumulators)]
 
     def _close(self) -> None:
         self.counters.close()
+        self.connections.clear()
         members: list[WindowMember] = self._untracked.members
 
         def close_members() -> None:
@@ -281,7 +327,9 @@ class WindowState(tf.Module):
 
     def reset(self) -> None:
         """Drops the open window, if there is one."""
+        self.parts.end()
         self.counters.step.assign(0)
+        self.connections.clear()
         for member in self._untracked.members:
             member.drop_window()
 
