@@ -59,18 +59,26 @@ def bound_call(concrete: Any, argument: Any) -> Callable[[], Any] | None:
     return lambda: concrete._call_flat(parts, captured)
 
 
-@relies_on("<a function's graph>.outer_graph", feature="the warning of layers that were called before they were built")
+@relies_on(
+    "<a function's graph>.outer_graph",
+    feature="the warning of layers that were called before they were built, and windows that several calls share",
+)
+def enclosing_graphs() -> list[tf.Graph]:
+    """The graph of the function that is being traced, and those of the functions around it; none in eager execution."""
+    graphs = []
+    graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    while graph is not None:
+        graphs.append(graph)
+        graph = getattr(graph, "outer_graph", None)
+    return graphs
+
+
 def enclosing_functions() -> list[int]:
     """The function that is being traced and the functions around it, each by the identity of its graph.
 
     The last item is 0 and stands for eager execution.
     """
-    graphs = []
-    graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-    while graph is not None:
-        graphs.append(id(graph))
-        graph = getattr(graph, "outer_graph", None)
-    return [*graphs, 0] if graphs else [0]
+    return [*map(id, enclosing_graphs()), 0]
 
 
 @relies_on(

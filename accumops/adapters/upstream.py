@@ -141,6 +141,7 @@ def _parse(name: str, feature: str) -> PrivateName:
 
 def _import_rooms() -> None:
     for room in (
+        "conditional_steps",
         "keras_functional",
         "keras_layer",
         "keras_losses",

@@ -4,13 +4,16 @@
     folded        `_fold`               the last micro-batch is at hand, the update is fused, and nothing needs the
                                         window's whole gradient before it (no `gradient_clipping`, no clipping by norm,
                                         no LossScaleOptimizer): the op adds the last gradients while it updates
-    on replicas   `_on_replicas`        under a mirroring strategy: outside of the replicas, once for all of them
+    on replicas   `_end_across`         under a mirroring strategy: outside of the replicas, once for all of them
     unfused       `_unfused`            the op cannot make the update: the optimizer's own `apply` gets the mean
                                         gradients, clipped; of tables only the touched rows, if that is enough
     clipped       `_fused(_clip(…))`    fused, with `gradient_clipping`: the op gets the clipped mean gradients
     fused         `_fused`              fused: the op reads the sums in the accumulators
 
 `FusedUpdate` says whether, and why, an update is fused or not.
+
+A variable that the window has no gradient for is left out of each of them. In a graph this may be known only when it
+runs (`Connected.maybe`): then the update of such a variable is in a condition.
 """
 
 import contextlib
@@ -20,13 +23,16 @@ from collections.abc import Callable, Sequence
 import keras
 import tensorflow as tf
 
+from accumops.adapters.conditional_steps import stepping_if, steps_singly
 from accumops.adapters.keras_optimizer import index_of, innermost, without_reduction
 from accumops.adapters.overriding import LOCK
+from accumops.arguments import name_of
 from accumops.optimizer import fused_update, row_update
 from accumops.optimizer.checks import check_goes_with_lazy_rows, check_no_constraints
-from accumops.optimizer.fused_update import FusedUpdate
+from accumops.optimizer.fused_update import FusedUpdate, warn_of_missing
 from accumops.optimizer.nonfinite import scale_of_loss, update_if_it_applies
 from accumops.window import replicas
+from accumops.window.connected_variables import Connected
 from accumops.window.micro_batch import CountedMicroBatch, Window
 from accumops.window.state import WindowState
 
@@ -62,51 +68,73 @@ class Ending:
         needs_all = self.gradient_clipping is not None or fused_update.needs_norms(self.optimizer)
         return not needs_all and bool(self.fused_update)
 
-    def end_with(self, batch: CountedMicroBatch, given: Sequence[int]) -> None:
-        """Ends the window with a micro-batch that has not been added to it.
+    def add(self, batch: CountedMicroBatch, *, ends: bool | None) -> None:
+        """Adds a micro-batch to the window.
 
         Args:
-            batch: The last micro-batch.
-            given: As for `end`.
+            batch: The micro-batch.
+            ends: Whether it ends the window; None if it does when the window is full.
         """
-        if self.folds:
-            self._fold(batch, given)
+        state, strategy = self.state, self.state.strategy
+        with tf.control_dependencies(batch.checks):
+            if ends is False:
+                state.add(batch)
+            elif strategy is not None:
+                state.add(batch)
+                # Replicas cannot communicate inside a condition, but the condition can be inside of what they do
+                # together.
+                replicas.across_replicas(
+                    strategy,
+                    lambda: _if(ends or state.counters.ready, lambda: self._end_across(strategy, batch)),
+                )
+            elif self.folds:
+                _if(ends or batch.fills, lambda: self._fold(batch), lambda: state.add(batch))
+            else:
+                state.add(batch)
+                _if(ends or state.counters.ready, lambda: self._end(batch))
+
+    def end(self) -> None:
+        """Ends the window, whose micro-batches have all been added."""
+        self.state.parts.end()
+        self._end(None)
+
+    def end_if_open(self) -> None:
+        """Ends the window, if there is one."""
+        state, strategy = self.state, self.state.strategy
+        state.parts.end()
+        if strategy is None:
+            _if(state.counters.open, lambda: self._end(None))
         else:
-            self.state.add(batch)
-            self.end(given)
+            replicas.across_replicas(
+                strategy, lambda: _if(state.counters.open, lambda: self._end_across(strategy, None))
+            )
 
-    def end(self, given: Sequence[int] = ()) -> None:
-        """Ends the window, whose micro-batches have all been added.
-
-        Args:
-            given: The positions of variables that were given with the last micro-batch. Those without gradient go
-                along to the wrapped optimizer, for Keras to warn of.
-        """
+    def _end(self, last: CountedMicroBatch | None) -> None:
         strategy = self.state.strategy
         if strategy is not None:
-            replicas.across_replicas(strategy, lambda: self._on_replicas(strategy, given))
+            replicas.across_replicas(strategy, lambda: self._end_across(strategy, last))
             return
-        with LOCK, self.state.ending() as window:
-            self._update(window, lambda: self._end(window, given))
+        with LOCK, self.state.ending(last) as window:
+            self._update(window, lambda: self._end_with_sums(window))
 
     def _update(self, window: Window, update: Callable[[], None]) -> None:
         """Makes the update of a window, unless gradients that are not finite keep it from making one."""
         update_if_it_applies(self.optimizer, window.verdict, update)
 
-    def _end(self, window: Window, given: Sequence[int]) -> None:
+    def _end_with_sums(self, window: Window) -> None:
         clip = self.gradient_clipping
         if not self.fused_update:
-            self._unfused(window, given)
+            self._by_own_apply([window], lambda windows: self._unfused(windows[0]))
         elif clip is not None:
-            self._fused(self._clip(window, clip), given)
+            self._fused(self._clip(window, clip))
         else:
-            self._fused(window, given)
+            self._fused(window)
 
-    def _fold(self, batch: CountedMicroBatch, given: Sequence[int]) -> None:
+    def _fold(self, batch: CountedMicroBatch) -> None:
         with LOCK, self.state.ending_with(batch) as window:
-            self._update(window, lambda: self._fused(window, given))
+            self._update(window, lambda: self._fused(window))
 
-    def _fused(self, window: Window, given: Sequence[int]) -> None:
+    def _fused(self, window: Window) -> None:
         if self.lazy_sparse:
             in_rows = [
                 variable
@@ -114,9 +142,46 @@ class Ending:
                 if i not in window.latest and window.accumulators[i] is not None and window.touched_rows(i) is not None
             ]
             check_no_constraints(in_rows)
-        fused_update.apply(self.optimizer, [window], self.variables, given, lazy=self.lazy_sparse)
+        fused_update.apply(self.optimizer, [window], self.variables, lazy=self.lazy_sparse)
 
-    def _unfused(self, window: Window, given: Sequence[int]) -> None:
+    def _by_own_apply(self, windows: Sequence[Window], update: Callable[[Sequence[Window]], None]) -> None:
+        """Has `update` end windows, of which a graph may not know the variables that have a gradient.
+
+        Keras's optimizers take one step for each variable, and each step can be in a condition. Of an optimizer with
+        an `apply` of its own this is not known: it gets the variables that surely have a gradient, or all.
+
+        Args:
+            windows: As for `fused_update.apply`.
+            update: Makes an update of the optimizer's own, for windows like these.
+        """
+        connected = windows[0].connected
+        if not connected.maybe or steps_singly(self.optimizer):
+            update(windows)
+            return
+        flags = list(connected.maybe.values())
+        sure = [i for i in connected.positions if i not in connected.maybe]
+        names = ", ".join(name_of(self.variables[i]) for i in connected.maybe)
+        kind = type(innermost(self.optimizer)).__name__
+        message = (
+            f"{kind} has an `apply` of its own. In a graph it updates all variables, "
+            f"or those of the window's last call. This window has gradients of some of {names}, but not of all. Give "
+            "zeros instead of None for a variable that has a gradient in some calls only, or run eagerly."
+        )
+
+        def of(positions: Sequence[int]) -> list[Window]:
+            chosen = Connected(positions, without=[i for i in connected.without if i not in positions])
+            return [window.of(chosen) for window in windows]
+
+        def update_all() -> None:
+            with tf.control_dependencies([tf.debugging.Assert(tf.reduce_all(flags), [message])]):
+                update(of(list(connected.positions)))
+
+        if sure:
+            tf.cond(tf.reduce_any(flags), update_all, lambda: update(of(sure)))
+        else:
+            update_all()
+
+    def _unfused(self, window: Window) -> None:
         inner = innermost(self.optimizer)
         if self.lazy_sparse:
             check_goes_with_lazy_rows(self.optimizer)
@@ -127,39 +192,43 @@ class Ending:
             check_no_constraints([self.variables[i] for i in touched])
         if self.gradient_clipping is not None:
             means = self._clipped(means, self.gradient_clipping)
+        connected = window.connected
         pairs = [
             (mean, variable)
             for i, (mean, variable) in enumerate(zip(means, self.variables, strict=True))
-            if mean is not None or i in given
+            if mean is not None or i in connected.without
         ]
         # The optimizer may have been built for more variables, or in another order.
         in_optimizer = {index_of(inner, self.variables[i]): indices for i, indices in touched.items()}
-        in_rows: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if in_optimizer:
-            in_rows = row_update.updating_rows(inner, in_optimizer, lazy_weight_decay=self.lazy_sparse)
-        with in_rows:
+        with contextlib.ExitStack() as replaced:
+            if in_optimizer:
+                replaced.enter_context(
+                    row_update.updating_rows(inner, in_optimizer, lazy_weight_decay=self.lazy_sparse)
+                )
+            if connected.maybe:
+                conditions = [(self.variables[i], flag) for i, flag in connected.maybe.items()]
+                replaced.enter_context(stepping_if(inner, conditions))
+                warn_of_missing(inner, self.variables, connected)
             self.optimizer.apply([mean for mean, _ in pairs], [variable for _, variable in pairs])
 
-    def _on_replicas(self, strategy: tf.distribute.Strategy, given: Sequence[int]) -> None:
+    def _end_across(self, strategy: tf.distribute.Strategy, last: CountedMicroBatch | None) -> None:
         """Ends the window of all replicas, which make the same update. Runs outside of the replicas."""
-        with LOCK, self.state.ending_across(strategy) as windows:
-            self._update(windows[0], lambda: self._end_on_replicas(strategy, windows, given))
+        with LOCK, self.state.ending_across(strategy, last) as windows:
+            self._update(windows[0], lambda: self._end_on_replicas(strategy, windows))
 
-    def _end_on_replicas(
-        self, strategy: tf.distribute.Strategy, windows: Sequence[Window], given: Sequence[int]
-    ) -> None:
-        def own_window() -> Window:
-            return windows[replicas.local_replica()]
-
+    def _end_on_replicas(self, strategy: tf.distribute.Strategy, windows: Sequence[Window]) -> None:
         clip = self.gradient_clipping
         if not self.fused_update:
-            with without_reduction(innermost(self.optimizer), replicas.own):
-                replicas.on_each_replica(strategy, lambda: self._unfused(own_window(), given))
+            self._by_own_apply(windows, lambda windows: self._unfused_on_each(strategy, windows))
         elif clip is not None:
-            clipped = replicas.on_each_replica(strategy, lambda: self._clip(own_window(), clip))
-            fused_update.apply(self.optimizer, clipped, self.variables, given, lazy=False)
+            clipped = replicas.on_each_replica(strategy, lambda: self._clip(windows[replicas.local_replica()], clip))
+            fused_update.apply(self.optimizer, clipped, self.variables, lazy=False)
         else:
-            fused_update.apply(self.optimizer, windows, self.variables, given, lazy=False)
+            fused_update.apply(self.optimizer, windows, self.variables, lazy=False)
+
+    def _unfused_on_each(self, strategy: tf.distribute.Strategy, windows: Sequence[Window]) -> None:
+        with without_reduction(innermost(self.optimizer), replicas.own):
+            replicas.on_each_replica(strategy, lambda: self._unfused(windows[replicas.local_replica()]))
 
     def _clip(self, window: Window, clip: Clipping) -> Window:
         """Returns a window whose gradients are the clipped means, for a fused update."""
@@ -186,6 +255,14 @@ class Ending:
                     "others."
                 )
         return clipped if scale is None else [_times(gradient, scale) for gradient in clipped]
+
+
+def _if(condition: bool | tf.Tensor, do: Callable[[], None], otherwise: Callable[[], None] = lambda: None) -> None:
+    """Does something on a condition, which may be known already."""
+    if condition is True:
+        do()
+    else:
+        keras.ops.cond(condition, do, otherwise)
 
 
 def _times(gradient: tf.Tensor | tf.IndexedSlices | None, factor: tf.Tensor) -> tf.Tensor | tf.IndexedSlices | None:

@@ -18,10 +18,12 @@ import keras
 import tensorflow as tf
 
 from accumops import ops
+from accumops.adapters.conditional_steps import constraining_if, warn_of_missing_gradients
 from accumops.adapters.keras_optimizer import decays, index_of, replacing_arithmetic, rule_of, why_arithmetic_is_kept
 from accumops.ops import library
 from accumops.ops.variables import tf_variable
 from accumops.optimizer.nonfinite import apply_if_finite, scale_of_loss
+from accumops.window.connected_variables import Connected
 from accumops.window.micro_batch import Window
 from accumops.window.recorded_operations import Recording
 
@@ -82,7 +84,6 @@ def apply(
     optimizer: keras.optimizers.Optimizer,
     windows: Sequence[Window],
     variables: Sequence[keras.Variable],
-    given: Sequence[int],
     *,
     lazy: bool,
 ) -> None:
@@ -92,10 +93,10 @@ def apply(
         optimizer: One that `describe` says is fused.
         windows: The window; under a strategy one for each replica of this process, with the same sums.
         variables: All variables of the optimizer, in the order of the window's.
-        given: The positions of variables that were given without gradient, for Keras to warn of.
         lazy: Whether rows without gradient stay as they are, whatever the rule would do.
     """
-    positions = [i for i, held in enumerate(windows[0].accumulators) if held is not None or i in given]
+    connected = windows[0].connected
+    positions = [i for i, held in enumerate(windows[0].accumulators) if held is not None or i in connected.without]
     squared_norms: list[tf.Tensor | None] = [None] * len(windows)
     if needs_norms(optimizer):
         for each, window in enumerate(windows):
@@ -103,6 +104,7 @@ def apply(
                 squared_norms[each] = _squared_norms(window)
 
     def update() -> None:
+        warn_of_missing(_unscaled(optimizer), variables, connected)
         scale = scale_of_loss(optimizer)
         unscale = 1.0 if scale is None else 1 / scale
         _Update(_unscaled(optimizer), windows, variables, unscale, squared_norms, lazy).run(positions)
@@ -150,10 +152,30 @@ class _Update:
             # counted.
             after_update.enter_context(tf.control_dependencies(recording.effects))
 
-        with replacing_arithmetic(self._optimizer, update), after_update:
+        maybe = window.connected.maybe
+        conditions = [(variables[i], flag) for i, flag in maybe.items()]
+        with replacing_arithmetic(self._optimizer, update), constraining_if(conditions), after_update:
             type(self._optimizer).apply(self._optimizer, gradients, [variables[i] for i in positions])
 
     def _step(self, positions: Sequence[int], learning_rate: tf.Tensor) -> None:
+        maybe = {i: flag for i, flag in self._windows[0].connected.maybe.items() if i in positions}
+        self._step_all([i for i in positions if i not in maybe], learning_rate)
+        if not maybe:
+            return
+        flags = list(maybe.values())
+
+        def step_each() -> None:
+            for i, flag in maybe.items():
+                tf.cond(flag, lambda i=i: self._step_all([i], learning_rate), lambda: None)
+
+        # Usually all of them have a gradient, or none has.
+        tf.cond(
+            tf.reduce_all(flags),
+            lambda: self._step_all(list(maybe), learning_rate),
+            lambda: tf.cond(tf.reduce_any(flags), step_each, lambda: None),
+        )
+
+    def _step_all(self, positions: Sequence[int], learning_rate: tf.Tensor) -> None:
         for window, scales in zip(self._windows, self._scales, strict=True):
             # One op for the variables whose last gradient is folded in, and one for the others.
             for folded in (True, False):
@@ -193,6 +215,21 @@ class _Update:
         """The flags of the rows to update; None for all rows."""
         # Without momentum and decay, a row without gradient stays as it is anyway.
         return window.touched_rows(i) if self._lazy or (self._rule.name == "sgd" and not decaying) else None
+
+
+def warn_of_missing(
+    optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable], connected: Connected
+) -> None:
+    """Has Keras warn of variables that were given without a gradient, where the optimizer's `apply` will not do it.
+
+    Args:
+        optimizer: The optimizer within all others.
+        variables: All variables.
+        connected: Those that the window has a gradient for.
+    """
+    missing = [variables[i] for i in connected.without if i in connected.maybe]
+    if missing:
+        warn_of_missing_gradients(optimizer, missing)
 
 
 def _scales(

@@ -31,6 +31,7 @@ from accumops.optimizer.known_variables import KnownVariables
 from accumops.optimizer.loading import LoadsState
 from accumops.window import replicas
 from accumops.window.accumulator import GradientAccumulator
+from accumops.window.micro_batch import CountedMicroBatch
 
 
 @keras.saving.register_keras_serializable(package="accumops")
@@ -208,25 +209,10 @@ class GradientAccumulateOptimizer(LoadsState):
             ValueError: If it is not built and `trainable_variables` is not given, a variable is not known, or a
                 gradient does not fit its variable.
         """
-        gradients = self._in_order(grads, trainable_variables)
-        if gradients is None:
-            return
-        state, ending, given = self._accumulator.state, self._ending, self._known.positions(trainable_variables)
-        batch = state.prepare(gradients, weight)
-        if self.accum_steps is None:
-            state.add(batch)
-        elif state.strategy is not None:
-            state.add(batch)
-            # Replicas cannot communicate inside a condition, but the condition can be inside of what they do together.
-            replicas.across_replicas(
-                state.strategy,
-                lambda: keras.ops.cond(state.counters.ready, lambda: ending.end(given), lambda: None),
-            )
-        elif ending.folds:
-            keras.ops.cond(batch.fills, lambda: ending.end_with(batch, given), lambda: state.add(batch))
-        else:
-            state.add(batch)
-            keras.ops.cond(state.counters.ready, lambda: ending.end(given), lambda: None)
+        ends = False if self.accum_steps is None else None
+        batch = self._prepare(grads, trainable_variables, weight, ends=ends)
+        if batch is not None:
+            self._ending.add(batch, ends=ends)
 
     @tf.autograph.experimental.do_not_convert
     def accumulate(
@@ -246,10 +232,9 @@ class GradientAccumulateOptimizer(LoadsState):
         Raises:
             ValueError: As `apply` does.
         """
-        gradients = self._in_order(grads, trainable_variables)
-        if gradients is not None:
-            state = self._accumulator.state
-            state.add(state.prepare(gradients, weight))
+        batch = self._prepare(grads, trainable_variables, weight, ends=False)
+        if batch is not None:
+            self._ending.add(batch, ends=False)
 
     @tf.autograph.experimental.do_not_convert
     def accumulate_slice(
@@ -276,7 +261,8 @@ class GradientAccumulateOptimizer(LoadsState):
         gradients = self._in_order(grads, trainable_variables)
         if gradients is not None:
             state = self._accumulator.state
-            state.add_slice(state.prepare_slice(gradients, weight, starts))
+            given = self._known.positions(trainable_variables)
+            state.add_slice(state.prepare_slice(gradients, weight, starts, given))
 
     @tf.autograph.experimental.do_not_convert
     def flush(self) -> None:
@@ -291,13 +277,7 @@ class GradientAccumulateOptimizer(LoadsState):
             )
         if not self._accumulator.built:
             return
-        ending, counters = self._ending, self._accumulator.state.counters
-        if self._accumulator.strategy is None:
-            keras.ops.cond(counters.open, ending.end, lambda: None)
-            return
-        replicas.across_replicas(
-            self._accumulator.strategy, lambda: keras.ops.cond(counters.open, ending.end, lambda: None)
-        )
+        self._ending.end_if_open()
 
     @tf.autograph.experimental.do_not_convert
     def close(
@@ -321,10 +301,9 @@ class GradientAccumulateOptimizer(LoadsState):
         if grads is None:
             self._ending.end()
             return
-        gradients = self._in_order(grads, trainable_variables)
-        if gradients is not None:
-            batch = self._accumulator.state.prepare(gradients, weight)
-            self._ending.end_with(batch, self._known.positions(trainable_variables))
+        batch = self._prepare(grads, trainable_variables, weight, ends=True)
+        if batch is not None:
+            self._ending.add(batch, ends=True)
 
     @property
     def _ending(self) -> Ending:
@@ -335,6 +314,21 @@ class GradientAccumulateOptimizer(LoadsState):
             self.gradient_clipping,
             self.lazy_sparse,
         )
+
+    def _prepare(
+        self,
+        grads: Gradients,
+        trainable_variables: Sequence[keras.Variable] | None,
+        weight: float | tf.Tensor,
+        *,
+        ends: bool | None,
+    ) -> CountedMicroBatch | None:
+        """Returns the micro-batch of a call; None if `grads` is empty, as Keras allows."""
+        gradients = self._in_order(grads, trainable_variables)
+        if gradients is None:
+            return None
+        given = self._known.positions(trainable_variables)
+        return self._accumulator.state.prepare(gradients, weight, given, ends=ends)
 
     def _in_order(
         self, grads: Gradients, trainable_variables: Sequence[keras.Variable] | None

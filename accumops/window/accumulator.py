@@ -283,7 +283,7 @@ class GradientAccumulator(tf.Module):
         state = self._built_state()
         if state.strategy is not None:
             return self._close_on_replica(state.strategy, keep_sparse, reduce)
-        with state.ending() as window:
+        with state.ending(by_trace=True) as window:
             return window.or_zero().means(sparse=keep_sparse)
 
     def _close_on_replica(

@@ -2,12 +2,13 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import keras
 import tensorflow as tf
 
 from accumops.window import replicas
+from accumops.window.connected_variables import Connected
 from accumops.window.nonfinite import MAKES_UPDATE, Share, Verdict
 
 
@@ -18,6 +19,8 @@ class MicroBatch:
     gradients: list[tf.Tensor | tf.IndexedSlices | None]
     present: list[int]
     """The positions of the gradients that are not None."""
+    given: Sequence[int]
+    """The positions of the variables that the call gave, with a gradient or None."""
     touched_rows: list[keras.Variable | None]
     """For each gradient the flags of the rows that it touches, if it relies on flags."""
     share: Share
@@ -41,6 +44,8 @@ class CountedMicroBatch(MicroBatch):
     """The micro-batches of a full window."""
     total: tf.Tensor
     """The sum of shares, its own included."""
+    checks: list[tf.Operation]
+    """What has to hold before the window changes, in a graph."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +58,8 @@ class Window:
 
     accumulators: list[keras.Variable | None]
     """None for a variable without gradient."""
+    connected: Connected
+    """The variables with a gradient. In a graph it may take a run to know them: see `Connected.maybe`."""
     weight: tf.Tensor
     """What the sums are divided by: the sum of shares, or 1 if the window's gradient is a sum."""
     touched_rows: Callable[[int], keras.Variable | None]
@@ -66,6 +73,13 @@ class Window:
     """Under a strategy, the number of the window's replica among those of this process."""
     verdict: Verdict = MAKES_UPDATE
     """Whether it makes an update."""
+
+    def of(self, connected: Connected) -> "Window":
+        """The same window, for some of its variables."""
+        positions = set(connected.positions)
+        held = [each if i in positions else None for i, each in enumerate(self.accumulators)]
+        latest = {i: each for i, each in self.latest.items() if i in positions}
+        return dataclasses.replace(self, accumulators=held, connected=connected, latest=latest)
 
     def own(self, variable: keras.Variable) -> tf.Variable | keras.Variable:
         """The component of a variable that this window updates."""

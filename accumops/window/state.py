@@ -26,11 +26,12 @@ from accumops import ops
 from accumops.adapters.untracked import Untracked
 from accumops.arguments import Schedule, check_reduction, name_of
 from accumops.window import replicas
-from accumops.window.connected_variables import Connections
+from accumops.window.connected_variables import Connected, Connections
 from accumops.window.counters import Counters
 from accumops.window.members import WindowMember
 from accumops.window.micro_batch import CountedMicroBatch, MicroBatch, Window
 from accumops.window.nonfinite import MAKES_UPDATE, NonfiniteGradients, Share, Verdict
+from accumops.window.parts import Parts
 from accumops.window.recorded_operations import Recording
 from accumops.window.state_variables import PER_REPLICA, new_accumulator, new_variable
 from accumops.window.touched_rows import TouchedRows
@@ -79,7 +80,8 @@ class WindowState(tf.Module):
             wide = any(accumulator.dtype == "float64" for accumulator in self.accumulators)
             self.weight = new_variable("weight", (), "float64" if wide else "float32", **summed)
             self.nonfinite.build(self.weight.dtype, mirrored=mirrored)
-            self.connections = Connections(self._names, self._owner, self.counters.step, **same)
+            self.connections = Connections(self._names, self._owner, self.counters, jit_compile, **same)
+            self.parts = Parts(self._names, self._owner, self.counters, self.connections.gaps, mirrored=mirrored)
             self.touched_rows = TouchedRows(variables, self.accumulators, track_all=track_all_rows, mirrored=mirrored)
         self.built = True
 
@@ -94,27 +96,41 @@ class WindowState(tf.Module):
         counters = self.counters
         limits = [counters.limit] if counters.closed is None else [counters.limit, counters.closed]
         nonfinite = [self.nonfinite.count, self.nonfinite.in_window]
-        flags = [self.connections.connected, *self.touched_rows.flags]
+        flags = [self.connections.gaps, *self.touched_rows.flags]
         return [counters.step, self.weight, *limits, *nonfinite, *flags, *self.accumulators]
 
     # A micro-batch on its way in
 
     def prepare(
-        self, gradients: Sequence[tf.Tensor | tf.IndexedSlices | None], weight: float | tf.Tensor | Share
+        self,
+        gradients: Sequence[tf.Tensor | tf.IndexedSlices | None],
+        weight: float | tf.Tensor | Share,
+        given: Sequence[int] | None = None,
+        *,
+        ends: bool | None = False,
     ) -> CountedMicroBatch:
-        """Checks a micro-batch, and says what it does to the counters. Changes no variable."""
+        """Checks a micro-batch, and says what it does to the counters. Changes no variable.
+
+        Args:
+            gradients: A gradient or None for each variable.
+            weight: Its share.
+            given: The positions of the variables that the call gave; by default all.
+            ends: Whether the window ends with it; None if it does when it is full.
+        """
         starts = self.counters.starts
-        batch = self.prepare_slice(gradients, weight, starts)
+        batch = self.prepare_slice(gradients, weight, starts, given)
+        checks = self.parts.check(batch.given, ends)
         limit, fills = self.counters.with_next(starts)
         # A new window starts from 0, whatever the sum of the last one's shares was, NaN included.
         before = tf.math.multiply_no_nan(tf.convert_to_tensor(self.weight), tf.cast(~starts, self.weight.dtype))
-        return CountedMicroBatch(**vars(batch), fills=fills, limit=limit, total=before + batch.weight)
+        return CountedMicroBatch(**vars(batch), fills=fills, limit=limit, total=before + batch.weight, checks=checks)
 
     def prepare_slice(
         self,
         gradients: Sequence[tf.Tensor | tf.IndexedSlices | None],
         weight: float | tf.Tensor | Share,
         starts: tf.Tensor | bool,
+        given: Sequence[int] | None = None,
     ) -> MicroBatch:
         """Checks a micro-batch whose caller knows whether it is the window's first. Changes no variable."""
         if self.strategy is not None:
@@ -125,12 +141,14 @@ class WindowState(tf.Module):
         share = self.nonfinite.share(gradients, weight)
         present = [i for i, gradient in enumerate(gradients) if gradient is not None]
         self.connections.check(present)
-        return MicroBatch(gradients, present, self.touched_rows.prepare(gradients), share, starts)
+        given = range(len(gradients)) if given is None else given
+        return MicroBatch(gradients, present, given, self.touched_rows.prepare(gradients), share, starts)
 
     def add(self, batch: CountedMicroBatch) -> None:
         """Adds a micro-batch to the window, and counts it."""
         with Recording() as accumulation:
-            self.add_slice(batch)
+            self._add(batch)
+            self.connections.add(batch.present, batch.given)
         # The counters wait: a micro-batch that fails does not count.
         with tf.control_dependencies(accumulation.operations):
             self.weight.assign(batch.total)
@@ -139,6 +157,10 @@ class WindowState(tf.Module):
 
     def add_slice(self, batch: MicroBatch) -> None:
         """Adds a micro-batch to the window without counting it; `count` counts all of a window at once."""
+        self._add(batch)
+        self.connections.add_slice(batch.present, batch.given)
+
+    def _add(self, batch: MicroBatch) -> None:
         with Recording() as accumulation:
             if self.strategy is None:
                 finite = self._sum(batch, range(len(self.accumulators)))
@@ -149,10 +171,10 @@ class WindowState(tf.Module):
             self.touched_rows.add(batch.gradients)
             if self.strategy is not None:
                 self.touched_rows.set_all()
-            self.connections.add(batch.present)
 
     def count(self, steps: int | tf.Tensor, weight: tf.Tensor) -> None:
         """Opens a window that `add_slice` has filled: with this many micro-batches, and this sum of shares."""
+        self.connections.count_slices()
         self.weight.assign(tf.cast(weight, self.weight.dtype))
         self.counters.step.assign(tf.cast(steps, tf.int64))
 
@@ -195,26 +217,37 @@ class WindowState(tf.Module):
     # The window on its way out
 
     @contextlib.contextmanager
-    def ending(self) -> Iterator[Window]:
+    def ending(self, last: MicroBatch | None = None, *, by_trace: bool = False) -> Iterator[Window]:
         """Gives the open window to a block, and closes it when the block has not failed.
+
+        Args:
+            last: The window's last micro-batch, if it is known.
+            by_trace: Whether a graph has to know the variables that have a gradient when it is traced.
 
         Raises:
             ValueError: If no window is open, when executing eagerly; in a graph `tf.errors.InvalidArgumentError`.
         """
-        with tf.control_dependencies(self._check_open()):
+        connected, same = self._connected(last, by_trace)
+        with tf.control_dependencies([*self._check_open(), *same]):
             verdict = self.verdict()
             with self._closing_with(verdict):
-                yield Window(self._closing(), self._divisor(self.weight), self.touched_rows.track, verdict=verdict)
+                yield Window(
+                    self._held(connected),
+                    connected,
+                    self._divisor(self.weight),
+                    self.touched_rows.track,
+                    verdict=verdict,
+                )
 
     @contextlib.contextmanager
-    def ending_across(self, strategy: tf.distribute.Strategy) -> Iterator[list[Window]]:
+    def ending_across(self, strategy: tf.distribute.Strategy, last: MicroBatch | None) -> Iterator[list[Window]]:
         """As `ending`, but outside of the replicas, which are reduced first.
 
         Gives a window for each replica of this process, with the sums over all replicas in `latest`.
         """
+        connected, _ = self._connected(last, by_trace=False)
         with tf.control_dependencies(self._check_open()):
-            accumulators = self._closing()
-            reduced = replicas.on_each_replica(strategy, lambda: self._reduced(accumulators))
+            reduced = replicas.on_each_replica(strategy, lambda: self._reduced(connected))
             windows = [dataclasses.replace(window, replica=i) for i, window in enumerate(reduced)]
             with self._closing_with(windows[0].verdict):
                 yield windows
@@ -222,13 +255,15 @@ class WindowState(tf.Module):
     @contextlib.contextmanager
     def ending_on_replica(self, *, reduce_sums: bool) -> Iterator[Window]:
         """As `ending`, on each replica, with its own sums or those over all replicas in `latest`."""
-        with tf.control_dependencies(self._check_open()):
-            window = self._reduced(self._closing(), sums=reduce_sums)
+        connected, same = self._connected(None, by_trace=True)
+        with tf.control_dependencies([*self._check_open(), *same]):
+            window = self._reduced(connected, sums=reduce_sums)
             with self._closing_with(window.verdict):
                 yield window
 
-    def _reduced(self, accumulators: list[keras.Variable | None], *, sums: bool = True) -> Window:
+    def _reduced(self, connected: Connected, *, sums: bool = True) -> Window:
         """Reduces the window of a replica with those of all others, in one operation for each dtype."""
+        accumulators = self._held(connected)
         held = [i for i, each in enumerate(accumulators) if each is not None]
         values = [tf.convert_to_tensor(self.accumulators[i]) for i in held]
         asked = [self.nonfinite.in_window] if self.nonfinite.acts else []
@@ -236,7 +271,15 @@ class WindowState(tf.Module):
         weight, *reduced = replicas.sum_over_replicas(parts)
         verdict = self.nonfinite.verdict(weight, reduced.pop(0) if asked else None)
         latest = dict(zip(held, reduced if sums else values, strict=True))
-        return Window(accumulators, self._divisor(weight), _no_rows, latest, starts=True, verdict=verdict)
+        divisor = self._divisor(weight)
+        return Window(accumulators, connected, divisor, _no_rows, latest, starts=True, verdict=verdict)
+
+    def _connected(self, last: MicroBatch | None, by_trace: bool) -> tuple[Connected, list[tf.Operation]]:
+        """The variables that the window has a gradient for, and checks for the graph; arguments as for `ending`."""
+        if by_trace:
+            return self.connections.at_end_by_trace()
+        present, given = ((), ()) if last is None else (last.present, last.given)
+        return self.connections.at_end(present, given), []
 
     @contextlib.contextmanager
     def ending_with(self, batch: CountedMicroBatch) -> Iterator[Window]:
@@ -253,10 +296,12 @@ class WindowState(tf.Module):
             nonfinite = self.nonfinite.with_next(batch.share, finite, batch.starts)
             verdict = self.nonfinite.verdict(batch.total, nonfinite, last=batch.share)
         with tf.control_dependencies(accumulation.operations):
-            self.connections.add(batch.present)
+            self.connections.note(batch.present, batch.given)
+            connected = self.connections.at_end(batch.present, batch.given)
             with self._closing_with(verdict):
                 yield Window(
-                    self._closing(),
+                    self._held(connected),
+                    connected,
                     self._divisor(batch.total),
                     self.touched_rows.track,
                     latest,
@@ -278,7 +323,7 @@ class WindowState(tf.Module):
 
         def discard() -> None:
             self.nonfinite.count_more(self.verdict().uncounted)
-            self.reset()
+            self._discard()
 
         def decide() -> None:
             keras.ops.cond(self.verdict().applies, lambda: None, discard)
@@ -310,13 +355,14 @@ class WindowState(tf.Module):
         total = tf.convert_to_tensor(weight)
         return total if self.reduction == "mean" else tf.ones_like(total)
 
-    def _closing(self) -> list[keras.Variable | None]:
+    def _held(self, connected: Connected) -> list[keras.Variable | None]:
         """The accumulators, None for those of variables that the window has no gradient for."""
-        closing = self.connections.closing()
-        return [accumulator if i in closing else None for i, accumulator in enumerate(self.accumulators)]
+        positions = set(connected.positions)
+        return [accumulator if i in positions else None for i, accumulator in enumerate(self.accumulators)]
 
     def _close(self, verdict: Verdict) -> None:
         self.counters.close()
+        self.connections.clear()
         self.nonfinite.count_more(verdict.uncounted)
         members: list[WindowMember] = self._untracked.members
         if members and verdict.applies is not True:
@@ -334,7 +380,12 @@ class WindowState(tf.Module):
 
     def reset(self) -> None:
         """Drops the open window, if there is one."""
+        self.parts.end()
+        self._discard()
+
+    def _discard(self) -> None:
         self.counters.step.assign(0)
+        self.connections.clear()
         self._drop_members()
 
     def _drop_members(self) -> None:

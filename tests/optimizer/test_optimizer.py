@@ -558,16 +558,6 @@ class TestErrors:
             keras.config.set_dtype_policy("float32")
 
 
-def test_different_variables_in_one_window(backend):
-    a, b = (keras.Variable(np.ones(2, "float32"), name=name) for name in "ab")
-    optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0), accum_steps=2)
-    optimizer.build([a, b])
-    optimizer.apply([tf.ones([2])], [a])
-    optimizer.apply([tf.ones([2])], [b])
-    np.testing.assert_array_equal(a.numpy(), [0.5, 0.5])
-    np.testing.assert_array_equal(b.numpy(), [0.5, 0.5])
-
-
 def test_settings_are_the_inner_optimizers():
     inner = keras.optimizers.AdamW(0.1, weight_decay=0.25, clipnorm=2.0, use_ema=True, loss_scale_factor=8.0)
     optimizer = GradientAccumulateOptimizer(inner, accum_steps=2)
