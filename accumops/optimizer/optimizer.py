@@ -56,7 +56,7 @@ class GradientAccumulateOptimizer(StandsForInner):
             Adagrad it changes nothing, so in tables of at least 1024 rows and 65,536 values their updates touch only
             these rows without it too.
         reduction: `"mean"`, or `"sum"` for a loss that is a sum over samples: the wrapped optimizer then sees the sum
-            of the micro-batches' gradients.
+            of the micro-batches' gradients. The optimizer sees no loss: nothing checks that the loss is one of both.
         name: The name of this optimizer.
 
     Raises:

@@ -63,8 +63,8 @@ class GradientAccumulateModel(WrapperModel):
         whole_inputs: With `micro_batch_size`, inputs that are no batch, such as the adjacency of a graph: each
             micro-batch gets them whole. Keys if the inputs are a dict, else positions.
         check_loss: What becomes of a loss that micro-batches cannot compute, such as a contrastive loss or one that
-            divides by its own count: `"error"` (a ValueError before the first training step of `fit` or
-            `train_on_batch`), `"warn"` or False (no check). See `compile`.
+            divides by a count of its own: `"error"` (before the first training step of `fit` and `train_on_batch`, a
+            ValueError that names the loss), `"warn"`, or False for no check. See `docs/loss_check.md`.
         normalization: What a micro-batch counts for in the mean over its window: `"auto"` (what its loss has divided
             by: samples, valid positions of a mask, labels that `ignore_class` leaves, or the sum of sample weights if
             the loss's reduction is `"mean_with_sample_weight"`; an error if the losses of several outputs divide by
@@ -408,7 +408,7 @@ class GradientAccumulateModel(WrapperModel):
         `partial_window` is `"carry"`.
 
         Raises:
-            ValueError: If `micro_batch_size` is larger than the batch.
+            ValueError: If `micro_batch_size` is larger than the batch, or micro-batches cannot compute the loss.
         """
         checks.check_batch_size(self.micro_batch_size, x, batch_size, kwargs.get("steps_per_epoch"), self.mirroring)
         # The first of all callbacks, so that a checkpoint sees the settled window.

@@ -38,7 +38,8 @@ class GradientAccumulator(tf.Module):
             changed by setting the attribute, for the next window on.
         name: The name of the accumulator, in messages and checkpoints.
         reduction: `"mean"`, or `"sum"`: then the gradient is `sum(weight * gradient)`, as of a loss that is a sum over
-            the whole window. A replica's loss is not divided by R then.
+            the whole window. A replica's loss is not divided by R then. The accumulator sees no loss: nothing checks
+            that the loss is a mean or a sum over samples.
 
     Raises:
         TypeError: If `accum_steps` is neither an int nor a callable that returns one.
