@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from accumops.adapters.keras_model import mask_of, with_mask
@@ -270,10 +271,9 @@ def _moving(move: Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]) -> Mov
     def moved(leaf: Any) -> Any:
         if not isinstance(leaf, tf.Tensor) or not leaf.dtype.is_floating:
             return leaf
-        rows = tf.linspace(tf.constant(0.1, leaf.dtype), tf.constant(0.9, leaf.dtype), leaf.shape[0])
-        amounts = tf.reshape(rows, [-1] + [1] * (leaf.shape.rank - 1))
+        amounts = np.linspace(0.1, 0.9, leaf.shape[0]).reshape([-1] + [1] * (leaf.shape.rank - 1))
         numbers = tf.random.stateless_uniform(leaf.shape, seed=[1, 2], dtype=leaf.dtype)  # always the same
-        return with_mask(move(leaf, amounts, numbers), mask_of(leaf))
+        return with_mask(move(leaf, tf.constant(amounts, leaf.dtype), numbers), mask_of(leaf))
 
     return moved
 
