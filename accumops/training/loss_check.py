@@ -20,7 +20,7 @@ from accumops.training.first_batch import peek, plain
 from accumops.training.splits import Finding, Subject, cut, examine, rows_of
 from accumops.training.weighting import Normalization, common_divisor, count_samples, reduction_of, share_of
 
-_MOST_PREDICTIONS = 1 << 20
+_MOST_PREDICTIONS = 1 << 18
 """Fewer samples are examined where they have more numbers than this: the loss of few samples shows what it is."""
 
 

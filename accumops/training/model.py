@@ -67,8 +67,8 @@ class GradientAccumulateModel(Wrapper):
             exact for means and sums over samples) or `"window"` (the outputs of all its micro-batches at once, which
             is exact for every loss, such as contrastive ones; it costs one more forward pass).
         check_loss: What becomes of a loss that micro-batches cannot compute, such as a contrastive loss or one that
-            divides by its own count: `"error"` (a ValueError before the first training step of `fit` or
-            `train_on_batch`), `"warn"` or False (no check). See `compile`.
+            divides by a count of its own: `"error"` (before the first training step of `fit` and `train_on_batch`, a
+            ValueError that names the loss), `"warn"`, or False for no check. See `docs/loss_check.md`.
         normalization: What a micro-batch counts for in the mean over its window: `"auto"` (what its loss has divided
             by: samples, valid positions of a mask, labels that `ignore_class` leaves, or the sum of sample weights if
             the loss's reduction is `"mean_with_sample_weight"`; an error if the losses of several outputs divide by
@@ -399,7 +399,7 @@ class GradientAccumulateModel(Wrapper):
         `partial_window` is `"carry"`.
 
         Raises:
-            ValueError: If `micro_batch_size` is larger than the batch.
+            ValueError: If `micro_batch_size` is larger than the batch, or micro-batches cannot compute the loss.
         """
         checks.check_batch_size(self.micro_batch_size, x, batch_size, kwargs.get("steps_per_epoch"), self.mirroring)
         # The first of all callbacks, so that a checkpoint sees the settled window.

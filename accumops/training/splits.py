@@ -2,7 +2,7 @@
 
 Only such a loss can be computed by micro-batches. The predictions of a model that has not been trained may hide that a
 loss is another: those of a head of zeros are all equal, and so are the losses of both parts. So the comparison is made
-with the predictions as they are, and with two sets that differ from them more and more from sample to sample.
+with the predictions as they are, and with others that differ from them more and more from sample to sample.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from accumops.adapters.keras_model import mask_of, with_mask
@@ -63,6 +64,8 @@ class Finding(NamedTuple):
     """Whether the numbers are those of other predictions than the model's."""
 
 
+Move = Callable[[Any], Any]
+"""Moves a tensor of predictions."""
 Shares = list[tuple[float, float]]
 """What both parts count for, by each of the ways to count; none for a sum."""
 
@@ -143,32 +146,43 @@ class _Set(NamedTuple):
 
 def _examine_at(subject: Subject, split: int, rows: int) -> Finding:
     shares = _shares_at(subject, split, rows)
-    sets = [each for moves in ((), (_shrink,), (_shift,)) if (each := _set(subject, moves, split, rows)) is not None]
-    shown = False
+    sets = _sets(subject, [(), (_shift,)], split, rows)
+    if len(sets) < 2 or not _shows_that_it_splits(sets[1], sets, shares):
+        sets += _sets(subject, [(_shrink,)], split, rows)
     for each in sets:
         values, tolerance = each.values, _tolerance(each, sets)
         if _follows(values, shares, tolerance):
-            shown = shown or (abs(values.first - values.last) > tolerance if shares else abs(values.whole) > tolerance)
             continue
         again = float(subject.value(each.arguments))
         if abs(again - values.whole) > tolerance:  # a loss that draws random numbers
             return Finding("unknown")
         if _couples_neighbours(subject, each.arguments, split, rows, tolerance):
             return Finding("splits")
-        more = [_set(subject, moves, split, rows) for moves in ((_shrink, _shrink), (_shift, _shift))]
-        kind = _kind(not shares, split, rows, [*sets, *(one for one in more if one is not None)])
+        sets += _sets(subject, [(_shift, _shift), (_shrink, _shrink)], split, rows)
+        kind = _kind(not shares, split, rows, sets)
         return Finding(kind, rows, split, values.whole, _wanted(values, shares)[0], not shares, each.moved)
-    return Finding("splits" if shown else "unknown")
+    return Finding("splits" if any(_shows_that_it_splits(each, sets, shares) for each in sets) else "unknown")
 
 
-def _set(subject: Subject, moves: Sequence[Callable[[Any], Any]], split: int, rows: int) -> _Set | None:
-    """The losses with predictions that are moved; None if they are not finite."""
-    y_pred = subject.arguments["y_pred"]
-    for move in moves:
-        y_pred = keras.tree.map_structure(move, y_pred)
-    arguments = subject.arguments | {"y_pred": y_pred}
-    values, rounding = _values_at(subject, arguments, split, rows)
-    return _Set(arguments, values, rounding, bool(moves)) if math.isfinite(sum(values)) else None
+def _sets(subject: Subject, moves_of_sets: Sequence[Sequence[Move]], split: int, rows: int) -> list[_Set]:
+    """The losses with predictions that are moved in several ways, where they are finite."""
+    sets = []
+    for moves in moves_of_sets:
+        y_pred = subject.arguments["y_pred"]
+        for move in moves:
+            y_pred = keras.tree.map_structure(move, y_pred)
+        arguments = subject.arguments | {"y_pred": y_pred}
+        values, rounding = _values_at(subject, arguments, split, rows)
+        if math.isfinite(sum(values)):
+            sets.append(_Set(arguments, values, rounding, bool(moves)))
+    return sets
+
+
+def _shows_that_it_splits(one: _Set, sets: Sequence[_Set], shares: Shares) -> bool:
+    """Whether the losses of both parts make that of all, and would not if the loss were another."""
+    values, tolerance = one.values, _tolerance(one, sets)
+    differ = abs(values.first - values.last) if shares else abs(values.whole)
+    return differ > tolerance and _follows(values, shares, tolerance)
 
 
 def _tolerance(one: _Set, sets: Sequence[_Set]) -> float:
@@ -246,7 +260,7 @@ def _splits_at(subject: Subject, arguments: dict[str, Any], place: int, rows: in
     return _follows(values, _shares_at(subject, place, rows), tolerance)
 
 
-def _moving(move: Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]) -> Callable[[Any], Any]:
+def _moving(move: Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]) -> Move:
     """Makes a function of predictions: those that are floats are moved, and keep their mask.
 
     Args:
@@ -257,10 +271,9 @@ def _moving(move: Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]) -> Cal
     def moved(leaf: Any) -> Any:
         if not isinstance(leaf, tf.Tensor) or not leaf.dtype.is_floating:
             return leaf
-        rows = tf.linspace(tf.constant(0.1, leaf.dtype), tf.constant(0.9, leaf.dtype), leaf.shape[0])
-        amounts = tf.reshape(rows, [-1] + [1] * (leaf.shape.rank - 1))
+        amounts = np.linspace(0.1, 0.9, leaf.shape[0]).reshape([-1] + [1] * (leaf.shape.rank - 1))
         numbers = tf.random.stateless_uniform(leaf.shape, seed=[1, 2], dtype=leaf.dtype)  # always the same
-        return with_mask(move(leaf, amounts, numbers), mask_of(leaf))
+        return with_mask(move(leaf, tf.constant(amounts, leaf.dtype), numbers), mask_of(leaf))
 
     return moved
 

@@ -40,7 +40,8 @@ class GradientAccumulator(tf.Module):
             changed by setting the attribute, for the next window on.
         name: The name of the accumulator, in messages and checkpoints.
         reduction: `"mean"`, or `"sum"`: then the gradient is `sum(weight * gradient)`, as of a loss that is a sum over
-            the whole window. A replica's loss is not divided by R then.
+            the whole window. A replica's loss is not divided by R then. The accumulator sees no loss: nothing checks
+            that the loss is a mean or a sum over samples.
         nonfinite: What becomes of gradients with Inf or NaN. `"propagate"`: they make the window's gradient what they
             are. `"skip"`: the micro-batch is left out, and the window's gradient is the mean over the others; the
             micro-batch still is one of the window's `accum_steps`. `"drop"`: the whole window is discarded. A full

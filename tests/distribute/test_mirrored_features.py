@@ -39,6 +39,22 @@ def test_run_eagerly():
     check_logs(logs, wanted_logs)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_the_loss_is_checked(mode):
+    def correlation(y_true, y_pred):
+        return 1 - keras.ops.mean(y_true * y_pred) / (keras.ops.std(y_true) * keras.ops.std(y_pred))
+
+    with mirrored(2).scope():
+        inner = network()
+        model = accumops.GradientAccumulateModel(inner, **MODES[mode])
+        model.compile("sgd", loss=correlation)
+    before = inner.get_weights()
+    with pytest.raises(ValueError, match=r"'correlation' cannot be accumulated .* couples the samples"):
+        fit(model, BATCH)
+    for a, b in zip(before, inner.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("normalization", ["steps", "weights"])
 def test_normalizations(normalization):
     """Where micro-batches are equal, "steps" is their mean; "weights" divides by the weights of all replicas."""

@@ -61,7 +61,7 @@ def keras_losses():
         if name in coupled or not (isinstance(made, type) and issubclass(made, keras.losses.Loss)):
             continue
         if name == "CTC":
-            yield name, made, np.tile([[1, 2]], (SAMPLES, 1)), numbers(SAMPLES, TIME, CLASSES)
+            continue  # below, once
         elif name in ("SparseCategoricalCrossentropy", "CategoricalGeneralizedCrossEntropy"):
             yield name, made, labels(), probabilities(SAMPLES, CLASSES)
         else:
@@ -82,6 +82,10 @@ def test_means_and_sums_of_keras_pass(name):
     assert kind_of(made(), y_true, np.full_like(y_pred, 0.25)) == "splits"
     assert kind_of(made(), y_true, y_pred, np.zeros(SAMPLES, "float32")) == "unknown"
     assert kind_of(made(), y_true, np.full_like(y_pred, np.nan)) == "unknown"
+
+
+def test_ctc_passes():
+    assert kind_of(keras.losses.CTC(), np.tile([[1, 2]], (4, 1)), numbers(4, 3, CLASSES)) == "splits"
 
 
 def test_huge_and_small_numbers_pass():
@@ -320,7 +324,7 @@ def test_few_samples_of_many_predictions_are_enough():
         return ops.mean(ops.square(y_pred))
 
     assert kind_of(Function(squares), numbers(64), numbers(64, 1 << 16)) == "splits"
-    assert max(seen) == 16
+    assert max(seen) == 4
 
 
 def network(units=4, head="zeros"):
@@ -411,7 +415,7 @@ def test_training_is_the_same_with_and_without_the_check(steps_per_execution):
         model = GradientAccumulateModel(net, micro_batch_size=2, check_loss=check_loss)
         model.compile("sgd", squares, steps_per_execution=steps_per_execution, jit_compile=False)
         data = tf.data.Dataset.from_tensor_slices((numbers(30, 3), numbers(30, 4))).shuffle(30, seed=5).batch(4)
-        history = model.fit(data, epochs=2, verbose=0)
+        history = model.fit(data, epochs=2, shuffle=False, verbose=0)
         variables = [*net.variables, *model.optimizer.variables]
         return [each.numpy() for each in variables], history.history["loss"], traced
 
