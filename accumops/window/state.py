@@ -27,7 +27,7 @@ from accumops.arguments import Schedule, as_weight, check_reduction, name_of
 from accumops.window import replicas
 from accumops.window.connected_variables import Connections
 from accumops.window.counters import Counters
-from accumops.window.members import WindowMember
+from accumops.window.members import Members
 from accumops.window.micro_batch import CountedMicroBatch, MicroBatch, Window
 from accumops.window.recorded_operations import Recording
 from accumops.window.state_variables import PER_REPLICA, new_accumulator, new_variable
@@ -50,7 +50,7 @@ class WindowState(tf.Module):
         self.reduction = check_reduction(reduction)
         self.built = False
         self._owner = owner
-        self._untracked = Untracked(members=[], strategy=None)
+        self._untracked = Untracked(members=Members(owner), strategy=None)
 
     def build(
         self,
@@ -80,6 +80,12 @@ class WindowState(tf.Module):
     def strategy(self) -> tf.distribute.Strategy | None:
         """The mirroring strategy that the state was built under, or None."""
         return self._untracked.strategy
+
+    @property
+    def members(self) -> Members:
+        """What follows the windows, such as batch normalization."""
+        members: Members = self._untracked.members
+        return members
 
     @property
     def saved_variables(self) -> list[keras.Variable]:
@@ -115,6 +121,9 @@ class WindowState(tf.Module):
         self._check_gradients(gradients)
         gradients = list(map(_as_gradient, gradients, self.accumulators))
         weight = as_weight(weight, tf.as_dtype(self.weight.dtype))
+        if checks := self.members.check():
+            with tf.control_dependencies(checks):
+                weight = tf.identity(weight)
         present = [i for i, gradient in enumerate(gradients) if gradient is not None]
         self.connections.check(present)
         return MicroBatch(gradients, present, self.touched_rows.prepare(gradients), weight, starts)
@@ -268,36 +277,15 @@ class WindowState(tf.Module):
 
     def _close(self) -> None:
         self.counters.close()
-        members: list[WindowMember] = self._untracked.members
-
-        def close_members() -> None:
-            for kind in dict.fromkeys(type(member) for member in members):
-                kind.close_windows([member for member in members if type(member) is kind])
-
-        if self.strategy is not None and tf.distribute.in_cross_replica_context() and members:
-            replicas.on_each_replica(self.strategy, close_members)
+        if self.strategy is not None and tf.distribute.in_cross_replica_context() and self.members:
+            replicas.on_each_replica(self.strategy, self.members.close)
         else:
-            close_members()
+            self.members.close()
 
     def reset(self) -> None:
         """Drops the open window, if there is one."""
         self.counters.step.assign(0)
-        for member in self._untracked.members:
-            member.drop_window()
-
-    # Members
-
-    def add_member(self, member: WindowMember) -> None:
-        """Has the end of a window call the member's `close_windows`, and `reset` its `drop_window`."""
-        self._untracked.members.append(member)
-
-    def has_member(self, member: WindowMember) -> bool:
-        """Whether `add_member` has been called for the member."""
-        return any(each is member for each in self._untracked.members)
-
-    def remove_member(self, member: WindowMember) -> None:
-        """Undoes `add_member`."""
-        self._untracked.members = [each for each in self._untracked.members if each is not member]
+        self.members.drop()
 
     def _check_gradients(self, gradients: list[tf.Tensor | tf.IndexedSlices | None]) -> None:
         if len(gradients) != len(self.accumulators):
