@@ -8,13 +8,17 @@ a GradientAccumulateModel      its step is running or being traced (`owning_wind
 a GradientAccumulator          it was built for the layer's gamma or beta, on its own or     no
                                for an optimizer (`join_window`)
 the layer                      otherwise: after `accum_steps` calls                          yes
+
+Each model has a window of its own in the layer. The last two have one together: an accumulator or optimizer does not
+see which calls of the layer are its own, so the layer follows one of them at a time.
 """
 
 import contextlib
 import contextvars
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -27,25 +31,29 @@ from accumops.adapters.tensorflow import enclosing_functions
 from accumops.adapters.untracked import Untracked
 from accumops.arguments import check_accum_steps
 from accumops.normalization import replica_moments
+from accumops.normalization.layer_window import LayerWindow, Saved, load_windows, saved_windows
 from accumops.window import replicas
 from accumops.window.accumulator import GradientAccumulator
 from accumops.window.members import register_member
+from accumops.window.state import WindowState
 
 # A number of calls that is never reached, for a window that something else ends.
 _NEVER = 1 << 62
+# In files, how the names of a window's counters and moments begin. The name of a model follows, after a colon.
+_COUNTERS, _MOMENTS = "window_counters", "window_moments"
 # Called with each layer by the model whose step is running or being traced. A context variable, since each replica has
 # a thread and threads switch at every collective.
-_ADOPT: contextvars.ContextVar["Callable[[AccumBatchNormalization], None] | None"] = contextvars.ContextVar(
+_ADOPT: contextvars.ContextVar["Callable[[AccumBatchNormalization], LayerWindow] | None"] = contextvars.ContextVar(
     "adopt", default=None
 )
 
 
 @contextlib.contextmanager
-def owning_windows(adopt: "Callable[[AccumBatchNormalization], None]") -> Iterator[None]:
+def owning_windows(adopt: "Callable[[AccumBatchNormalization], LayerWindow]") -> Iterator[None]:
     """Leaves it to a model to end the windows of all layers that are called while the block runs or is traced.
 
     Args:
-        adopt: Called with a layer each time it is called, before it adds moments to its window.
+        adopt: Called with a layer each time it is called; returns the window that the layer adds its moments to.
     """
     token = _ADOPT.set(adopt)
     try:
@@ -83,6 +91,10 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
     A `GradientAccumulateModel`, `GradientAccumulateOptimizer` or `GradientAccumulator` that trains the layer ends its
     windows, partial windows included; `accum_steps` need not be given then, and may change. `replace_batchnorm_layers`
     puts such layers into a model that has Keras's.
+
+    Several `GradientAccumulateModel`s may share the layer and be trained in turns: it has a window for each of them.
+    With optimizers or accumulators it follows one at a time, the one that was built last. If the one before it is still
+    in use, building it warns, and training with the one before it raises a ValueError.
 
     Under MirroredStrategy and MultiWorkerMirroredStrategy the running statistics move by the moments of all replicas,
     which they exchange where a window ends, for all layers of a model together; without accumulation, at each call.
@@ -130,19 +142,18 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
             raise ValueError("AccumBatchNormalization does not do batch renormalization.")
         check_accum_steps(accum_steps)
         self.accum_steps = None if accum_steps is None else int(accum_steps)
-        # Untracked, as the window is saved apart from the weights. `accumulator` is what the layer has joined, and
-        # `alone_in` the function in which the layer ended windows itself: 0 if that was eagerly, None if it did not.
-        self._state = Untracked(accumulator=None, alone_in=None)
+        # Untracked, as windows are saved apart from the weights. `accumulator` is what the layer has joined, and
+        # `joined_by` the identities of the variables that it was found by. `alone_in` is the function in which the
+        # layer ended windows itself: 0 if that was eagerly, None if it did not. Models keep their windows themselves.
+        own, of_models = LayerWindow(self, ""), list["weakref.ref[LayerWindow]"]()
+        self._state = Untracked(own=own, of_models=of_models, accumulator=None, joined_by=set(), alone_in=None)
 
     def build(self, input_shape: Any) -> None:
         """Creates the variables of Keras's layer, and those of the window."""
         super().build(input_shape)
-        channels = input_shape[self.axis]
-        limit = self.accum_steps or 1 if self._state.accumulator is None else _NEVER
-        self._state.window = ops.MomentsWindow(
-            _window_variable("counters", [0, 0, limit], "int64"),
-            _window_variable("moments", np.zeros([2, channels]), "float64"),
-        )
+        self._state.own.build(self.accum_steps or 1 if self._state.accumulator is None else _NEVER)
+        for window in self._windows_of_models():
+            window.build(_NEVER)
         self.checkpoint_state = _WindowInCheckpoints(self)
         for variable in (self.gamma, self.beta):
             if variable is not None:
@@ -214,7 +225,7 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
         )
 
     def join_window(self, accumulator: GradientAccumulator) -> None:
-        """Leaves it to `accumulator` to end the layer's windows. An accumulator that finds the layer calls this.
+        """Leaves it to `accumulator` to end the layer's windows, and to no other that was built for its variables.
 
         Args:
             accumulator: The accumulator that sums the gradients of the layer's model.
@@ -222,6 +233,24 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
         Raises:
             ValueError: If its `accum_steps` is another than the layer's own.
         """
+        self._join(accumulator, ())
+
+    def found_by(self, accumulator: GradientAccumulator, variables: Sequence[Any]) -> GradientAccumulator | None:
+        """As `join_window`, for an accumulator that is built for some variables.
+
+        Returns:
+            The accumulator that was built for one of the same variables before, and has lost the layer; or None.
+        """
+        mine = {id(each) for each in (self.gamma, self.beta) if each is not None}
+        mine &= {id(each) for each in variables}
+        before, rivals = self._state.accumulator, bool(mine & self._state.joined_by)
+        self._join(accumulator, mine)
+        if before is None or not rivals:
+            return None
+        before.state.members.lose(self.name, accumulator.name)
+        return before
+
+    def _join(self, accumulator: GradientAccumulator, variables: Iterable[int]) -> None:
         self.check_window(accumulator.accum_steps)
         if self._state.alone_in is not None and (
             self._state.alone_in == 0 or self._state.alone_in not in enclosing_functions()
@@ -229,75 +258,53 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
             warnings.warn(
                 f"The layer '{self.name}' has been called in training before the optimizer or accumulator was built: "
                 "its running statistics have moved by those micro-batches alone. Build it first.",
-                stacklevel=3,
+                stacklevel=4,
             )
         self.leave_window()
-        self._state.accumulator = accumulator
-        accumulator.state.add_member(self)
-        self._set_limit(_NEVER)
+        self._state.accumulator, self._state.joined_by = accumulator, set(variables)
+        accumulator.state.members.add(self._state.own, can_be_lost=True)
+        accumulator.state.members.regain(self.name)
+        self._state.own.set_limit(_NEVER)
 
     def leave_window(self) -> None:
         """Undoes `join_window`: the layer counts its calls again, and ends windows itself."""
         accumulator, self._state.accumulator = self._state.accumulator, None
         if accumulator is not None:
-            accumulator.state.remove_member(self)
+            accumulator.state.members.remove(self._state.own)
         self._state.alone_in = None
-        self._set_limit(self.accum_steps or 1)
-
-    def _set_limit(self, limit: int) -> None:
-        if self.built:
-            with tf.init_scope():
-                self._state.window.counters.assign([0, 0, limit])
+        self._state.own.set_limit(self.accum_steps or 1)
 
     def _joined(self) -> bool:
         return self._state.accumulator is not None or _ADOPT.get() is not None
 
-    @classmethod
-    def close_windows(cls, members: Sequence["AccumBatchNormalization"]) -> None:
-        """Ends the windows of layers, full or not: running statistics move by the window's moments, if it has any.
-
-        On a replica of a strategy they move by the moments of all replicas. All replicas have to call this.
+    def window_of_model(self, state: WindowState, name: str) -> LayerWindow:
+        """Returns the layer's window in the windows of a model, which it makes if there is none yet.
 
         Args:
-            members: The layers.
+            state: The state of the model's windows.
+            name: The model's name.
         """
-        layers = [layer for layer in members if layer.built]
-        if replicas.running() is None:
-            for layer in layers:
-                for window, moving in layer.window_parts():
-                    ops.merge_moments(None, window=window, moving=moving)
-        elif layers:
-            for layer, pooled in zip(layers, cls._pool(layers), strict=True):
-                ((_, moving),) = layer.window_parts()
-                ops.merge_moments(pooled, moving=moving)
-                layer.drop_window()
-
-    @staticmethod
-    def _pool(layers: Sequence["AccumBatchNormalization"]) -> list[ops.BatchMoments]:
-        windows = [layer.window_parts()[0][0] for layer in layers]
-        return replica_moments.pool([(window.counters[0], window.moments[0], window.moments[1]) for window in windows])
-
-    def drop_window(self) -> None:
-        """Drops the window: its moments never reach the running statistics."""
+        found: LayerWindow | None = state.members.window_of(self)
+        if found is not None:
+            return found
+        window = LayerWindow(self, name)
         if self.built:
-            for window, _ in self.window_parts():
-                window.counters.assign(window.counters * [0, 0, 1])
+            window.build(_NEVER)
+        self._state.of_models = [weakref.ref(each) for each in (*self._windows_of_models(), window)]
+        state.members.add(window)
+        if self._state.own not in self.windows():
+            self._state.own.forget()
+        return window
 
-    def forget_window(self) -> None:
-        """Drops the window now, even while a function is traced: what takes over the layer starts with a new window."""
-        if self.built:
-            with tf.init_scope():
-                # The variables are not initialized while a function is traced for the first time.
-                if self._state.window.counters.value.is_initialized():
-                    self.drop_window()
+    def windows(self) -> list[LayerWindow]:
+        """The windows of all that train the layer now: that of an accumulator or the layer itself, those of models."""
+        of_models = self._windows_of_models()
+        idle = self._state.accumulator is None and self.accum_steps in (None, 1) and bool(of_models)
+        return of_models if idle else [self._state.own, *of_models]
 
-    def window_parts(self) -> list[tuple[ops.MomentsWindow, ops.MovingStatistics]]:
-        """The variables on the replica that runs; outside of replicas, on each of this process's replicas."""
-        variables = (*self._state.window, self.moving_mean, self.moving_variance)
-        return [
-            (ops.MomentsWindow(counters, moments), ops.MovingStatistics(mean, variance, self.momentum))
-            for counters, moments, mean, variance in replicas.components(*variables)
-        ]
+    def _windows_of_models(self) -> list[LayerWindow]:
+        found = [each() for each in self._state.of_models]
+        return [window for window in found if window is not None and not window.released]
 
     def _add(self, moments: ops.BatchMoments, pooled: bool) -> None:
         adopt = _ADOPT.get()
@@ -309,17 +316,15 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
                 self._called_alone()
             self._move_stateless(moments)
             return
-        if adopt is not None:
-            adopt(self)
         if self._joined():
+            window = self._state.own if adopt is None else adopt(self)
             accumulator = self._state.accumulator
             if accumulator is not None and accumulator.nonfinite != "propagate":
                 moments = _if_finite(moments)
             if pooled:  # they count the values of all replicas, so that only one replica adds them
                 first = tf.distribute.get_replica_context().replica_id_in_sync_group == 0
                 moments = moments._replace(count=tf.where(first, moments.count, 0))
-            for window, _ in self.window_parts():
-                ops.merge_moments(moments, window=window)
+            window.add(moments)
             return
         self._called_alone()
         alone = self.accum_steps == 1 or (self.accum_steps is None and tf.executing_eagerly())
@@ -337,10 +342,10 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
                 centred = tf.cast(variance, tf.float64) * tf.cast(count, tf.float64)
                 exact = tf.cast(mean, tf.float64) + tf.cast(rest, tf.float64)
                 (moments,) = replica_moments.pool([(count, exact, centred)])
-        for window, moving in self.window_parts():
+        for own, moving in self._state.own.parts():
             # Unless the layer is certainly alone, the window's variables decide: an optimizer that is built later in
             # the function that is being traced may still take the layer in.
-            ops.merge_moments(moments, window=None if alone else window, moving=moving)
+            ops.merge_moments(moments, window=None if alone else own, moving=moving)
 
     def _move_stateless(self, moments: ops.BatchMoments) -> None:
         """Moves the values that a `keras.StatelessScope` holds instead of the variables."""
@@ -359,82 +364,50 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
         return {**super().get_config(), "accum_steps": self.accum_steps}
 
     def save_own_variables(self, store: dict[str, Any]) -> None:
-        """Saves the variables, and the window if one is open."""
+        """Saves the variables, and the windows that are open."""
         super().save_own_variables(store)
         if self.built:
-            counters, moments = self.saved_window()
-            if counters[0] > 0:
-                store["window_counters"], store["window_moments"] = counters[:2], moments
-
-    def saved_window(self) -> tuple[np.ndarray, np.ndarray]:
-        """The counters and moments of the window; under a strategy, the moments of all replicas together."""
-        strategy = replicas.strategy_of_variable(self._state.window.counters)
-        parts = [[each.numpy() for each in window] for window, _ in self.window_parts()]
-        counters, moments = parts[0]
-        if strategy is None or counters[1] == 0:  # all replicas have made as many calls
-            return counters, moments
-        if not replicas.spans_processes(strategy):
-            return replica_moments.pool_arrays(parts)
-
-        def pooled() -> tuple[tf.Tensor, tf.Tensor]:
-            (moments,) = self._pool([self])
-            count = tf.cast(moments.count, tf.float64)
-            return moments.count, tf.stack([moments.mean, moments.variance * count])
-
-        results = tf.function(lambda: strategy.run(pooled), autograph=False)()
-        count, moments = (strategy.experimental_local_results(each)[0].numpy() for each in results)
-        return np.array([count, *counters[1:]]), moments
+            for name, (counters, moments) in saved_windows(self.windows()).items():
+                ending = f":{name}" if name else ""
+                store[f"{_COUNTERS}{ending}"], store[f"{_MOMENTS}{ending}"] = counters, moments
 
     def load_own_variables(self, store: Mapping[str, Any]) -> None:
         """Loads what `save_own_variables` stored, or what Keras's layer stored, which has no window."""
         keys = set(store.keys())
         super().load_own_variables({key: store[key] for key in keys if not key.startswith("window_")})
-        if self.built and "window_counters" in keys:
-            self.load_window(store["window_counters"], store["window_moments"])
-        elif self.built:
-            self.load_window([0, 0], np.zeros(self._state.window.moments.shape))
+        if self.built:
+            names = [key.removeprefix(_COUNTERS) for key in keys if key.startswith(_COUNTERS)]
+            self.load_windows({name[1:]: (store[f"{_COUNTERS}{name}"], store[f"{_MOMENTS}{name}"]) for name in names})
 
-    def load_window(self, counters: Any, moments: Any) -> None:
-        """Restores a saved window, except for the number of calls that make one full: this is the layer's own."""
-        (values, calls), saved = counters, np.array(moments)
-        strategy = replicas.strategy_of_variable(self._state.window.counters)
-        ids = [0] if strategy is None else replicas.replica_ids(strategy)
-        for replica, (own, held) in zip(ids, replicas.components(*self._state.window), strict=True):
-            # The saved moments are those of all replicas together: one replica takes them, the others start empty.
-            own.assign([values if replica == 0 else 0, calls, own.numpy()[2]])
-            held.assign(saved if replica == 0 else np.zeros_like(saved))
+    def load_windows(self, saved: Mapping[str, Saved]) -> None:
+        """Restores windows that were saved, by the names of the models that they are of."""
+        lost = load_windows(self.windows(), saved)
+        if lost:
+            warnings.warn(
+                f"The open windows of the layer '{self.name}' were saved for the models {sorted(lost)}, and no model "
+                "of such a name trains it here: they are dropped.",
+                stacklevel=2,
+            )
 
 
 class _WindowInCheckpoints(tf.train.experimental.PythonState):
-    """Saves a layer's window in a `tf.train.Checkpoint`."""
+    """Saves a layer's windows in a `tf.train.Checkpoint`."""
 
     def __init__(self, layer: AccumBatchNormalization) -> None:
         super().__init__()
         self._layer = layer
 
     def serialize(self) -> str:
-        """Returns the window as text, which is exact."""
-        counters, moments = self._layer.saved_window()
-        return json.dumps([np.array(counters[:2]).tolist(), np.array(moments).tolist()])
+        """Returns the windows as text, which is exact."""
+        windows = saved_windows(self._layer.windows())
+        return json.dumps({name: [np.array(part).tolist() for part in each] for name, each in windows.items()})
 
     def deserialize(self, string_value: str) -> None:
         """Restores what `serialize` returned."""
-        self._layer.load_window(*json.loads(string_value))
+        self._layer.load_windows({name: tuple(each) for name, each in json.loads(string_value).items()})
 
 
 def _if_finite(moments: ops.BatchMoments) -> ops.BatchMoments:
     """The moments, of no values if they are not finite: what is merged into a window cannot be taken out of it."""
     finite = ops.all_finite([moments.mean, moments.variance])
     return moments._replace(count=tf.where(finite, moments.count, tf.zeros_like(moments.count)))
-
-
-def _window_variable(name: str, value: Any, dtype: str) -> keras.Variable:
-    value = np.array(value, dtype)
-    return keras.Variable(
-        initializer=lambda shape, dtype: tf.constant(value, dtype),
-        shape=value.shape,
-        dtype=dtype,
-        trainable=False,
-        autocast=False,
-        name=f"window_{name}",
-    )

@@ -43,9 +43,14 @@ def _statistics(model: Any) -> list[tf.Variable]:
         for variable in model.non_trainable_variables
         if id(variable) not in frozen and tf.as_dtype(variable.dtype).is_floating
     ]
-    layers = [layer for layer in model.normalizations() if layer.built]
+    members = model.optimizer.accumulator.state.members
+    windows = [members.window_of(layer) for layer in model.normalizations() if layer.built]
     return moving + [
-        tf_variable(variable) for layer in layers for window, _ in layer.window_parts() for variable in window
+        tf_variable(variable)
+        for window in windows
+        if window is not None
+        for part, _ in window.parts()
+        for variable in part
     ]
 
 

@@ -122,7 +122,7 @@ class LossCheck:
         if not model.model.built:
             model(cut(x, 0, min(size, used), used, whole), training=False)
         values = [(variable, variable.value) for variable in model.trainable_variables]  # which regularizers ask for
-        with keras.StatelessScope(values), owning_windows(lambda layer: None):
+        with keras.StatelessScope(values), owning_windows(lambda layer: layer.windows()[0]):
             y_pred = self._predict(x, size, used, whole)
             given = {"x": x, "y": y, "y_pred": y_pred, "sample_weight": sample_weight}
             with following(None, model) as calls:

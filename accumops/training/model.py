@@ -16,6 +16,7 @@ from accumops.adapters.keras_layer import layers_within
 from accumops.adapters.untracked import Untracked
 from accumops.arguments import Schedule, check_accum_steps
 from accumops.normalization.layer import AccumBatchNormalization, owning_windows
+from accumops.normalization.layer_window import LayerWindow
 from accumops.optimizer.ending import Clipping
 from accumops.optimizer.optimizer import GradientAccumulateOptimizer
 from accumops.training import checks
@@ -214,6 +215,8 @@ class GradientAccumulateModel(Wrapper):
             reduction=reduction,
             nonfinite=self.nonfinite,
         )
+        wrapped.accumulator.state.members.added_by_model = True
+        before = getattr(self, "optimizer", None)
         super().compile(
             wrapped,
             loss,
@@ -227,6 +230,8 @@ class GradientAccumulateModel(Wrapper):
         )
         checks.check_compilation(self.mirroring, self.jit_compile)
         wrapped.jit_compile = bool(self.jit_compile) and not self.compiles_passes
+        if before is not None:
+            before.accumulator.state.members.release()
         for layer in self.normalizations():
             self._adopt(layer)
         self._untracked.step.start_anew()
@@ -274,6 +279,8 @@ class GradientAccumulateModel(Wrapper):
         made: Callable[[Any], dict[str, Any]] | None = getattr(self, "train_function", None)
         if made is None or force:
             checks.check_steps_per_execution(self.mirroring, self.steps_per_execution)
+            for layer in self.normalizations():  # those that were made since `compile`
+                self._adopt(layer)
             jit_compile, passes = bool(self.jit_compile), self.compiles_passes and not self.run_eagerly
             self._untracked.step.compile_passes(passes)
             if passes:
@@ -364,14 +371,12 @@ class GradientAccumulateModel(Wrapper):
         layers = layers_within(self, include_self=False)
         return [layer for layer in layers if isinstance(layer, AccumBatchNormalization)]
 
-    def _adopt(self, layer: AccumBatchNormalization) -> None:
-        """Has the windows of a layer end with those of this model, if they do not yet."""
+    def _adopt(self, layer: AccumBatchNormalization) -> LayerWindow:
+        """Returns a layer's window that ends with those of this model."""
         state = self.optimizer.accumulator.state
-        if state.has_member(layer):
-            return
-        layer.check_window(self.accum_steps, self.micro_batch_size)
-        state.add_member(layer)
-        layer.forget_window()
+        if state.members.window_of(layer) is None:
+            layer.check_window(self.accum_steps, self.micro_batch_size)
+        return layer.window_of_model(state, self.name)
 
     def flush(self) -> None:
         """Ends the open window with an update. Does nothing if none is open."""

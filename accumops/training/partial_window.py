@@ -136,5 +136,4 @@ class PartialWindowOfModel(PartialWindow):
         """Drops the open window."""
         super().drop()
         if not self.optimizer.accumulator.built:
-            for layer in self.model.normalizations():  # they may have loaded an open window
-                layer.drop_window()
+            self.optimizer.accumulator.state.members.drop()  # layers may have loaded an open window

@@ -1,5 +1,8 @@
 """`GradientAccumulator`: windows of micro-batches for custom training loops."""
 
+import gc
+import warnings
+import weakref
 from collections.abc import Sequence
 
 import keras
@@ -114,7 +117,7 @@ class GradientAccumulator(tf.Module):
         variables = check_variables(variables)
         check_bool("track_all_rows", track_all_rows)
         check_bool("jit_compile", False if jit_compile is None else jit_compile)
-        members = members_of(variables)
+        members = [] if self._state.members.added_by_model else members_of(variables)
         for member in members:
             member.check_window(self.accum_steps)
         if iterations is not None and not (is_variable(iterations) and tf.as_dtype(iterations.dtype).is_integer):
@@ -126,9 +129,13 @@ class GradientAccumulator(tf.Module):
             jit_compile=jit_compile,
             track_all_rows=track_all_rows,
         )
-        for member in members:
-            if not self._state.has_member(member):
-                member.join_window(self)
+        found = [
+            member.found_by(self, variables) for member in members if self._state.members.window_of(member) is None
+        ]
+        losers = [weakref.ref(each) for each in found if each is not None]
+        if losers:
+            del found
+            _warn_of_those_in_use(losers, self.name)
 
     @property
     def built(self) -> bool:
@@ -310,3 +317,16 @@ class GradientAccumulator(tf.Module):
         if not self.built:
             raise ValueError(f"{self.name} is not built: call `build(variables)` first.")
         return self._state
+
+
+def _warn_of_those_in_use(losers: "Sequence[weakref.ref[GradientAccumulator]]", winner: str) -> None:
+    """Warns of accumulators that have lost layers to another one, unless nothing refers to them any longer."""
+    gc.collect()
+    names = sorted({loser.name for each in losers if (loser := each()) is not None})
+    if names:
+        warnings.warn(
+            f"Layers whose statistics follow windows have followed those of {', '.join(names)} until now, and follow "
+            f"those of {winner} from now on, which was built for the same variables. To train in turns, wrap each "
+            "model in a GradientAccumulateModel: a layer has a window for each of them.",
+            stacklevel=3,
+        )

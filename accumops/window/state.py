@@ -28,7 +28,7 @@ from accumops.arguments import Schedule, check_reduction, name_of
 from accumops.window import replicas
 from accumops.window.connected_variables import Connected, Connections
 from accumops.window.counters import Counters
-from accumops.window.members import WindowMember
+from accumops.window.members import Members
 from accumops.window.micro_batch import CountedMicroBatch, MicroBatch, Window
 from accumops.window.nonfinite import MAKES_UPDATE, NonfiniteGradients, Share, Verdict
 from accumops.window.parts import Parts
@@ -57,7 +57,7 @@ class WindowState(tf.Module):
         self.nonfinite = NonfiniteGradients(nonfinite)
         self.built = False
         self._owner = owner
-        self._untracked = Untracked(members=[], strategy=None)
+        self._untracked = Untracked(members=Members(owner), strategy=None)
 
     def build(
         self,
@@ -89,6 +89,12 @@ class WindowState(tf.Module):
     def strategy(self) -> tf.distribute.Strategy | None:
         """The mirroring strategy that the state was built under, or None."""
         return self._untracked.strategy
+
+    @property
+    def members(self) -> Members:
+        """What follows the windows, such as batch normalization."""
+        members: Members = self._untracked.members
+        return members
 
     @property
     def saved_variables(self) -> list[keras.Variable]:
@@ -139,6 +145,9 @@ class WindowState(tf.Module):
         self._check_gradients(gradients)
         gradients = list(map(_as_gradient, gradients, self.accumulators))
         share = self.nonfinite.share(gradients, weight)
+        if checks := self.members.check():
+            with tf.control_dependencies(checks):
+                share = dataclasses.replace(share, weight=tf.identity(share.weight))
         present = [i for i, gradient in enumerate(gradients) if gradient is not None]
         self.connections.check(present)
         given = range(len(gradients)) if given is None else given
@@ -364,19 +373,13 @@ class WindowState(tf.Module):
         self.counters.close()
         self.connections.clear()
         self.nonfinite.count_more(verdict.uncounted)
-        members: list[WindowMember] = self._untracked.members
-        if members and verdict.applies is not True:
+        if self.members and verdict.applies is not True:
             # What they close then is empty.
-            keras.ops.cond(verdict.applies, lambda: None, self._drop_members)
-
-        def close_members() -> None:
-            for kind in dict.fromkeys(type(member) for member in members):
-                kind.close_windows([member for member in members if type(member) is kind])
-
-        if self.strategy is not None and tf.distribute.in_cross_replica_context() and members:
-            replicas.on_each_replica(self.strategy, close_members)
+            keras.ops.cond(verdict.applies, lambda: None, self.members.drop)
+        if self.strategy is not None and tf.distribute.in_cross_replica_context() and self.members:
+            replicas.on_each_replica(self.strategy, self.members.close)
         else:
-            close_members()
+            self.members.close()
 
     def reset(self) -> None:
         """Drops the open window, if there is one."""
@@ -386,25 +389,7 @@ class WindowState(tf.Module):
     def _discard(self) -> None:
         self.counters.step.assign(0)
         self.connections.clear()
-        self._drop_members()
-
-    def _drop_members(self) -> None:
-        for member in self._untracked.members:
-            member.drop_window()
-
-    # Members
-
-    def add_member(self, member: WindowMember) -> None:
-        """Has the end of a window call the member's `close_windows`, and `reset` its `drop_window`."""
-        self._untracked.members.append(member)
-
-    def has_member(self, member: WindowMember) -> bool:
-        """Whether `add_member` has been called for the member."""
-        return any(each is member for each in self._untracked.members)
-
-    def remove_member(self, member: WindowMember) -> None:
-        """Undoes `add_member`."""
-        self._untracked.members = [each for each in self._untracked.members if each is not member]
+        self.members.drop()
 
     def _check_gradients(self, gradients: list[tf.Tensor | tf.IndexedSlices | None]) -> None:
         if len(gradients) != len(self.accumulators):

@@ -251,3 +251,32 @@ def test_pooling_is_exact_where_means_are_large():
         assert count == 1005
         np.testing.assert_allclose(mean, together.mean(0), rtol=1e-14)
         np.testing.assert_allclose(variance, together.var(0), rtol=1e-10)
+
+
+class Late(keras.layers.Layer):
+    """Makes its batch normalization when it is built, which is after the model is compiled."""
+
+    def build(self, shape):
+        self.norm = accumops.AccumBatchNormalization(momentum=MOMENTUM)
+        self.norm.build(shape)
+
+    def call(self, inputs, training=None):
+        return self.norm(inputs, training=training)
+
+
+@pytest.mark.parametrize("late", [pytest.param(False, marks=pytest.mark.exhaustive), True])
+def test_two_models_share_a_layer_in_turns(late):
+    """Each has a window of its own on each replica."""
+    x, y = (each[:16] for each in data()[:2])
+    with mirrored(2).scope():
+        layer = Late() if late else accumops.AccumBatchNormalization(momentum=MOMENTUM)
+        nets = [keras.Sequential([layer, keras.layers.Dense(3)]) for _ in range(2)]
+        one, two = (accumops.GradientAccumulateModel(net, accum_steps=2) for net in nets)
+        for model in (one, two):
+            model.compile("sgd", loss="mse")
+    for i, model in enumerate((one, two, one, two)):
+        model.train_on_batch(x + i, y)
+    mean, variance = moved_by([np.concatenate([x, x + 2]), np.concatenate([x + 1, x + 3])])
+    layer = layer.norm if late else layer
+    np.testing.assert_allclose(layer.moving_mean, mean, atol=1e-5)
+    np.testing.assert_allclose(layer.moving_variance, variance, rtol=1e-5)

@@ -223,7 +223,7 @@ def test_members_are_told_on_each_replica(way):
         accumulating.build([variable])
     members = [Member(), Member()]
     for member in members:
-        accumulating.accumulator.state.add_member(member)
+        accumulating.accumulator.state.members.add(member)
     step = tf.function(lambda: strategy.run(lambda: getattr(accumulating, way)([tf.constant(1.0)], [variable])))
     step()
     assert [member.told for member in members] == [[0, 1], [0, 1]]

@@ -116,7 +116,7 @@ def batch_norm_saved(strategy, directory, index):
     model.fit(x, y, batch_size=MICRO, shuffle=False, verbose=0)
     path = directory / f"half_{index}.keras"
     model.save(path)
-    window = keras.saving.load_model(path).model.layers[0]._state.window
+    window = keras.saving.load_model(path).model.layers[0].windows()[0].variables
     wide = x.astype(np.float64)
     wanted = np.stack([wide.mean(0), wide.var(0) * len(x)])
     assert window.counters.numpy().tolist()[:2] == [len(x), 3]

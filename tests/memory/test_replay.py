@@ -104,9 +104,9 @@ def test_windows_of_batch_normalization_collect_where_they_are_told():
     stretch = Stretch(model)
     stretch.check(X)
     run = stretch.run(stretch.state(), X)
-    assert layer.saved_window()[0][0] == 0
+    assert layer.windows()[0].saved()[0][0] == 0
     stretch.run(run.state, X, collect_moments=True)
-    assert layer.saved_window()[0][0] == 24
+    assert layer.windows()[0].saved()[0][0] == 24
     np.testing.assert_array_equal(layer.moving_mean, np.zeros(8))
 
 
