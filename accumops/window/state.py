@@ -236,8 +236,10 @@ class WindowState(tf.Module):
         Raises:
             ValueError: If no window is open, when executing eagerly; in a graph `tf.errors.InvalidArgumentError`.
         """
-        connected, same = self._connected(last, by_trace)
-        with tf.control_dependencies([*self._check_open(), *same]):
+        opened = self._check_open()
+        with tf.control_dependencies(opened):
+            connected, same = self._connected(last, by_trace)
+        with tf.control_dependencies([*opened, *same]):
             verdict = self.verdict()
             with self._closing_with(verdict):
                 yield Window(
@@ -264,8 +266,10 @@ class WindowState(tf.Module):
     @contextlib.contextmanager
     def ending_on_replica(self, *, reduce_sums: bool) -> Iterator[Window]:
         """As `ending`, on each replica, with its own sums or those over all replicas in `latest`."""
-        connected, same = self._connected(None, by_trace=True)
-        with tf.control_dependencies([*self._check_open(), *same]):
+        opened = self._check_open()
+        with tf.control_dependencies(opened):
+            connected, same = self._connected(None, by_trace=True)
+        with tf.control_dependencies([*opened, *same]):
             window = self._reduced(connected, sums=reduce_sums)
             with self._closing_with(window.verdict):
                 yield window
