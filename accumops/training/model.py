@@ -141,9 +141,8 @@ class GradientAccumulateModel(Wrapper):
         self.check_loss = check_loss
         self.nonfinite = nonfinite
         # Untracked, where TensorFlow does not find functions to export.
-        step = TrainingStep(self)
-        check = LossCheck(self, step.whole_inputs)
-        self._untracked = Untracked(step=step, check=check, flush=None, ends_window=None, losses=None)
+        self._untracked = Untracked(step=TrainingStep(self), check=None, flush=None, ends_window=None)
+        self._untracked.check = LossCheck(self, self._untracked.step.whole_inputs)
 
     @property
     def accum_steps(self) -> int | dict[int, int] | Schedule | None:
@@ -336,21 +335,6 @@ class GradientAccumulateModel(Wrapper):
     def compiles_passes(self) -> bool:
         """Whether XLA compiles forward and backward alone, and not the whole step."""
         return self.loss_over != "window" and compiles_passes(self, loops=self.micro_batch_size is not None)
-
-    @property
-    def losses(self) -> list[Any]:
-        """Losses of layers (`add_loss`) and regularizers, of the last call."""
-        losses = self._untracked.losses
-        return super().losses if losses is None else losses
-
-    @contextlib.contextmanager
-    def with_losses(self, losses: Sequence[tf.Tensor]) -> Iterator[None]:
-        """Has `losses` return what is given, while the block runs or is traced."""
-        self._untracked.losses = list(losses)
-        try:
-            yield
-        finally:
-            self._untracked.losses = None
 
     @contextlib.contextmanager
     def window_ends(self, ends: bool | None) -> Iterator[None]:

@@ -6,10 +6,13 @@ wrapped model, and tools that look for a functional model find one. Any other mo
 wrapped by a model that has it as its one layer, and calls it.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from accumops.adapters.keras_functional import ClonedWithItsClass, functional_class, share_registered_name
 from accumops.adapters.keras_model import WrapperModel, mark_built, pass_inputs_on
@@ -49,6 +52,21 @@ class Wrapper(WrapperModel):
         if not self.model.built and input_shape is not None and type(self.model).build is not keras.Model.build:
             self.model.build(input_shape)
         self.built = True
+
+    @property
+    def losses(self) -> list[Any]:
+        """Losses of layers (`add_loss`) and regularizers, of the last call."""
+        given: Untracked | None = self.__dict__.get("_given_losses")
+        return super().losses if given is None else given.losses
+
+    @contextlib.contextmanager
+    def with_losses(self, losses: Sequence[tf.Tensor]) -> Iterator[None]:
+        """Has `losses` return what is given, while the block runs or is traced."""
+        self.__dict__["_given_losses"] = Untracked(losses=list(losses))
+        try:
+            yield
+        finally:
+            del self.__dict__["_given_losses"]
 
     def export(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """Exports the wrapped model, whose inference is this model's.
