@@ -164,7 +164,7 @@ def test_losses_are_those_of_one_batch_in_float64(loss, size):
             for size in (5, 8)
         ),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", value),
 )
 def test_losses_are_those_of_one_batch_in_float32(loss, how, size):
     net = towers()
