@@ -310,6 +310,15 @@ def averages_of(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
     return list(optimizer._model_variables_moving_average)
 
 
+@relies_on(
+    "<an optimizer with moving averages>._trainable_variables",
+    feature="moving averages (`use_ema`) of a wrapped optimizer",
+)
+def trained_by(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
+    """The variables that an optimizer was built for, in the order of its moving averages."""
+    return list(optimizer._trainable_variables)
+
+
 @relies_on("<SGD with momentum>._distribution_strategy", feature="windows under tf.distribute")
 def strategy_of(optimizer: keras.optimizers.Optimizer) -> tf.distribute.Strategy:
     """The strategy that the optimizer was created under."""
@@ -319,9 +328,17 @@ def strategy_of(optimizer: keras.optimizers.Optimizer) -> tf.distribute.Strategy
 class SharesAverages(keras.optimizers.Optimizer):
     """A base class for optimizers whose moving averages are those of an `inner_optimizer`.
 
-    Keras's callbacks, such as SwapEMAWeights, look for them under this name.
+    Keras's callbacks, such as SwapEMAWeights, look for them and for their variables under these names.
     """
 
     @property
     def _model_variables_moving_average(self) -> list[keras.Variable]:
         return averages_of(innermost(self))
+
+    @property
+    def _trainable_variables(self) -> list[keras.Variable]:
+        return trained_by(innermost(self)) if hasattr(self, "inner_optimizer") else []
+
+    @_trainable_variables.setter
+    def _trainable_variables(self, variables: list[keras.Variable]) -> None:
+        """Does nothing: the base class's constructor sets an empty list."""

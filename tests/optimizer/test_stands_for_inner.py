@@ -90,3 +90,21 @@ def test_callbacks_find_the_optimizers_of_a_multi_optimizer(tmp_path):
     model.fit(np.ones((8, 2)), np.ones((8, 1)), batch_size=2, epochs=2, callbacks=callbacks, verbose=0)
     assert sorted(float(each.learning_rate) for each in multi.optimizers) == pytest.approx([0.0025, 0.025])
     assert not hasattr(GradientAccumulateOptimizer("sgd", 2), "optimizers")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda optimizer: GradientAccumulateOptimizer(optimizer, 1),
+        lambda optimizer: keras.optimizers.LossScaleOptimizer(GradientAccumulateOptimizer(optimizer, 1)),
+    ],
+    ids=["alone", "scaled"],
+)
+def test_averages_are_swapped_in_for_validation(wrap):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, kernel_initializer="ones")])
+    model.compile(wrap(keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.9)), "mse", run_eagerly=True)
+    x, y = np.ones((4, 3), "float32"), np.zeros((4, 2), "float32")
+    callbacks = [keras.callbacks.SwapEMAWeights()]
+    history = model.fit(x, y, batch_size=2, epochs=2, verbose=0, validation_data=(x, y), callbacks=callbacks)
+    # The averages are the weights that training ends with.
+    assert history.history["val_loss"][-1] == pytest.approx(model.evaluate(x, y, verbose=0), rel=1e-5)
