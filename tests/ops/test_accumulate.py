@@ -105,7 +105,17 @@ def test_scale_and_overwrite_may_be_tensors(backend, mode):
     np.testing.assert_array_equal(accumulator.numpy(), [22.5, 45])
 
 
-@pytest.mark.parametrize("dtype", NUMPY)
+@pytest.mark.parametrize(
+    ("backend", "mode", "dtype"),
+    cross(
+        BACKENDS,
+        MODES,
+        NUMPY,
+        default=lambda backend, mode, dtype: mode != "xla" or (backend, dtype) == ("fused", tf.bfloat16),
+    ),
+    ids=label,
+    indirect=["backend", "mode"],
+)
 def test_a_scale_of_0_counts_as_nothing_whatever_the_gradient_holds(backend, mode, dtype):
     """Known when a function is traced, or only when it runs; and whether or not it starts a window."""
     wide = tf.float64 if dtype == tf.float64 else tf.float32

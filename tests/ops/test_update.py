@@ -201,7 +201,16 @@ def test_numbers_that_are_not_finite_stay_where_they_are(backend, mode):
             assert np.isnan(slots[2][0].numpy()[0])
 
 
-@pytest.mark.parametrize("accumulated", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "mode", "accumulated"),
+    cross(
+        BACKENDS,
+        MODES,
+        [False, True],
+        default=lambda backend, mode, accumulated: mode != "xla" or (backend == "fused" and accumulated),
+    ),
+    indirect=["backend", "mode"],
+)
 def test_latest_gradients_of_weight_0_count_as_nothing_whatever_they_are(backend, mode, accumulated):
     variables = [tf.Variable([1.0, 2.0, 3.0]) for _ in range(3)]
     accumulators = [tf.Variable([1.0, -1.0, 2.0]) for _ in variables]
@@ -267,7 +276,17 @@ def test_squared_norms_are_finite_where_the_values_are(backend, mode):
     np.testing.assert_allclose(norms[3], np.float64(np.float32(1e-30)) ** 2)
 
 
-@pytest.mark.parametrize("dtype", NUMPY)
+@pytest.mark.parametrize(
+    ("backend", "mode", "dtype"),
+    cross(
+        BACKENDS,
+        MODES,
+        NUMPY,
+        default=lambda backend, mode, dtype: mode != "xla" or (backend, dtype) == ("fused", tf.float32),
+    ),
+    ids=label,
+    indirect=["backend", "mode"],
+)
 def test_all_finite(backend, mode, dtype):
     largest = float(tf.as_dtype(dtype).max)
 

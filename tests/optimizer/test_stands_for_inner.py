@@ -52,8 +52,8 @@ def test_set_weights_that_do_not_fit_set_nothing(change):
     else:
         weights[-1] = np.zeros(4)
     before = values(target)
-    wanted = "11 arrays, or 4" if change == "number" else r"shape \(3,\). Received: \(4,\)"
-    with pytest.raises(ValueError, match=wanted):
+    message = "11 arrays, or 4" if change == "number" else r"shape \(3,\). Received: \(4,\)"
+    with pytest.raises(ValueError, match=message):
         target.set_weights(weights)
     for a, b in zip(before, values(target), strict=True):
         np.testing.assert_array_equal(a, b)
