@@ -181,6 +181,14 @@ class Ending:
         else:
             update_all()
 
+    def _on_conditions(self, connected: Connected) -> contextlib.AbstractContextManager[None]:
+        """Has the wrapped optimizer leave out the variables that a window turns out to have no gradient for."""
+        if not connected.maybe:
+            return contextlib.nullcontext()
+        inner = innermost(self.optimizer)
+        warn_of_missing(inner, self.variables, connected)
+        return stepping_if(inner, [(self.variables[i], flag) for i, flag in connected.maybe.items()])
+
     def _unfused(self, window: Window) -> None:
         inner = innermost(self.optimizer)
         if self.lazy_sparse:
@@ -205,10 +213,9 @@ class Ending:
                 replaced.enter_context(
                     row_update.updating_rows(inner, in_optimizer, lazy_weight_decay=self.lazy_sparse)
                 )
-            if connected.maybe:
-                conditions = [(self.variables[i], flag) for i, flag in connected.maybe.items()]
-                replaced.enter_context(stepping_if(inner, conditions))
-                warn_of_missing(inner, self.variables, connected)
+            if window.replica is None:
+                # Outside of what replaces the steps of rows, whose conditions these are, too.
+                replaced.enter_context(self._on_conditions(connected))
             self.optimizer.apply([mean for mean, _ in pairs], [variable for _, variable in pairs])
 
     def _end_across(self, strategy: tf.distribute.Strategy, last: CountedMicroBatch | None) -> None:
@@ -227,7 +234,8 @@ class Ending:
             fused_update.apply(self.optimizer, windows, self.variables, lazy=False)
 
     def _unfused_on_each(self, strategy: tf.distribute.Strategy, windows: Sequence[Window]) -> None:
-        with without_reduction(innermost(self.optimizer), replicas.own):
+        # The threads of replicas cannot replace anything themselves: they would wait for the lock that this one has.
+        with without_reduction(innermost(self.optimizer), replicas.own), self._on_conditions(windows[0].connected):
             replicas.on_each_replica(strategy, lambda: self._unfused(windows[replicas.local_replica()]))
 
     def _clip(self, window: Window, clip: Clipping) -> Window:

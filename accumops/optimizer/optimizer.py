@@ -42,6 +42,10 @@ class GradientAccumulateOptimizer(LoadsState):
     clipping, weight decay, moving averages, iteration count and so its learning-rate schedule work as they would with
     the one large batch.
 
+    A variable that no call of a window gives a gradient for stays where it is, as in Keras. A call whose gradient for a
+    variable is None, or that leaves the variable out, adds nothing to it, and counts in the mean. A call that gives
+    only variables which no other call of its window gives is an error; use an optimizer for each of such parts.
+
     Under `tf.distribute` (MirroredStrategy, MultiWorkerMirroredStrategy) create and build it within `strategy.scope()`,
     and call `apply` in a function that `strategy.run` calls, with no `tf.cond` or loop around it. Replicas communicate
     where a window ends, and nowhere else. As with any optimizer there, gradients are summed over the replicas, and come
@@ -206,8 +210,9 @@ class GradientAccumulateOptimizer(LoadsState):
                 micro-batch counts as nothing, whatever its gradients are.
 
         Raises:
-            ValueError: If it is not built and `trainable_variables` is not given, a variable is not known, or a
-                gradient does not fit its variable.
+            ValueError: If it is not built and `trainable_variables` is not given, a variable is not known, a gradient
+                does not fit its variable, or the call shares no variable with the other calls of its window. If only
+                the running graph knows that, `tf.errors.InvalidArgumentError`, which XLA does not check.
         """
         ends = False if self.accum_steps is None else None
         batch = self._prepare(grads, trainable_variables, weight, ends=ends)

@@ -240,7 +240,7 @@ class GradientAccumulator(tf.Module):
 
         Args:
             gradients: One for each variable, in the order of `build`: tensors or `tf.IndexedSlices`. None counts as
-                zero, and a variable that has had nothing but None closes with None.
+                zero, and a variable that has nothing but None in a window closes with None.
             variables: What to build with on the first call; it is not needed later.
             weight: This micro-batch's share in the window, a number or scalar tensor, not negative. For micro-batches
                 of different sizes whose loss is a mean, give the number of samples. With 0 the micro-batch counts as
@@ -278,13 +278,14 @@ class GradientAccumulator(tf.Module):
 
         Returns:
             For each variable the weighted mean (or sum) of its gradients, of the accumulator's dtype, or None where it
-            had none. If the weights add up to zero, so do the gradients, as do those of a window that is not
-            `makes_update`.
+            had none in the window. If the weights add up to zero, so do the gradients, as do those of a window that is
+            not `makes_update`. A graph decides about None when it is traced: a variable that had no gradient until then
+            closes with None.
 
         Raises:
             ValueError: If no window is open, when executing eagerly. In a graph, `tf.errors.InvalidArgumentError`,
-                which a function that XLA compiles does not check. Under a strategy, outside of its replicas and with
-                `keep_sparse`.
+                as where the window has gradients of other variables than when the graph was traced; a function that
+                XLA compiles checks neither. Under a strategy, outside of its replicas and with `keep_sparse`.
         """
         check_bool("keep_sparse", keep_sparse)
         check_bool("reduce", reduce)

@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from accumops.adapters.tensorflow import enclosing_functions
+from accumops.adapters.untracked import Untracked
 from accumops.window.counters import Counters
 from accumops.window.state_variables import counter_device, new_variable
 
@@ -58,9 +59,9 @@ class Connections(tf.Module):
         self._known: set[int] | None = None  # in this process, or in the window that it was started with
         self._nones: set[int] = set()  # given without a gradient in this process
         self._left_out: set[int] = set()  # by a function that returns windows' gradients and is traced already
-        # What slices of one batch have a gradient for and what they were given, of each traced call.
-        self._slices: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-        self._whole: tuple[int, Connected] | None = None
+        # `slices`: what the slices of one batch have a gradient for, and what they were given, for each call that is
+        # traced. `whole`: a function, and the variables of the window that its slices make.
+        self._untracked = Untracked(slices=[], whole=None)
 
     # A micro-batch on its way in
 
@@ -89,7 +90,7 @@ class Connections(tf.Module):
             present: The positions of its gradients that are not None.
             given: The positions of the variables that it was given with.
         """
-        self._whole = None
+        self._untracked.whole = None
         self._seen().update(present)
         self._nones.update(set(given).difference(present))
 
@@ -107,14 +108,15 @@ class Connections(tf.Module):
     def add_slice(self, present: Sequence[int], given: Sequence[int]) -> None:
         """As `add`, for a micro-batch that `count_slices` counts."""
         self.add(present, given)
-        self._slices.append((tuple(present), tuple(given)))
+        self._untracked.slices.append((tuple(present), tuple(given)))
 
     def count_slices(self) -> None:
         """Notes that the slices since the last call are a whole window, which ends in the function that has them."""
-        kinds, self._slices = set(self._slices), []
+        kinds, self._untracked.slices = set(self._untracked.slices), []
         if len(kinds) == 1:
             present, given = kinds.pop()
-            self._whole = enclosing_functions()[0], Connected(present, without=set(given).difference(present))
+            whole = Connected(present, without=sorted(set(given).difference(present)))
+            self._untracked.whole = enclosing_functions()[0], whole
 
     # The window on its way out
 
@@ -129,7 +131,8 @@ class Connections(tf.Module):
         everything = range(len(self._names))
         if len(present) == len(everything):
             return Connected(everything)
-        whole, self._whole = self._whole, None
+        whole: tuple[int, Connected] | None = self._untracked.whole
+        self._untracked.whole = None
         if not present and whole is not None and whole[0] == enclosing_functions()[0]:
             return whole[1]
         if tf.executing_eagerly():
@@ -170,7 +173,7 @@ class Connections(tf.Module):
 
     def clear(self) -> None:
         """Counts from the start, for the next window."""
-        self._slices, self._whole = [], None
+        self._untracked.slices, self._untracked.whole = [], None
         with self._counters.place():
             self.gaps.assign(tf.zeros(self.gaps.shape, tf.int64))
 

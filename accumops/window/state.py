@@ -7,9 +7,9 @@ A window opens with the first micro-batch after the last close, whose gradients 
       ▲                                     │                                     │
       └─────────────────────────────────────┴──── ending, ending_with, reset ─────┘
 
-The state is one accumulator for each variable, the counters `step` and `limit`, the sum of shares `weight`, which
-variables have had a gradient, and which rows of tables were touched. Closing only sets `step` back: what the
-accumulators hold between windows has no influence, and nothing clears it.
+The state is one accumulator for each variable, the counters `step` and `limit`, the sum of shares `weight`, the counts
+of micro-batches without a gradient, and which rows of tables were touched. Closing only sets `step` and these counts
+back: what the accumulators hold between windows has no influence, and nothing clears it.
 
 Under a mirroring `tf.distribute` strategy each replica has a state of its own. Accumulators and `weight` count, and are
 saved, as their sum over the replicas; all other variables are the same on all replicas.

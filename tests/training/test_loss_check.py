@@ -352,7 +352,7 @@ def test_a_failed_check_changes_nothing(mode, run):
     model = GradientAccumulateModel(network(), **wrap)
     model.compile(keras.optimizers.Adam(), summed_squares, metrics=["mae"], **RUNS[run])
     for _ in range(2):  # nor does it clear the loss
-        with pytest.raises(ValueError, match=r"^The loss 'summed_squares'.* cannot .* It looks like a sum over samples"):
+        with pytest.raises(ValueError, match=r"^The loss 'summed_squares'.* It looks like a sum over samples"):
             model.fit(numbers(16, 3), numbers(16, 4), batch_size=batch_size, verbose=0)
     with pytest.raises(ValueError, match="It looks like a sum"):
         model.train_on_batch(numbers(batch_size, 3), numbers(batch_size, 4))
