@@ -40,7 +40,7 @@ SETTINGS = {
 MODES = {"eager": lambda f: f, "graph": tf.function, "xla": lambda f: tf.function(f, jit_compile=True)}
 # Windows of calls. A capital letter is a variable with a gradient, a small one a variable that is given with None.
 WINDOWS = {
-    1: ["ABC", "AB", "Ab", "C", "CB", "BC", "A", "ABC", "bC", "Ac"],
+    1: ["ABC", "AB", "Ab", "C", "bC", "ABC"],
     2: ["ABC ABC", "A A", "AB BC", "ABC B", "B ABC", "Ab Ab", "AB AC", "C C", "Abc aBc", "A Ac", "BA A"],
     3: ["AB AC A", "AC AB BC", "B B BC", "Ac A A", "C C C", "ABC A B"],
 }
@@ -169,20 +169,17 @@ class WholeSteps(keras.optimizers.SGD):
         self.iterations.assign_add(1)
 
 
-@pytest.mark.parametrize("mode", ["eager", "graph"])
-def test_an_apply_of_its_own(mode):
+def test_an_apply_of_its_own():
     """In a graph it gets all variables or those of the last call; of other windows it has to be told."""
     windows = calls_of(["AB AB", "AB ABC", "ABC AB", "AB AB"])
     plain = train_plainly(WholeSteps(0.1), windows)
     optimizer = GradientAccumulateOptimizer(WholeSteps(0.1), 2)
-    check_equal(plain, train(optimizer, windows, MODES[mode]), optimizer.inner_optimizer, optimizer)
-    if mode == "graph":
-        with pytest.raises(tf.errors.InvalidArgumentError, match=r"WholeSteps has an `apply` of its own"):
-            train(GradientAccumulateOptimizer(WholeSteps(0.1), 3), calls_of(["AB A A"]), MODES[mode])
+    check_equal(plain, train(optimizer, windows, tf.function), optimizer.inner_optimizer, optimizer)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"WholeSteps has an `apply` of its own"):
+        train(GradientAccumulateOptimizer(WholeSteps(0.1), 3), calls_of(["AB A A"]), tf.function)
 
 
-@pytest.mark.parametrize("mode", ["eager", "graph"])
-@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("mode", "scaled"), [("eager", False), ("graph", True)])
 def test_clipped_and_scaled(mode, scaled):
     """With `gradient_clipping`, and with a LossScaleOptimizer inside."""
     windows = calls_of(["AB AB", "ABC AB", "AB AB"])
@@ -245,8 +242,7 @@ def loss_of(layers, head, x, y):
     return tf.reduce_sum((layers[1 + head](trunk) - y) ** 2)
 
 
-@pytest.mark.parametrize("explicit", [False, True])
-@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize(("mode", "explicit"), [("eager", True), ("graph", False)])
 def test_two_heads_in_turns_have_the_joint_mean(mode, explicit):
     """A sample whose loss does not depend on a head adds zero to the head's mean, and is counted."""
     rng = np.random.default_rng(4)
@@ -329,20 +325,24 @@ def test_parts_may_have_windows_in_turns_in_one_trace():
 
     @tf.function
     def windows():
-        for variable in (a, b):
-            for _ in range(2):
-                optimizer.apply([tf.ones(variable.shape)], [variable])
-        optimizer.accumulate([tf.ones(a.shape)], [a])
-        optimizer.flush()
+        for _ in range(2):
+            optimizer.apply([tf.ones(a.shape)], [a])
         optimizer.accumulate([tf.ones(b.shape)], [b])
 
     windows()
-    assert int(optimizer.iterations) == 3
+    assert int(optimizer.iterations) == 1
     with pytest.raises(ValueError, match="of a only"):
-        tf.function(lambda: optimizer.apply([tf.ones(a.shape)], [a]))()
+        windows.python_function()  # eagerly
+    with pytest.raises(ValueError, match="of a only"):
+        tf.function(windows.python_function)()
+    optimizer.flush()
+    windows()
+    assert int(optimizer.iterations) == 3
 
 
-@pytest.mark.parametrize("call", ["apply", "accumulate", "close"])
+@pytest.mark.parametrize(
+    "call", ["apply", *(pytest.param(c, marks=pytest.mark.exhaustive) for c in ("accumulate", "close"))]
+)
 def test_disjoint_parts_of_two_functions_are_an_error(call):
     """Only the graph that runs knows it, and nothing has changed."""
     a, b, c = variables()
@@ -365,7 +365,7 @@ def test_disjoint_parts_of_two_functions_are_an_error(call):
     np.testing.assert_array_equal(b.numpy(), before[1])
 
 
-@pytest.mark.parametrize(("mode", "steps"), [("eager", 1), ("eager", 2), ("graph", 2)])
+@pytest.mark.parametrize(("mode", "steps"), [("eager", 2), ("graph", 1)])
 def test_the_warning_is_keras_own(mode, steps):
     optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(0.1, momentum=0.9), steps)
     a, b, c = variables()
