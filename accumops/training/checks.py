@@ -71,7 +71,7 @@ def check_settings(
     check_bool("lazy_sparse", lazy_sparse)
     check_nonfinite(nonfinite)
     if check_loss is not False and check_loss not in ("error", "warn"):
-        raise ValueError(f"`check_loss` must be 'error', 'warn' or False. Received: {check_loss!r}")
+        raise ValueError(f"`check_loss` must be one of ('error', 'warn', False). Received: {check_loss!r}")
 
 
 def check_mode(

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 import accumops
 from accumops import benchmark
-from accumops.benchmark import accumulate, bandwidth, batch_norm, contender, memory, models, update, window
+from accumops.benchmark import accumulate, bandwidth, batch_norm, contender, memory, models, update, window, window_loss
 from accumops.benchmark.contender import Contender
 from accumops.cli import main
 from accumops.cli.bench import SUITES
@@ -40,6 +40,7 @@ CONTENDERS = {
     | {"accumops, accum_steps", "accumops, micro_batch_size", "accumops, optimizer in a custom loop"}
     | {"accumops, accum_steps, XLA", "accumops, micro_batch_size, XLA"}
     | {"accumops, accum_steps, lazy_sparse", "accumops, micro_batch_size, lazy_sparse"},
+    "window-loss": {window_loss.FLOOR, "accumops, loss_over='window'", "the batch at once"},
     "memory": {"a micro-batch of 16, without accumulation", "the batch at once", "accumops, micro_batch_size"}
     | {"Keras, gradient_accumulation_steps", "accumops, accum_steps"},
 }
@@ -67,8 +68,8 @@ class InThisProcess:
     def __exit__(self, *_):
         pass
 
-    def call(self, function, *, samples, **arguments):
-        assert function is memory.peak_bytes
+    def call(self, function, *, samples=1, **arguments):
+        assert function in (memory.peak_bytes, window_loss.peak_bytes)
         return samples << 20
 
 
@@ -91,7 +92,10 @@ def small(monkeypatch):
     problem = models.Problem("small table", words, (4,), vocabulary=7, large_table=True, windows=2, warmup=1)
     monkeypatch.setitem(models.PROBLEMS, problem.name, problem)
     monkeypatch.setattr(window, "MODELS", (problem.name,))
-    monkeypatch.setattr(memory, "ChildProcess", InThisProcess)
+    for suite in (memory, window_loss):
+        monkeypatch.setattr(suite, "ChildProcess", InThisProcess)
+    for name, value in (("BATCH", 8), ("MICRO", {"time": 4, "memory": 4}), ("SIDE", 4), ("CHANNELS", 2)):
+        monkeypatch.setattr(window_loss, name, value)
     monkeypatch.setattr(memory, "SIZES", (32, 64))
 
 
@@ -110,7 +114,7 @@ def test_suites(suite, tmp_path):
         assert row["note"] is None
         assert row["name"] in result.stdout
         assert row["case"] in result.stdout or len({each["case"] for each in rows}) == 1
-        value = "peak_bytes" if suite == "memory" else "milliseconds"
+        value = "peak_bytes" if suite == "memory" or row["case"].startswith("memory") else "milliseconds"
         assert row[value] > 0
         floors = [each[value] for each in rows if each["case"] == row["case"] and each["floor"]]
         assert len(floors) == 1
