@@ -51,6 +51,13 @@ def rng(request):
     return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
 
 
+@pytest.fixture(autouse=True)
+def _small_heap():
+    """Has Python's collector leave out what tests before have made: it would look at millions of objects."""
+    yield
+    gc.freeze()
+
+
 @pytest.fixture
 def resident_bytes():
     """A function that returns how much memory this process has now."""
