@@ -1,8 +1,8 @@
 """The callback with which a training that is killed anywhere goes on bit for bit.
 
-What Keras's callback of this name does differently, and why it is not enough for that: it writes weights and epoch into
-two files, and a kill between them repeats an epoch. It repeats the batches of an epoch that it has backed up from the
-middle. And it does not save the seeds of dropout.
+Keras's callback of this name is not enough for that. It writes weights and epoch into two files, and a kill between
+them repeats an epoch. It repeats the batches of an epoch that it has backed up from the middle. And it does not save
+the seeds of dropout.
 
 A backup from the middle of an epoch is loaded twice. First before the first epoch, as any other. `fit` then starts the
 epoch from its first batch, and the batches that the backup has seen are passed without training, up to the last one.
