@@ -19,6 +19,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from accumops import ops
 from accumops.adapters.keras_model import global_seed, is_remote_path, start_at_epoch
 from accumops.arguments import check_bool
 from accumops.training.backup_files import Backup, BackupFiles
@@ -136,6 +137,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         self._newest = None if backup is None else backup.path
         if backup is None:
             return
+        self._check_backend(backup)
         self._load(backup)
         self._epoch_of_fit = (start_at_epoch(self.model, backup.record["epoch"]),)
         optimizer = self._optimizer()
@@ -214,6 +216,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             "batches_of_epoch": self._batches_of_epoch(),
             "updates_before_epoch": self._updates_before_epoch,
             "accum_steps": [self._first_accum_steps, self._accum_steps()],
+            "backend": self._backend(),
             "logs": {name: _plain(value) for name, value in (logs or {}).items()},
         }
         keep = [self._newest] if self._newest is not None and self._keeps_two else []
@@ -254,6 +257,24 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         """The model's variables that Keras's files do not have."""
         known = {id(variable) for variable in [*self.model.weights, *self.model.metrics_variables]}
         return list({id(each): each for each in self.model.variables if id(each) not in known}.values())
+
+    def _backend(self) -> str | None:
+        """The backend of accumops' ops that the model runs, or None if it accumulates nothing."""
+        if accumulating_optimizer(self.model) is None:
+            return None
+        return "fused" if ops.get_backend() != "reference" and ops.build_info()["loaded"] else "reference"
+
+    def _check_backend(self, backup: Backup) -> None:
+        before, now = backup.record["backend"], self._backend()
+        if None not in (before, now) and before != now:
+            why = ops.build_info()["reason"]
+            warnings.warn(
+                f"The backup in {backup.path!r} was made by the {before} ops, and this process runs the {now} ones"
+                f"{f', as {why}' if now == 'reference' and why else ''}. The two differ by roundings, so this training "
+                "goes on, but not bit for bit.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _batches_of_epoch(self) -> int | None:
         return (self.params or {}).get("steps")

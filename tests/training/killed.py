@@ -112,6 +112,7 @@ def kill_later(process, phase, seconds):
 
 
 def run(directory, kills):
+    accumops.build_info()  # loads the compiled ops, so that all lives have them, or none
     rng = np.random.default_rng(0)
     report = {"kills": 0, "kills within a backup": 0, "kills that left something unfinished": 0, "trainings": 0}
     report["trainings with the bits of an undisturbed one"] = 0

@@ -14,6 +14,7 @@ from backed_up import BATCHES, KINDS, Logs, Moments, check_same, data, fit, make
 from crosses import cross
 from deaths import Clock, Death
 
+import accumops
 from accumops import AccumStepsScheduler, BackupAndRestore, EffectiveBatchSize, GradientAccumulateModel
 
 
@@ -207,6 +208,19 @@ class TestWhatIsRestored:
         interrupt(make("eager"), tmp_path, end_of_batch(0, 4), initial_epoch=1)
         history = fit(make("eager"), BackupAndRestore(tmp_path, 2), initial_epoch=1)
         assert history.epoch == [1]
+
+    def test_other_ops_are_told(self, tmp_path, monkeypatch):
+        """They have other roundings."""
+        interrupt(make("optimizer", run_eagerly=True), tmp_path, end_of_batch(1, 0), save_freq="epoch")
+        before = accumops.get_backend()
+        loaded = accumops.build_info()["loaded"]
+        monkeypatch.setattr(accumops.ops, "build_info", lambda: {"loaded": not loaded, "reason": "they are gone"})
+        accumops.set_backend("auto")
+        try:
+            with pytest.warns(RuntimeWarning, match="The two differ by roundings"):
+                fit(make("optimizer", run_eagerly=True), BackupAndRestore(tmp_path))
+        finally:
+            accumops.set_backend(before)
 
 
 class TestDamage:
