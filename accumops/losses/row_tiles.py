@@ -51,7 +51,7 @@ def over_row_tiles(
             _, of_shared, array = tf.while_loop(lambda i, *_: i < count, body, first, parallel_iterations=1)
             rest, more = tile_gradient(count * size, tf.shape(rows)[0])
             shape = tf.concat([[count * size], tf.shape(rows)[1:]], 0)
-            # An array without tiles has no shape, if the graph does not know that of a row.
+            # If the graph does not know the shape of a row, an array without tiles has none.
             whole = tf.cond(count > 0, lambda: tf.reshape(array.stack(), shape), lambda: rows[:0])
             return tf.concat([whole, rest], 0), of_shared + more
 

@@ -162,7 +162,7 @@ class WindowPasses:
                 if gradient is not None:
                     targets.append(output)
                     rest = gradient.shape.rank - 1
-                    # Of a size that XLA knows.
+                    # XLA has to know the size of the slice.
                     upstream.append(tf.slice(gradient, [i * slices.size] + [0] * rest, [slices.size] + [-1] * rest))
             if of_losses is not None:
                 of_each = of_losses * slices.size
@@ -204,8 +204,8 @@ def window_gradients(
     dropout masks, and its state, such as moving statistics, moves once. Regularizers and `add_loss` of layers are part
     of the loss, as in `fit`.
 
-    For several towers, give the `keras.Model` that has all of them. What a loss needs from elsewhere, such as the keys
-    of a momentum encoder or a queue of negatives, it takes from its surroundings: no gradient goes there.
+    For several towers, give the `keras.Model` that has all of them. The loss may use other tensors, such as the keys of
+    a momentum encoder or a queue of negatives. They get no gradient.
 
     Args:
         model: The model, built.

@@ -69,7 +69,7 @@ class GradientAccumulateOptimizer(LoadsState):
             Adagrad it changes nothing, so in tables of at least 1024 rows and 65,536 values their updates touch only
             these rows without it too.
         reduction: `"mean"`, or `"sum"` for a loss that is a sum over samples: the wrapped optimizer then sees the sum
-            of the micro-batches' gradients. The optimizer sees no loss: nothing checks that the loss is one of both.
+            of the micro-batches' gradients. The optimizer does not see the loss, and cannot check this.
         nonfinite: What becomes of gradients with Inf or NaN. `"propagate"`: they make the update what they are.
             `"skip"`: the micro-batch is left out of its window, and the update is made with the mean over the others;
             without any others, there is none. The micro-batch still is one of the window's `accum_steps`. `"drop"`: the

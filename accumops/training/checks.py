@@ -51,7 +51,7 @@ _LOOPS = ("fit", "evaluate", "predict", "train_on_batch", "test_on_batch", "pred
 
 
 def _preprocesses(model: keras.Model, method: str) -> bool:
-    """Whether a method is that of a keras-hub task, which runs the task's preprocessor and is Keras's otherwise."""
+    """Whether a keras-hub task overrides a method only to run its preprocessor before Keras's own method."""
     owner = next(each for each in type(model).__mro__ if method in vars(each))
     return "preprocess_samples" in vars(owner) and hasattr(model, "preprocessor")
 

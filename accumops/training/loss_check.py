@@ -179,7 +179,7 @@ def examine_call(
     Args:
         call: What the loss was called with.
         split: The number of samples in the first part.
-        normalization: That of the model.
+        normalization: The model's `normalization`.
         given: The inputs, targets and sample weights of the model, for a callable `normalization`.
         whole: The identities of tensors that are no batch.
     """

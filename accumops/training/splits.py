@@ -249,7 +249,7 @@ def _couples_neighbours(subject: Subject, arguments: dict[str, Any], split: int,
     for group in _groups(split, rows):
         places = range(group, rows, group)
         places = places[:: -(-len(places) // 8)]  # some are enough
-        with contextlib.suppress(Exception):  # of a loss of other groups
+        with contextlib.suppress(Exception):  # the loss may need groups of another size
             if all(_splits_at(subject, arguments, place, rows, tolerance) for place in places):
                 return True
     return False

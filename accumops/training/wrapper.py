@@ -110,7 +110,7 @@ class Wrapper(WrapperModel):
 class _FunctionalWrapper(ClonedWithItsClass):
     """What a wrapper with a graph does in place of `Wrapper`. `_functional_version` puts it before a class of wrappers.
 
-    The graph is that of the wrapped model, so the layers and their variables are the same objects.
+    The wrapper and the wrapped model share one graph, and so the same layers and variables.
     """
 
     plain_class: type[Wrapper]
