@@ -26,16 +26,20 @@ def _distributed_variable() -> Any:
 
 @relies_on(
     "tensorflow.python.ops.control_flow_util.GraphOrParentsInXlaContext(graph)",
-    feature="counters on the host: without it they are where XLA can see them",
+    feature="counters on the host: without it they are where XLA can see them; barriers of the reference under XLA",
 )
-def xla_compiles_this() -> bool:
-    """Whether XLA will compile the function that is being traced. True where this cannot be told."""
+def xla_compiles_this(*, unknown: bool = True) -> bool:
+    """Whether XLA will compile the function that is being traced.
+
+    Args:
+        unknown: What to return where this cannot be told.
+    """
     try:
         from tensorflow.python.ops import control_flow_util
 
         question = control_flow_util.GraphOrParentsInXlaContext
     except (ImportError, AttributeError):
-        return True
+        return unknown
     return bool(question(tf.compat.v1.get_default_graph()))
 
 

@@ -2,6 +2,7 @@
 
 from accumops.ops import reference
 from accumops.ops.accumulate import accumulate
+from accumops.ops.barrier import barrier
 from accumops.ops.batch_norm import batch_norm, batch_norm_inference
 from accumops.ops.finite import all_finite
 from accumops.ops.library import LibraryError, build_info, get_backend, set_backend
@@ -15,6 +16,7 @@ __all__ = [
     "MovingStatistics",
     "accumulate",
     "all_finite",
+    "barrier",
     "batch_norm",
     "batch_norm_inference",
     "build_info",
