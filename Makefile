@@ -17,11 +17,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: build
 	$(BIN)/accumops demo
 
-# Tests on replicas split the CPU into logical devices, so they have processes of their own. The longest file starts first.
+# Three workers keep two cores busy: tests wait for processes. Tests on replicas split the CPU into logical devices, so
+# they have processes of their own; there the longest file starts first.
 test: check
 	status=0; \
-	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=20 --ignore=tests/distribute || status=1; \
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20 \
+	$(BIN)/python -m pytest -n 3 --dist worksteal --durations=20 --ignore=tests/distribute || status=1; \
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=20 \
 	  tests/distribute/test_workers.py tests/distribute || status=1; \
 	exit $$status
 
