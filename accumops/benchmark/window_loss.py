@@ -17,8 +17,7 @@ from accumops.losses.contrastive import CLIPLoss
 from accumops.training.model import GradientAccumulateModel
 
 ROUNDS = 10
-BATCH = 256
-MICRO = {"time": 32, "memory": 16}
+BATCH, MICRO = 256, 32  # of the times
 SIDE, CHANNELS, WORDS, FEATURES = 32, 32, 48, 32
 _PROCESSES = 3  # for each peak
 _WARMUP = 2
@@ -28,11 +27,11 @@ FLOOR = "the loss of each micro-batch alone (another loss)"
 
 def turns(rounds: int) -> int:
     """How often `run` calls `progress`."""
-    return 1 + _WARMUP + rounds + _PROCESSES * len(CONTENDERS)
+    return 1 + _WARMUP + rounds + _PROCESSES * sum(len(names) for _, _, names in MEMORY_CASES)
 
 
 def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
-    """Measures windows of 256 pairs of images and texts with CLIP's loss.
+    """Measures windows of pairs of images and texts with CLIP's loss: 256 pairs, and the memory of 4096.
 
     Accumulating the loss of each micro-batch alone trains another loss, with fewer negatives. It is the floor, because
     nothing that needs the activations of a micro-batch at a time can be faster, or take less memory.
@@ -43,50 +42,53 @@ def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
         progress: Called after each round and each process.
     """
     contenders = [
-        Contender(name, lambda make=make: make(MICRO["time"]), floor=name == FLOOR)  # type: ignore[misc]
+        Contender(name, lambda make=make: make(BATCH, MICRO), floor=name == FLOOR)  # type: ignore[misc]
         for name, make in CONTENDERS.items()
     ]
-    case = f"time, micro-batches of {MICRO['time']}"
+    case = f"time, {BATCH} pairs in micro-batches of {MICRO}"
     rows = time_contenders(case, contenders, device=device, rounds=rounds, warmup=_WARMUP, progress=progress)
     return Result(
-        f"CLIP's loss of {BATCH} pairs, convolutional and dense towers",
-        (*rows, *_peaks(device, progress)),
-        ("Memory is counted over the process's memory before it had a model.",),
+        "CLIP's loss of pairs, convolutional and dense towers",
+        (*rows, *(row for case in MEMORY_CASES for row in _peaks(*case, device, progress))),
+        ("Memory is counted over the process's memory before it had a model, and includes the batch itself.",),
         settings={"batch_size": BATCH, "micro_batch_size": MICRO},
     )
 
 
-def _peaks(device: str, progress: Callable[[], object]) -> list[Row]:
+def _peaks(batch: int, micro: int, names: list[str], device: str, progress: Callable[[], object]) -> list[Row]:
     notes: dict[str, str] = {}
 
     def sample(name: str) -> float:
         try:
             with ChildProcess() as process:
-                return process.call(peak_bytes, contender=name, device=device)
+                return process.call(peak_bytes, contender=name, batch=batch, micro=micro, device=device)
         except ChildProcessFailed as error:
             notes[name] = str(error)
             return 0.0
         finally:
             progress()
 
-    peaks = interleave({name: name for name in CONTENDERS}, sample=sample, rounds=_PROCESSES, warmup=0)
+    peaks = interleave({name: name for name in names}, sample=sample, rounds=_PROCESSES, warmup=0)
     rows = []
-    for name in CONTENDERS:
-        row = Row(f"memory, micro-batches of {MICRO['memory']}", name, floor=name == FLOOR, note=notes.get(name))
+    for name in names:
+        case = f"memory, {batch} pairs in micro-batches of {micro}"
+        row = Row(case, name, floor=name == FLOOR, note=notes.get(name))
         if row.note is None:
             row = dataclasses.replace(row, peak_bytes=round(peaks[name].median), spread=peaks[name].spread)
         rows.append(row)
     return rows
 
 
-def peak_bytes(contender: str, device: str) -> int:
+def peak_bytes(contender: str, batch: int, micro: int, device: str) -> int:
     """Returns the peak while windows run, in bytes above the memory before there was a model. Needs a new process.
 
     Args:
         contender: The name of one of `CONTENDERS`.
+        batch: Pairs in a batch.
+        micro: Pairs in a micro-batch.
         device: `"CPU"` or `"GPU"`.
     """
-    return peak_of(lambda: CONTENDERS[contender](MICRO["memory"]), device)
+    return peak_of(lambda: CONTENDERS[contender](batch, micro), device)
 
 
 def towers() -> keras.Model:
@@ -102,18 +104,29 @@ def towers() -> keras.Model:
     return keras.Model([image, text], keras.layers.Concatenate(axis=1)(pair))
 
 
-def _train(model: Any) -> Callable[[], object]:
+def _train(model: Any, batch: int) -> Callable[[], object]:
     model.compile(keras.optimizers.SGD(training.LEARNING_RATE), CLIPLoss(), jit_compile=False)
-    images = tf.random.stateless_normal((BATCH, SIDE, SIDE, 3), [1, 0])
-    texts = tf.random.stateless_normal((BATCH, WORDS), [2, 0])
-    return training.train_steps(model, (images, texts), tf.zeros([BATCH]), BATCH)
+    images = tf.random.stateless_normal((batch, SIDE, SIDE, 3), [1, 0])
+    texts = tf.random.stateless_normal((batch, WORDS), [2, 0])
+    return training.train_steps(model, (images, texts), tf.zeros([batch]), batch)
 
 
-CONTENDERS: dict[str, Callable[[int], Callable[[], object]]] = {
-    FLOOR: lambda micro: _train(GradientAccumulateModel(towers(), micro_batch_size=micro, **_UNCHECKED)),
-    "accumops, loss_over='window'": lambda micro: _train(
-        GradientAccumulateModel(towers(), micro_batch_size=micro, loss_over="window")
-    ),
-    "the batch at once": lambda micro: _train(towers()),
+def _alone(batch: int, micro: int) -> Callable[[], object]:
+    return _train(GradientAccumulateModel(towers(), micro_batch_size=micro, check_loss=False), batch)
+
+
+def _window(batch: int, micro: int) -> Callable[[], object]:
+    return _train(GradientAccumulateModel(towers(), micro_batch_size=micro, loss_over="window"), batch)
+
+
+def _at_once(batch: int, micro: int) -> Callable[[], object]:
+    return _train(towers(), batch)
+
+
+CONTENDERS: dict[str, Callable[[int, int], Callable[[], object]]] = {
+    FLOOR: _alone,
+    "accumops, loss_over='window'": _window,
+    "the batch at once": _at_once,
 }
-_UNCHECKED: dict[str, Any] = {"check_loss": False}
+# Batch, micro-batch, contenders. The large batch at once would take some 14 GiB.
+MEMORY_CASES = ((256, 16, list(CONTENDERS)), (4096, 32, list(CONTENDERS)[:2]))

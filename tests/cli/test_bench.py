@@ -94,7 +94,7 @@ def small(monkeypatch):
     monkeypatch.setattr(window, "MODELS", (problem.name,))
     for suite in (memory, window_loss):
         monkeypatch.setattr(suite, "ChildProcess", InThisProcess)
-    for name, value in (("BATCH", 8), ("MICRO", {"time": 4, "memory": 4}), ("SIDE", 4), ("CHANNELS", 2)):
+    for name, value in (("BATCH", 8), ("MICRO", 4), ("SIDE", 4), ("CHANNELS", 2)):
         monkeypatch.setattr(window_loss, name, value)
     monkeypatch.setattr(memory, "SIZES", (32, 64))
 
