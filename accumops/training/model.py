@@ -26,7 +26,7 @@ from accumops.training.partial_window import PartialWindowOfModel
 from accumops.training.step import TrainingStep
 from accumops.training.train_function import function_of_workers, train_function
 from accumops.training.weighting import Normalization, check_losses
-from accumops.training.wrapper import Wrapper
+from accumops.training.wrapper import Wrapper, wrap_as_layer
 from accumops.training.xla_compilation import compiles_passes
 from accumops.window import replicas
 
@@ -411,6 +411,7 @@ class GradientAccumulateModel(Wrapper):
         return {
             "name": self.name,
             "model": keras.saving.serialize_keras_object(self.model),
+            "shares_graph": self.shares_graph,
             "accum_steps": keras.saving.serialize_keras_object(
                 self.accum_steps if self._epochs is None else {str(epoch): steps for epoch, steps in self._epochs}
             ),
@@ -434,6 +435,8 @@ class GradientAccumulateModel(Wrapper):
             config[key] = keras.saving.deserialize_keras_object(config[key], custom_objects=custom_objects)
         if isinstance(config["accum_steps"], dict):
             config["accum_steps"] = {int(epoch): steps for epoch, steps in config["accum_steps"].items()}
+        if not config.pop("shares_graph", True):
+            wrap_as_layer(config["model"])
         return config
 
     @classmethod

@@ -8,6 +8,7 @@ wrapped by a model that has it as its one layer, and calls it.
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -89,6 +90,11 @@ class Wrapper(WrapperModel):
         except ValueError as error:
             raise ValueError(f"{error}{self._hint('get_layer')}") from None
 
+    @property
+    def shares_graph(self) -> bool:
+        """Whether this model is a functional one over the graph of the wrapped model."""
+        return isinstance(self, _FunctionalWrapper)
+
     @staticmethod
     def arguments_from_config(config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> dict[str, Any]:
         """Returns the arguments of the constructor that are in what `get_config` returned."""
@@ -153,9 +159,19 @@ class _FunctionalWrapper(ClonedWithItsClass):
         return functional_class().call(self, inputs, training=training, mask=mask, **kwargs)
 
 
+# A Sequential that is wrapped before it knows its input stays a layer of its wrapper, in files too. When such a file is
+# loaded, the Sequential knows its input at once.
+_LAYERS: weakref.WeakSet[keras.Model] = weakref.WeakSet()
+
+
+def wrap_as_layer(model: keras.Model) -> None:
+    """Has a model wrapped as a layer, although its graph is known."""
+    _LAYERS.add(model)
+
+
 def has_graph(model: keras.Model) -> bool:
     """Whether calls of a model are nothing but runs through a graph of layers that Keras knows."""
-    if not isinstance(model, keras.Sequential | keras.Function):
+    if model in _LAYERS or not isinstance(model, keras.Sequential | keras.Function):
         return False
     if not all(method.__module__.startswith("keras.") for method in (type(model).call, type(model).__call__)):
         return False

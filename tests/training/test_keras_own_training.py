@@ -54,18 +54,12 @@ EXCEPTIONS = {
         "test_metric_update_in_compute_loss": OWN_STEP,
         "test_retracing": OWN_STEP,
     },
-    "backup_and_restore": {
-        "test_backup_corrupted": LAYERS,
-        "test_best_case_epoch": LAYERS,
-        "test_best_case_step": LAYERS,
-    },
     "callback": {"test_model_state_is_current_on_epoch_end": ATTRIBUTE},
     "csv_logger": {"test_stop_training_csv": ATTRIBUTE},
     "orbax_checkpoint": {"test_checkpoint_with_assets*": LAYERS},
     "swap_ema_weights": {
         "test_swap_ema_weights_with_loss_scale_optimizer": "SwapEMAWeights looks for moving averages one wrapper deep"
     },
-    "tensorboard": {"test_TensorBoard_projector_callback": LAYERS},
     "terminate_on_nan": {"test_TerminateOnNaN": ATTRIBUTE},
 }
 BY_DEFAULT = {

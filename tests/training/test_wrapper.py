@@ -278,3 +278,34 @@ def test_subclasses_of_the_wrapper_wrap_graphs_too(tmp_path):
     model.compile("sgd", loss="mse", run_eagerly=True)
     model.save(tmp_path / "mine.keras")
     assert isinstance(keras.models.load_model(tmp_path / "mine.keras"), Mine)
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_a_sequential_that_was_built_after_it_was_wrapped_is_saved_and_loaded(weights_only, tmp_path):
+    x, y = np.ones((8, 3), "float32"), np.ones((8, 2), "float32")
+
+    def wrapped():
+        net = keras.Sequential([keras.layers.Dense(4, activation="relu"), keras.layers.Dense(2)])
+        model = accumops.GradientAccumulateModel(net, accum_steps=2)
+        model.compile("adam", "mse")
+        return model
+
+    model = wrapped()
+    model.fit(x, y, batch_size=4, verbose=0)
+    if weights_only:
+        model.save_weights(tmp_path / "model.weights.h5")
+        again = wrapped()
+        again.build((None, 3))
+        again.load_weights(tmp_path / "model.weights.h5")
+    else:
+        model.save(tmp_path / "model.keras")
+        again = keras.saving.load_model(tmp_path / "model.keras")
+        assert again.get_config().keys() == model.get_config().keys()
+        copy = keras.models.clone_model(again)
+        assert type(copy) is type(again)
+    np.testing.assert_array_equal(again.predict(x, verbose=0), model.predict(x, verbose=0))
+    if weights_only:
+        return
+    for each in (model, again):
+        each.fit(x, y, batch_size=4, verbose=0)
+    np.testing.assert_array_equal(again.predict(x, verbose=0), model.predict(x, verbose=0))
