@@ -13,7 +13,7 @@ import pytest
 BACKENDS = ("fused", "reference")
 MODES = ("eager", "graph", "xla")
 # By default XLA compiles a test's first case, and of the others one in so many.
-XLA_CASES = {"fused": 3, "reference": 8}
+XLA_CASES = {"fused": 4, "reference": 12}
 
 
 @pytest.fixture(params=BACKENDS)
