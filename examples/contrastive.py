@@ -10,7 +10,8 @@ negatives are all other images of the batch. Trained three ways with the same nu
     window                 micro-batches of 32, `loss_over="window"`: the same loss, so the same curve
     micro-batches alone    micro-batches of 32, each with the 62 negatives of its own: another loss
 
-Then a linear probe: logistic regression on the frozen features of training images, tested on the others.
+Then, on other images: a linear probe (logistic regression on frozen features), and how many images are found by their
+other view among all.
 """
 
 import sys
@@ -22,7 +23,7 @@ from sklearn.linear_model import LogisticRegression
 
 import accumops
 
-BATCH, MICRO, UPDATES = 1024, 32, 60
+BATCH, MICRO, UPDATES = 1024, 32, 200
 
 
 def images():
@@ -66,12 +67,19 @@ def encoder():
 
 
 def train(x, wrap):
-    """Trains an encoder, and returns it with the loss of each update."""
+    """Trains an encoder, and returns it, the model of pairs, and the loss of each update."""
     features, net = encoder()
     model = wrap(net)
     model.compile(keras.optimizers.Adam(1e-3), accumops.losses.NTXent(temperature=0.2))
     losses = [float(model.train_on_batch(pairs(x, update), np.zeros(BATCH))) for update in range(UPDATES)]
-    return features, losses
+    return features, net, losses
+
+
+def found(net, pairs):
+    """Returns the share of images whose other view has the most similar embedding of all."""
+    embeddings = net.predict(pairs, verbose=0)
+    left, right = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in np.moveaxis(embeddings, 1, 0))
+    return np.mean(np.argmax(left @ right.T, axis=1) == np.arange(len(left)))
 
 
 def main():
@@ -86,10 +94,11 @@ def main():
     }
     curves = {}
     for name, wrap in ways.items():
-        features, curves[name] = train(x, wrap)
+        features, net, curves[name] = train(x, wrap)
         probe = LogisticRegression(max_iter=2000).fit(features.predict(x, verbose=0), y)
         accuracy = probe.score(features.predict(x_test, verbose=0), y_test)
-        print(f"{name:22s} last loss {curves[name][-1]:.4f}   linear probe {accuracy:.3f}")
+        share = found(net, pairs(x_test, UPDATES))
+        print(f"{name:22s} last loss {curves[name][-1]:.4f}   linear probe {accuracy:.3f}   finds {share:.1%}")
     apart = max(abs(one - other) for one, other in zip(curves["the full batch"], curves["window"], strict=True))
     print(f"largest difference between the losses of the full batch and of the window: {apart:.1e}")
     if len(sys.argv) > 1:
