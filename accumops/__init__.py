@@ -7,6 +7,9 @@ from accumops.registration import register
 
 if TYPE_CHECKING:
     from accumops import losses, ops
+    from accumops.memory.recompute import recompute
+    from accumops.memory.recompute_layer import Recompute
+    from accumops.memory.recompute_layers import recompute_layers
     from accumops.memory.window_gradients import window_gradients
     from accumops.normalization.layer import AccumBatchNormalization
     from accumops.normalization.replace import replace_batchnorm_layers, restore_batchnorm_layers
@@ -33,10 +36,13 @@ __all__ = [
     "LibraryError",
     "NonfiniteCount",
     "PartialWindow",
+    "Recompute",
     "build_info",
     "get_backend",
     "losses",
     "ops",
+    "recompute",
+    "recompute_layers",
     "replace_batchnorm_layers",
     "restore_batchnorm_layers",
     "set_backend",
@@ -57,8 +63,11 @@ _MODULES = {
     "LibraryError": "accumops.ops",
     "NonfiniteCount": "accumops.training.callbacks",
     "PartialWindow": "accumops.training.partial_window",
+    "Recompute": "accumops.memory.recompute_layer",
     "build_info": "accumops.ops",
     "get_backend": "accumops.ops",
+    "recompute": "accumops.memory.recompute",
+    "recompute_layers": "accumops.memory.recompute_layers",
     "replace_batchnorm_layers": "accumops.normalization.replace",
     "restore_batchnorm_layers": "accumops.normalization.replace",
     "set_backend": "accumops.ops",

@@ -5,13 +5,14 @@ not take a `keras.Function`, compiles the copy, and passes on no arguments of a 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
 from accumops.adapters.upstream import relies_on, sample
 
 _FEATURE = "replace_batchnorm_layers and restore_batchnorm_layers"
+_RECOMPUTE = "recompute_layers"
 _WRAPPING = "functional models that stay functional when they are wrapped"
 
 
@@ -39,6 +40,16 @@ def _variable() -> Any:
 @sample("<a symbolic tensor>")
 def _symbolic_tensor() -> Any:
     return keras.Input((1,))
+
+
+@sample("<a node>")
+def _node() -> Any:
+    return _functional_model().layers[-1]._inbound_nodes[0]
+
+
+@sample("<a node's arguments>")
+def _arguments_of_a_node() -> Any:
+    return _functional_model().layers[-1]._inbound_nodes[0].arguments
 
 
 @relies_on("keras.src.models.functional.Functional", feature=_WRAPPING)
@@ -138,3 +149,133 @@ def copy_path(original: keras.Variable, copy: keras.Variable) -> None:
 def seed_generators(layer: keras.Layer) -> list[keras.random.SeedGenerator]:
     """The seed generators that are attributes of a layer."""
     return list(layer._seed_generators)
+
+
+class Node(NamedTuple):
+    """A call of an operation in a graph."""
+
+    operation: Any
+    inputs: list[int]
+    """The identities of the symbolic tensors that it takes."""
+    outputs: list[int]
+    """The identities of the symbolic tensors that it makes."""
+    shapes: list[tuple[int | None, ...]]
+    """The shapes of the outputs."""
+    dtypes: list[str]
+    """The dtypes of the outputs."""
+    keras_node: Any
+
+
+@relies_on(
+    "<a functional model>._nodes_by_depth",
+    "<a node>.operation",
+    "<a node>.is_input",
+    "<a node>.input_tensors",
+    "<a node>.outputs",
+    feature=_RECOMPUTE,
+)
+def nodes_of(graph: keras.Function) -> list[Node]:
+    """The calls in a graph, in the order in which Keras makes them."""
+    depths = sorted(graph._nodes_by_depth, reverse=True)
+    nodes = [node for depth in depths for node in graph._nodes_by_depth[depth]]
+    return [
+        Node(
+            node.operation,
+            [id(tensor) for tensor in node.input_tensors],
+            [id(tensor) for tensor in node.outputs],
+            [tuple(tensor.shape) for tensor in node.outputs],
+            [tensor.dtype for tensor in node.outputs],
+            node,
+        )
+        for node in nodes
+        if node.operation and not node.is_input
+    ]
+
+
+@relies_on(
+    "<a node>.arguments",
+    "<a node's arguments>.fill_in(tensor_dict)",
+    "<a layer>._call_context_args",
+    feature=_RECOMPUTE,
+)
+def call_node(node: Node, values: dict[int, Any], settings: dict[str, Any]) -> None:
+    """Makes a call of a graph, as Keras does. Without all of its inputs the call is left out.
+
+    Args:
+        node: The call.
+        values: The values of symbolic tensors, by their identity. Those of the call's outputs are added.
+        settings: What the graph was called with besides its inputs, such as `training`.
+    """
+    if any(each not in values for each in node.inputs):
+        return
+    args, kwargs = node.keras_node.arguments.fill_in(values)
+    known = getattr(node.operation, "_call_context_args", {})
+    kwargs |= {name: value for name, value in settings.items() if name in known and value is not None}
+    values.update(zip(node.outputs, keras.tree.flatten(node.operation(*args, **kwargs)), strict=False))
+
+
+class _Probe:
+    """Stands for an operation, to find out what a graph's calls are given besides their inputs."""
+
+    class _AnyName:
+        def __contains__(self, name: str) -> bool:
+            return True
+
+    _call_context_args = _AnyName()
+
+    def __call__(self, **settings: Any) -> dict[str, Any]:
+        return settings
+
+
+RunGraph = Callable[[list[Any], dict[str, Any]], list[Any]]
+
+
+@relies_on("<a functional model>._run_through_graph(inputs, operation_fn=, call_fn=)", feature=_RECOMPUTE)
+def set_run(graph: keras.Function, run: RunGraph | None) -> None:
+    """Has a graph run its calls with tensors by a function.
+
+    Args:
+        graph: The graph.
+        run: Takes the inputs of the graph, and what it was called with besides, and returns its outputs. With None the
+            graph runs as Keras does it.
+    """
+    if run is None:
+        vars(graph).pop("_run_through_graph", None)
+        return
+
+    def run_through_graph(inputs: Any, operation_fn: Any = lambda op: op, call_fn: Any = None) -> Any:
+        flat = keras.tree.flatten(inputs)
+        if call_fn is not None or any(isinstance(each, keras.KerasTensor) for each in flat):
+            return type(graph)._run_through_graph(graph, inputs, operation_fn=operation_fn, call_fn=call_fn)
+        return keras.tree.pack_sequence_as(graph._outputs_struct, run(flat, operation_fn(_Probe())()))
+
+    run_through_graph.run = run  # type: ignore[attr-defined]
+    vars(graph)["_run_through_graph"] = run_through_graph
+
+
+def run_of(graph: keras.Function) -> RunGraph | None:
+    """The function that `set_run` gave a graph, or None."""
+    return getattr(vars(graph).get("_run_through_graph"), "run", None)
+
+
+def run_as(graph: keras.Function, otherwise: Callable[..., Any], inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    """Runs another graph of the same calls as `set_run` has this one run.
+
+    Args:
+        graph: The graph with the calls.
+        otherwise: Runs the other graph as Keras does.
+        inputs: The inputs.
+        *args: The other arguments.
+        **kwargs: The keyword arguments.
+    """
+    symbolic = any(isinstance(each, keras.KerasTensor) for each in keras.tree.flatten(inputs))
+    run = None if symbolic else vars(graph).get("_run_through_graph")
+    return (run or otherwise)(inputs, *args, **kwargs)
+
+
+@relies_on("<a Sequential model>._functional", feature=_RECOMPUTE)
+def graph_of(model: Any) -> Any:
+    """The graph of a functional or built Sequential model, or None for any other layer."""
+    if isinstance(model, keras.Sequential):
+        return model._functional
+    return model if isinstance(model, keras.Function) else None

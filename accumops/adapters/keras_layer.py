@@ -1,11 +1,12 @@
 """What accumops uses of Keras's layers beyond their public interface."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from accumops.adapters.upstream import relies_on
+from accumops.adapters.upstream import relies_on, sample
 
 
 @relies_on(
@@ -51,10 +52,15 @@ class ExtraCheckpointState(keras.Layer):
         return children
 
 
-@relies_on("keras.Layer._get_own_losses()", feature="losses over the window, and recompute")
-def layer_losses(layer: keras.Layer) -> list[tf.Tensor]:
-    """What a layer and those within it have added as losses, without regularizers of variables."""
-    return [loss for each in layers_within(layer) for loss in each._get_own_losses()]
+@sample("<a layer>")
+def _layer() -> Any:
+    return keras.layers.Dense(1)
+
+
+@relies_on("<a layer>._loss_ids", feature="recompute of layers that add losses")
+def layer_that_added(loss: tf.Tensor, layers: Sequence[keras.Layer]) -> keras.Layer | None:
+    """The one of some layers that has added a loss within a `keras.StatelessScope`."""
+    return next((layer for layer in layers if id(loss) in layer._loss_ids), None)
 
 
 @relies_on("keras.Layer._get_regularization_losses()", feature="losses over the window")
@@ -63,18 +69,53 @@ def regularization_losses(layer: keras.Layer) -> list[tf.Tensor]:
     return list(layer._get_regularization_losses())
 
 
+@relies_on("keras.src.backend.common.variables.AutocastScope(dtype)", feature="recompute in mixed precision")
+def values_of(variables: Sequence[keras.Variable]) -> list[tf.Tensor]:
+    """The values of variables in their own dtype, whatever dtype the layer that is being called computes in."""
+    from keras.src.backend.common.variables import AutocastScope
+
+    with AutocastScope(None):
+        return [tf.identity(tf.convert_to_tensor(variable)) for variable in variables]
+
+
+@sample("<a stateless scope>")
+def _stateless_scope() -> Any:
+    scope = keras.StatelessScope()
+    with scope:
+        return scope
+
+
+@relies_on("<a stateless scope>.original_scope", feature="recompute within `stateless_call` and losses over the window")
+def _scope_around(scope: keras.StatelessScope) -> keras.StatelessScope | None:
+    return scope.original_scope
+
+
 class StateRecorder(keras.StatelessScope):
-    """A `keras.StatelessScope` that collects losses, and records assignments to variables that it has no value for.
+    """A `keras.StatelessScope` that collects losses, and records assignments to variables that are not its state.
 
     Args:
-        values: Pairs of a variable and its value.
+        state: Pairs of a variable and its value.
+        values: Pairs of another variable and the value to read.
     """
 
-    def __init__(self, values: list[tuple[keras.Variable, tf.Tensor]]) -> None:
-        super().__init__(values, collect_losses=True)
-        self._known = {id(variable) for variable, _ in values}
+    def __init__(
+        self,
+        state: Sequence[tuple[keras.Variable, tf.Tensor]],
+        values: Sequence[tuple[keras.Variable, tf.Tensor]] = (),
+    ) -> None:
+        super().__init__([*state, *values], collect_losses=True)
+        self._known = {id(variable) for variable, _ in state}
         self.unknown: list[tuple[keras.Variable, str]] = []
         """Other variables that were assigned, and the scope of names where."""
+        self.read: dict[int, keras.Variable] = {}
+        """The variables that were read, by their id."""
+
+    def get_current_value(self, variable: keras.Variable) -> tf.Tensor | None:
+        """Returns the value of a variable, or None if this scope and those around it have none."""
+        self.read[id(variable)] = variable
+        value = super().get_current_value(variable)
+        around = _scope_around(self)
+        return around.get_current_value(variable) if value is None and around is not None else value
 
     def add_update(self, update: tuple[keras.Variable, tf.Tensor]) -> None:
         """Is called for each assignment, with the variable and its new value."""

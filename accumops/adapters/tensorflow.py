@@ -117,3 +117,18 @@ def operations_within(graph: tf.Graph) -> list[tf.Operation]:
             found.extend(each.get_operations())
             graphs.extend(inner.graph for inner in each._functions.values() if hasattr(inner, "graph"))
     return found
+
+
+@relies_on(
+    "tensorflow.python.eager.record.should_record_backprop(tensors)",
+    feature="the error for gradients that recompute would lose",
+)
+def is_recorded(tensor: tf.Tensor) -> bool:
+    """Whether a `tf.GradientTape` watches a tensor, or what it was computed from. False where this cannot be told."""
+    try:
+        from tensorflow.python.eager import record
+
+        question = record.should_record_backprop
+    except (ImportError, AttributeError):
+        return False
+    return bool(question([tensor]))

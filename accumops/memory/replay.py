@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from accumops.adapters.keras_layer import StateRecorder, layer_losses, layers_within
+from accumops.adapters.keras_layer import StateRecorder, layer_that_added, layers_within, values_of
 from accumops.adapters.keras_model import own_metrics
-from accumops.adapters.tensorflow import operations_within
+from accumops.adapters.tensorflow import is_recorded, operations_within
 from accumops.normalization.layer import collecting_moments
 
 State = Sequence[tf.Tensor]
@@ -47,30 +47,49 @@ class Stretch:
     """A call of layers that can be run again.
 
     Args:
-        layer: The layer or model, built.
-        call: What a run calls, with the arguments of `run`. If None, the layer, with `training=True`.
+        layers: The layer or model, built, or several.
+        call: What a run calls, with the arguments of `run`. If None, the one layer, with `training=True`.
+        variables: Variables that the call uses and that the layers do not have.
     """
 
-    def __init__(self, layer: keras.Layer, call: Callable[..., Any] | None = None) -> None:
-        self.layer = layer
-        self._call = call or (lambda *args, **kwargs: layer(*args, training=True, **kwargs))
-        trainable = {id(variable) for variable in layer.trainable_variables}
-        layers = [each for each in layers_within(layer) if not isinstance(each, keras.Model)]
-        metrics = [metric for each in layers for metric in own_metrics(each)]
-        variables = [*layer.variables, *(variable for metric in metrics for variable in metric.variables)]
-        self.variables = [variable for variable in variables if id(variable) not in trainable]
+    def __init__(
+        self,
+        layers: keras.Layer | Sequence[keras.Layer],
+        call: Callable[..., Any] | None = None,
+        variables: Sequence[keras.Variable] = (),
+    ) -> None:
+        layers = [layers] if isinstance(layers, keras.Layer) else list(layers)
+        self._call = call or (lambda *args, **kwargs: layers[0](*args, training=True, **kwargs))
+        self._layers = _each_once([part for layer in layers for part in layers_within(layer)])
+        metrics = [metric for each in self._layers if not isinstance(each, keras.Model) for metric in own_metrics(each)]
+        owners = [*layers, *metrics]
+        known = _each_once([*(variable for owner in owners for variable in owner.variables), *variables])
+        trainable = {id(variable) for layer in layers for variable in layer.trainable_variables}
+        trainable |= {id(variable) for variable in variables if variable.trainable}
+        self.trainable = [variable for variable in known if id(variable) in trainable]
+        """The trainable variables."""
+        self.variables = [variable for variable in known if id(variable) not in trainable]
         """The variables that are the state: once `check` has traced a run, those that it assigns."""
+        self.unchanged: list[keras.Variable] = []
+        """The other variables, once `check` has traced a run."""
 
     def state(self) -> list[tf.Tensor]:
         """The values of the state now."""
-        return [tf.identity(tf.convert_to_tensor(variable)) for variable in self.variables]
+        return values_of(self.variables)
 
     def assign(self, state: State) -> None:
         """Sets the state."""
         for variable, value in zip(self.variables, state, strict=True):
             variable.assign(tf.stop_gradient(value))
 
-    def run(self, state: State, *args: Any, collect_moments: bool = False, **kwargs: Any) -> Run:
+    def run(
+        self,
+        state: State,
+        *args: Any,
+        collect_moments: bool = False,
+        values: Sequence[tuple[keras.Variable, tf.Tensor]] = (),
+        **kwargs: Any,
+    ) -> Run:
         """Runs the stretch from a state. Assigns no variable.
 
         Gradients flow to trainable variables, and to `args`, as in any call.
@@ -79,6 +98,7 @@ class Stretch:
             state: The values of `variables`.
             *args: The arguments of the call.
             collect_moments: Whether windows of `AccumBatchNormalization` add the moments of this run.
+            values: Pairs of another variable and the value that the run takes for it.
             **kwargs: The keyword arguments of the call.
 
         Raises:
@@ -87,14 +107,13 @@ class Stretch:
         variables = self.variables
         with (
             collecting_moments(collect_moments),
-            StateRecorder(list(zip(variables, state, strict=True))) as recorder,
+            StateRecorder(list(zip(variables, state, strict=True)), values) as recorder,
         ):
             outputs = self._call(*args, **kwargs)
-            losses = layer_losses(self.layer)
         for variable, scope in recorder.unknown:
-            trainable = any(variable is each for each in self.layer.trainable_variables)
+            trainable = any(variable is each for each in self.trainable)
             raise ValueError(_unknown_state(variable, self._layer_in(scope), trainable))
-        return Run(outputs, losses, [recorder.value_of(variable) for variable in variables])
+        return Run(outputs, list(recorder.losses), [recorder.value_of(variable) for variable in variables])
 
     def check(self, *args: Any, **kwargs: Any) -> Any:
         """Traces one run, and raises for what replay cannot know.
@@ -112,9 +131,8 @@ class Stretch:
         """
         changed: list[keras.Variable] = []
 
-        def trace(*args: Any, **kwargs: Any) -> Any:
-            state = self.state()
-            run = self.run(state, *args, **kwargs)
+        def trace(state: State, trainable: State, args: Any, kwargs: Any) -> Any:
+            run = self.run(state, *args, values=list(zip(self.trainable, trainable, strict=True)), **kwargs)
             changed[:] = [
                 variable
                 for variable, before, after in zip(self.variables, state, run.state, strict=True)
@@ -122,7 +140,17 @@ class Stretch:
             ]
             return run.outputs, run.losses
 
-        concrete = tf.function(trace, autograph=False).get_concrete_function(*args, **kwargs)
+        specs = (
+            [tf.TensorSpec(variable.shape, variable.dtype) for variable in variables]
+            for variables in (self.variables, self.trainable)
+        )
+        concrete = tf.function(trace, autograph=False).get_concrete_function(*specs, args, kwargs)
+        for tensor, _ in concrete.graph.captures:
+            if tensor.dtype != tf.resource and is_recorded(tensor):
+                raise ValueError(
+                    f"What is to be recomputed uses a tensor from its surroundings that a gradient flows to: {tensor}. "
+                    "The gradient would be lost. Pass the tensor as an argument."
+                )
         for operation in operations_within(concrete.graph):
             if operation.op_def.is_stateful and operation.type not in _HARMLESS:
                 where, what = self._layer_in(operation.name), _effect_of(operation.type)
@@ -131,19 +159,29 @@ class Stretch:
                     "differ from the first. Draw random numbers from a `keras.random.SeedGenerator` that is an "
                     "attribute of the layer, and keep state in variables of `add_weight`."
                 )
+        ids = set(map(id, changed))
+        self.unchanged += [variable for variable in self.variables if id(variable) not in ids]
         self.variables = changed
         return keras.tree.map_structure(
             lambda each: None if each is None else tf.TensorSpec(each.shape, each.dtype), concrete.structured_outputs
         )
 
+    def layer_that_added(self, loss: tf.Tensor) -> keras.Layer | None:
+        """The layer that has added a loss of a run, or None if the stretch does not know it."""
+        return layer_that_added(loss, self._layers)
+
     def _layer_in(self, scope: str) -> str:
         """The innermost layer that the name of an operation or scope has in it, perhaps with a number after it."""
-        names = {layer.name for layer in layers_within(self.layer)}
+        names = {layer.name for layer in self._layers}
         for part in reversed(scope.split("/")):
             for name in (part, re.sub(r"_\d+$", "", part)):
                 if name in names:
                     return name
-        return self.layer.name
+        return self._layers[0].name if self._layers else scope.rpartition("/")[2]
+
+
+def _each_once(things: Sequence[Any]) -> list[Any]:
+    return list({id(each): each for each in things}.values())
 
 
 def _unknown_state(variable: keras.Variable, layer: str, trainable: bool) -> str:

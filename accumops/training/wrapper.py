@@ -15,7 +15,13 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from accumops.adapters.keras_functional import ClonedWithItsClass, functional_class, share_registered_name
+from accumops.adapters.keras_functional import (
+    ClonedWithItsClass,
+    functional_class,
+    graph_of,
+    run_as,
+    share_registered_name,
+)
 from accumops.adapters.keras_model import WrapperModel, mark_built, pass_inputs_on
 from accumops.adapters.untracked import Untracked
 
@@ -130,6 +136,10 @@ class _FunctionalWrapper(ClonedWithItsClass):
             model = keras.Model(*args, name=original.model.name)
             args, kwargs = (), {**original.arguments_from_config(original.get_config()), **kwargs, "model": model}
         super().__init__(*args, **kwargs)
+
+    def _run_through_graph(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Runs the graph as the wrapped model does: perhaps in segments that are recomputed."""
+        return run_as(graph_of(self.model), super()._run_through_graph, inputs, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Pickle looks classes up by name.

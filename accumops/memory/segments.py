@@ -1,0 +1,108 @@
+"""A graph of layers that is run in segments, some of which are recomputed."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import keras
+
+from accumops.adapters.keras_functional import Node, call_node, graph_of, nodes_of, set_run
+from accumops.memory.recompute import Recomputation
+
+
+class Region(NamedTuple):
+    """Calls of a graph that follow each other, without a call of another graph among them."""
+
+    graph: keras.Function
+    begin: int
+    """The position of its first call, among those of the graph."""
+    nodes: list[Node]
+    used_elsewhere: set[int]
+    """The outputs of the graph, and what calls outside of the region use, by the identities of symbolic tensors."""
+
+
+class Segment(NamedTuple):
+    """Calls of a graph that are run together."""
+
+    begin: int
+    """The position of its first call, among those of the graph."""
+    end: int
+    """The position behind its last call."""
+    recomputed: bool
+
+
+def regions_of(graph: keras.Function) -> list[Region]:
+    """The regions of a graph, and those of the graphs that it calls, each once, in the order of the calls.
+
+    A graph that is called has segments of its own: a segment does not reach into it, and none begins within it and ends
+    behind it.
+    """
+    seen: set[int] = set()
+
+    def walk(graph: keras.Function) -> Iterator[Region]:
+        seen.add(id(graph))
+        nodes = nodes_of(graph)
+        inner = [graph_of(node.operation) for node in nodes]
+        ends = [i for i, each in enumerate(inner) if each is not None]
+        for begin, end in zip([0, *(i + 1 for i in ends)], [*ends, len(nodes)], strict=True):
+            others = {each for node in (*nodes[:begin], *nodes[end:]) for each in node.inputs}
+            yield Region(graph, begin, nodes[begin:end], others | {id(each) for each in graph.outputs})
+            if end < len(nodes) and id(inner[end]) not in seen:
+                yield from walk(inner[end])
+
+    return [region for region in walk(graph) if region.nodes]
+
+
+def run_in_segments(graph: keras.Function, segments: Sequence[Segment]) -> None:
+    """Has a graph run its calls in segments.
+
+    Args:
+        graph: The graph.
+        segments: The segments that are recomputed or not, in their order. Calls that are in no segment run as they are.
+    """
+    nodes = nodes_of(graph)
+    parts: list[_Part] = []
+    position = 0
+    for segment in segments:
+        parts.append(_Part(nodes, Segment(position, segment.begin, False), graph))
+        parts.append(_Part(nodes, segment, graph))
+        position = segment.end
+    parts.append(_Part(nodes, Segment(position, len(nodes), False), graph))
+    parts = [part for part in parts if part.nodes]
+    inputs, outputs = [id(each) for each in graph.inputs], [id(each) for each in graph.outputs]
+
+    def run(tensors: list[Any], settings: dict[str, Any]) -> list[Any]:
+        values = dict(zip(inputs, tensors, strict=True))
+        for part in parts:
+            part.run(values, settings)
+        return [values[each] for each in outputs]
+
+    set_run(graph, run if any(segment.recomputed for segment in segments) else None)
+
+
+class _Part:
+    """The calls of a segment."""
+
+    def __init__(self, nodes: list[Node], segment: Segment, graph: keras.Function) -> None:
+        self.nodes = nodes[segment.begin : segment.end]
+        made = {each for node in self.nodes for each in node.outputs}
+        used = {each for node in nodes[segment.end :] for each in node.inputs} | {id(each) for each in graph.outputs}
+        self._inputs = sorted({each for node in self.nodes for each in node.inputs} - made)
+        self._outputs = [each for node in self.nodes for each in node.outputs if each in used]
+        layers = [node.operation for node in self.nodes if isinstance(node.operation, keras.Layer)]
+        layers = list({id(layer): layer for layer in layers}.values())
+        self._recomputation = Recomputation(self._call, layers) if segment.recomputed else None
+
+    def run(self, values: dict[int, Any], settings: dict[str, Any]) -> None:
+        """Makes the calls, and adds their outputs to the values."""
+        if self._recomputation is None:
+            for node in self.nodes:
+                call_node(node, values, settings)
+            return
+        given = {each: values[each] for each in self._inputs if each in values}
+        values.update(self._recomputation(given, settings))
+
+    def _call(self, values: dict[int, Any], settings: dict[str, Any]) -> dict[int, Any]:
+        values = dict(values)
+        for node in self.nodes:
+            call_node(node, values, settings)
+        return {each: values[each] for each in self._outputs if each in values}
