@@ -167,8 +167,8 @@ def _recompute_each_layer(model: keras.Model, segments: Any, planned: bool) -> N
     if planned or (segments is not None and not callable(segments) and segments != 0):
         raise ValueError(
             f"'{model.name}' is a subclassed model, whose graph only the code of {type(model).__name__} knows: it "
-            "cannot be cut by `memory`, `policy`, names or a number of segments. Each of its layers can be a segment: give "
-            "`segments=lambda layer: True`, or a function that says for which layers."
+            "cannot be cut by `memory`, `policy`, names or a number of segments. Each of its layers can be a segment: "
+            "give `segments=lambda layer: True`, or a function that says for which layers."
         )
     for layer in model.layers:
         vars(layer).pop("call", None)

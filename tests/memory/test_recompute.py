@@ -90,6 +90,7 @@ def assert_same(one, other, tolerance=0.0):
 
 
 WAYS = ["layer", "function", "segments", "cheap"]
+COMPILED = [("attention", "layer"), ("convolutional", "cheap")]
 # XLA compiles for long.
 CASES = cross(
     BLOCKS,
