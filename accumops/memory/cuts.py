@@ -7,6 +7,7 @@ So the cheapest segments for a goal are a shortest path over the positions of cu
 so far and what is recomputed so far, of which only those matter that no other one beats in both.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -50,10 +51,12 @@ class Costs:
         crossing = np.zeros((count + 1, count + 1))  # by position and last use
         self.plain = np.zeros(count)
         """What each call keeps if it is not recomputed."""
+        self.handed_on = np.zeros(count)
+        """What it keeps beside that if the call behind it is recomputed: what only that call uses."""
         for name, (made, used, size) in outputs.items():
             crossing[made, min(used, count)] += size
-            if used > made + 1 and name not in calls[made].kept:
-                self.plain[made] += size
+            if name not in calls[made].kept:
+                (self.handed_on if used == made + 1 else self.plain)[made] += size if used > made else 0
         # keep[p, q]: outputs of the calls from p to q that are used from q on
         later = np.cumsum(crossing[:, ::-1], axis=1)[:, ::-1]
         self.keep = np.zeros((count + 1, count + 1))
@@ -78,9 +81,43 @@ class Costs:
         for p in range(count):
             within = np.maximum.accumulate(work[p, p + 1 :] + self.gradient[p:])
             self.peak[p, p + 1 :] = np.maximum(within, work[p, p + 1 :] + self.keep[p, p + 1 :] + sizes[p:])
-        total = np.concatenate([[0], np.cumsum(seconds)])
-        self.seconds = total[None, :] - total[:, None]
+        self.times = np.array(seconds, float)
+        self.last_use = last_use
+        self.seconds = _between(self.times)
         """The time from one position to another."""
+
+    def without_products(self, calls: Sequence[CallCosts], saved: Sequence[int]) -> "Costs":
+        """The costs of segments in which the outputs of some calls are kept, and without other calls with products.
+
+        Args:
+            calls: The costs of the calls.
+            saved: The positions of the calls whose outputs are kept.
+        """
+        result = copy.copy(self)
+        result.keep, result.peak = self.keep.copy(), self.peak.copy()
+        for i, call in enumerate(calls):
+            if i in saved:
+                # A segment that holds the call and ends where the output is not used keeps it beside its own outputs.
+                unused = np.arange(self.count + 1) > max(self.last_use[i], i)
+                for p in range(i + 1):
+                    result.keep[p, unused] += call.outputs[0][1]
+                    result.peak[p, i + 1 :] += np.where(unused[i + 1 :], call.outputs[0][1], 0)
+            elif call.products:
+                result.peak[: i + 1, i + 1 :] = np.inf
+        products = np.concatenate([[0], np.cumsum([i in saved for i in range(self.count)])])
+        result.peak[
+            (products[None, :] - products[:, None])
+            == np.arange(self.count + 1)[None, :] - np.arange(self.count + 1)[:, None]
+        ] = np.inf
+        times = self.times.copy()
+        times[list(saved)] = 0
+        result.seconds = _between(times)
+        return result
+
+
+def _between(times: np.ndarray) -> np.ndarray:
+    total = np.concatenate([[0], np.cumsum(times)])
+    return total[None, :] - total[:, None]
 
 
 def plan_for(costs: Sequence[Costs], goal: float) -> Plan | None:
@@ -90,28 +127,30 @@ def plan_for(costs: Sequence[Costs], goal: float) -> Plan | None:
         costs: Those of each region.
         goal: Bytes.
     """
-    # States at a position: kept bytes, seconds, peak, and where each comes from.
-    states = _States.start()
+    start = _States.start()
     history: list[list[_States]] = []
     for each in costs:
-        reached = [states]
+        # Two points for each position: any call may follow, or only one that is not recomputed.
+        reached = [start, _States.none()]
         for q in range(1, each.count + 1):
-            plain = reached[q - 1].moved(
-                each.plain[q - 1], each.plain[q - 1] + each.gradient[q - 1], 0.0, goal, q - 1, 0
-            )
+            kept, handed_on = each.plain[q - 1], each.handed_on[q - 1]
+            points = (2 * q - 2, 2 * q - 1)
+            peak = kept + each.gradient[q - 1]
+            plain = [reached[i].moved(kept + handed_on, peak + handed_on, 0.0, goal, i, 0) for i in points]
             recomputed = [
-                reached[p].moved(each.keep[p, q], each.peak[p, q], each.seconds[p, q], goal, p, 1)
+                reached[2 * p].moved(each.keep[p, q], each.peak[p, q], each.seconds[p, q], goal, 2 * p, 1)
                 for p in range(q - 1, -1, -1)
                 if each.peak[p, q] <= goal
             ]
-            reached.append(_States.best([plain, *recomputed]))
+            before_plain = [reached[i].moved(kept, peak, 0.0, goal, i, 0) for i in points] if handed_on else []
+            reached += [_States.best([*plain, *recomputed]), _States.best(before_plain)]
         history.append(reached)
-        states = reached[-1]
-    if not len(states.kept):
+        start = reached[-2]
+    if not len(start.kept):
         return None
-    best = int(np.lexsort((states.peak, states.seconds))[0])
+    best = int(np.lexsort((start.peak, start.seconds))[0])
     segments = [_path(each, reached, best_of) for each, reached, best_of in _ends(costs, history, best)]
-    return Plan(segments, float(states.peak[best]), float(states.seconds[best]))
+    return Plan(segments, float(start.peak[best]), float(start.seconds[best]))
 
 
 class _States(NamedTuple):
@@ -119,22 +158,28 @@ class _States(NamedTuple):
     seconds: np.ndarray
     peak: np.ndarray
     origin: np.ndarray
-    """The position, the state there, and whether the calls from there on are recomputed."""
+    """The point, the state there, and whether the calls from there on are recomputed."""
 
     @classmethod
     def start(cls) -> "_States":
         return cls(np.zeros(1), np.zeros(1), np.zeros(1), np.zeros((1, 3), int))
 
-    def moved(self, kept: float, peak: float, seconds: float, goal: float, position: int, recomputed: int) -> "_States":
+    @classmethod
+    def none(cls) -> "_States":
+        return cls(np.zeros(0), np.zeros(0), np.zeros(0), np.zeros((0, 3), int))
+
+    def moved(self, kept: float, peak: float, seconds: float, goal: float, point: int, recomputed: int) -> "_States":
         """The states behind calls that keep, take and last so much, where that keeps to the goal."""
         index = np.flatnonzero(self.kept + peak <= goal)
-        origin = np.column_stack([np.full(len(index), position), index, np.full(len(index), recomputed)])
+        origin = np.column_stack([np.full(len(index), point), index, np.full(len(index), recomputed)])
         peaks = np.maximum(self.peak[index], self.kept[index] + peak)
         return _States(self.kept[index] + kept, self.seconds[index] + seconds, peaks, origin)
 
     @classmethod
     def best(cls, candidates: "Sequence[_States]") -> "_States":
         """Those that no other one beats, or some of them, spread evenly."""
+        if not candidates:
+            return cls.none()
         kept, seconds, peak, origin = (np.concatenate(each) for each in zip(*candidates, strict=True))
         order = np.lexsort((peak, seconds, kept))
         fastest = np.minimum.accumulate(np.concatenate([[np.inf], seconds[order]]))[:-1]
@@ -151,29 +196,25 @@ def _ends(
     ends = []
     for each, reached in zip(reversed(costs), reversed(history), strict=True):
         ends.append((each, reached, best))
-        position = each.count
-        while position:
-            position, best, _ = map(int, reached[position].origin[best])
+        point = 2 * each.count
+        while point > 1:
+            point, best, _ = map(int, reached[point].origin[best])
     return reversed(ends)
 
 
 def _path(costs: Costs, reached: Sequence[_States], state: int) -> list[Segment]:
-    segments, position, begin = [], costs.count, costs.region.begin
-    while position:
-        before, state, recomputed = map(int, reached[position].origin[state])
+    segments, point, begin = [], 2 * costs.count, costs.region.begin
+    while point > 1:
+        before, state, recomputed = map(int, reached[point].origin[state])
         if recomputed:
-            segments.append(Segment(begin + before, begin + position, True))
-        position = before
+            segments.append(Segment(begin + before // 2, begin + point // 2, True))
+        point = before
     return segments[::-1]
 
 
 def smallest_goal(costs: Sequence[Costs]) -> float:
     """Returns the smallest goal, in bytes, that a plan can keep to."""
-    low, high = 0.0, sum(float(each.plain.sum() + each.gradient.max(initial=0)) for each in costs) + 1
-    while high - low > 1e-3 * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if np.isfinite(_least_kept(costs, middle, None)[-1][-1, -1]) else (middle, high)
-    return high
+    return _smallest(costs, None)
 
 
 def plan_of_count(costs: Sequence[Costs], count: int) -> Plan:
@@ -183,81 +224,104 @@ def plan_of_count(costs: Sequence[Costs], count: int) -> Plan:
         costs: Those of each region.
         count: The largest number of segments.
     """
-    low, high = 0.0, sum(float(each.plain.sum() + each.gradient.max(initial=0)) for each in costs) + 1
-    while high - low > 1e-3 * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if np.isfinite(_least_kept(costs, middle, count)[-1][-1, -1]) else (middle, high)
-    tables = _least_kept(costs, high, count)
+    goal = _smallest(costs, count)
+    tables = _least_kept(costs, goal, count)
     segments: list[list[Segment]] = []
-    seconds = 0.0
-    k = count
+    seconds, k = 0.0, count
     for each, table in zip(reversed(costs), reversed(tables), strict=True):
         own: list[Segment] = []
-        q = each.count
-        while q:
-            p = _step_back(each, table, high, k, q)
-            if p is None:
-                q -= 1
-            else:
+        point = 2 * each.count
+        while point > 1:
+            before, recomputed = _step_back(each, table, goal, k, point)
+            if recomputed:
+                p, q = before // 2, point // 2
                 own.append(Segment(each.region.begin + p, each.region.begin + q, True))
-                seconds += float(each.seconds[p, q])
-                q, k = p, k - 1
+                seconds, k = seconds + float(each.seconds[p, q]), k - 1
+            point = before
         segments.append(own[::-1])
-    return Plan(segments[::-1], high, seconds)
+    return Plan(segments[::-1], goal, seconds)
+
+
+def _smallest(costs: Sequence[Costs], count: int | None) -> float:
+    def most(each: Costs) -> float:
+        return float(each.plain.sum() + each.handed_on.sum() + each.gradient.max(initial=0))
+
+    low, high = 0.0, sum(map(most, costs)) + 1
+    while high - low > 1e-3 * high:
+        middle = (low + high) / 2
+        fits = np.isfinite(_least_kept(costs, middle, count)[-1][-1, -2])
+        low, high = (low, middle) if fits else (middle, high)
+    return high
 
 
 def _least_kept(costs: Sequence[Costs], goal: float, count: int | None) -> list[np.ndarray]:
-    """The least that can be kept at each position, by the number of recomputed segments so far; one table a region.
+    """The least that can be kept at each point, by the number of recomputed segments so far; one table a region.
 
-    Without `count` a table has one row, for any number.
+    Points are those of `plan_for`. Without `count` a table has one row, for any number.
     """
     rows = 1 if count is None else count + 1
     start = np.zeros(rows)
     tables = []
     for each in costs:
-        table = np.full((rows, each.count + 1), np.inf)
+        table = np.full((rows, 2 * each.count + 2), np.inf)
         table[:, 0] = start
         for q in range(1, each.count + 1):
-            before = table[:, q - 1]
-            fits = before + each.plain[q - 1] + each.gradient[q - 1] <= goal
-            table[:, q] = np.where(fits, before + each.plain[q - 1], np.inf)
-            source = table[:, :q] if count is None else table[:-1, :q]
+            before = table[:, 2 * q - 2 : 2 * q].min(axis=1)
+            kept, handed_on = each.plain[q - 1], each.handed_on[q - 1]
+            fits = before + kept + each.gradient[q - 1] <= goal
+            if handed_on:
+                table[:, 2 * q + 1] = np.where(fits, before + kept, np.inf)
+                fits &= before + kept + each.gradient[q - 1] + handed_on <= goal
+            table[:, 2 * q] = np.where(fits, before + kept + handed_on, np.inf)
+            source = table[:, : 2 * q : 2] if count is None else table[:-1, : 2 * q : 2]
             moved = np.where(source + each.peak[:q, q] <= goal, source + each.keep[:q, q], np.inf).min(axis=1)
             target = table if count is None else table[1:]
-            target[:, q] = np.minimum(target[:, q], moved)
+            target[:, 2 * q] = np.minimum(target[:, 2 * q], moved)
         tables.append(table)
-        start = table[:, -1]
+        start = table[:, -2]
     return tables
 
 
-def _step_back(costs: Costs, table: np.ndarray, goal: float, k: int, q: int) -> int | None:
-    """The position at which the segment that ends at q begins, or None if the call before q is not recomputed."""
-    value = table[k, q]
-    before = table[k, q - 1] + costs.plain[q - 1]
-    if before <= value and before + costs.gradient[q - 1] <= goal:
-        return None
-    source = table[k - 1, :q]
-    moved = np.where(source + costs.peak[:q, q] <= goal, source + costs.keep[:q, q], np.inf)
-    return int(np.argmin(moved))
+def _step_back(costs: Costs, table: np.ndarray, goal: float, k: int, point: int) -> tuple[int, bool]:
+    """The point from which the least is reached, and whether the calls between are recomputed."""
+    q = point // 2
+    if k > 0 and point % 2 == 0:
+        source = table[k - 1, : 2 * q : 2]
+        moved = np.where(source + costs.peak[:q, q] <= goal, source + costs.keep[:q, q], np.inf)
+        if moved.min() <= table[k, point]:
+            return 2 * int(np.argmin(moved)), True
+    return (2 * q - 2 if table[k, 2 * q - 2] <= table[k, 2 * q - 1] else 2 * q - 1), False
 
 
-def cheap_segments(costs: Costs, calls: Sequence[CallCosts]) -> list[Segment]:
-    """Returns segments in which no convolution or matrix product is computed again.
+def cheap_plan(costs: Sequence[Costs], calls: Sequence[Sequence[CallCosts]]) -> list[list[Segment]]:
+    """Returns segments in which no convolution or matrix product is computed again, with the smallest peak.
 
-    A segment ends in a call with one product, of which nothing is kept but its output, or before a call with others.
+    The output of a call with one product is kept, if nothing behind the product but its output is. A call with others,
+    such as attention, is not recomputed at all.
+
+    Args:
+        costs: Those of each region.
+        calls: The costs of the calls of each region.
     """
-    segments: list[Segment] = []
-    begin = costs.region.begin
-    p = 0
-    for i, call in enumerate([*calls, CallCosts({}, [], 1)]):
-        if not call.products:
-            continue
-        own = [each for each in call.kept.values() if each.behind_product and each.wanted_by <= i]
-        q = i + 1 if i < costs.count and call.products == 1 and not own else i
-        if i > p and i < costs.count and costs.plain[p:q].sum() > costs.keep[p, q]:
-            segments.append(Segment(begin + p, begin + q, True))
-        p = i + 1
-    return segments
+    saved = [[i for i, call in enumerate(of_region) if _keeps_only_its_product(i, call)] for of_region in calls]
+    cheap = [
+        each.without_products(of_region, positions)
+        for each, of_region, positions in zip(costs, calls, saved, strict=True)
+    ]
+    plan = plan_for(cheap, 1.02 * smallest_goal(cheap))
+    assert plan is not None
+    result = []
+    for region, positions, segments in zip([each.region for each in costs], saved, plan.segments, strict=True):
+        kept = [region.begin + i for i in positions]
+        result.append(
+            [segment._replace(saved=tuple(i for i in kept if segment.begin <= i < segment.end)) for segment in segments]
+        )
+    return result
+
+
+def _keeps_only_its_product(position: int, call: CallCosts) -> bool:
+    own = [each for each in call.kept.values() if each.behind_product and each.wanted_by <= position]
+    return call.products == 1 and not own and len(call.outputs) == 1
 
 
 def _last_uses(region: Region) -> list[int]:

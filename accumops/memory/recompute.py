@@ -17,7 +17,7 @@ from accumops.adapters.keras_layer import StateRecorder, values_of
 from accumops.adapters.keras_model import mask_of, with_mask
 from accumops.adapters.tensorflow import xla_compiles_this
 from accumops.memory.replay import Run, Stretch
-from accumops.normalization.layer import collecting_moments
+from accumops.normalization.layer import collects_moments
 from accumops.ops import barrier
 
 
@@ -72,10 +72,14 @@ class Recomputation:
     Args:
         function: The call.
         layers: The layers that it calls. If there are none, a trace of the call finds the variables that it uses.
+        saves: Whether the call keeps tensors of its own. It then takes a keyword argument `saved`, which is None in the
+            first run, and returns its outputs and a list of tensors. The second run gets that list, as `saved`.
     """
 
-    def __init__(self, function: Callable[..., Any], layers: Sequence[keras.Layer]) -> None:
+    def __init__(self, function: Callable[..., Any], layers: Sequence[keras.Layer], *, saves: bool = False) -> None:
         self._function = function
+        self._saves = saves
+        self._save_count = 0
         self._layers = list(layers)
         self._stretches: dict[str, Stretch] = {}
         self._returned = Leaves(None)
@@ -86,29 +90,34 @@ class Recomputation:
         stretch = self._stretch(arguments)
         trainable, state = values_of(stretch.trainable), stretch.state()
         unchanged = list(zip(stretch.unchanged, values_of(stretch.unchanged), strict=True))
-        count = len(arguments.tensors)
+        count, collects = len(arguments.tensors), collects_moments()
         firsts: list[Run] = []
 
-        def run(tensors: Sequence[tf.Tensor], state: Sequence[tf.Tensor]) -> Run:
+        def run(
+            tensors: Sequence[tf.Tensor], state: Sequence[tf.Tensor], saved: Any = None, collects: bool | None = False
+        ) -> tuple[Run, Any]:
             values = [*zip(stretch.trainable, tensors[count:], strict=True), *unchanged]
-            return stretch.run(state, tensors[:count], arguments, values=values)
+            made = stretch.run(state, tensors[:count], arguments, saved, values=values, collect_moments=collects)
+            outputs = made.outputs[: len(made.outputs) - self._save_count]
+            return made._replace(outputs=outputs), made.outputs[len(outputs) :]
 
         @tf.custom_gradient
         def forward(*tensors: tf.Tensor) -> Any:
             # A tape that runs eagerly would keep what leads to a gradient.
-            first = run([tf.stop_gradient(tensor) for tensor in tensors], state)
+            first, saved = run([tf.stop_gradient(tensor) for tensor in tensors], state, collects=collects)
             firsts.append(first)
 
             def gradient(*upstream: tf.Tensor, variables: Sequence[tf.Variable] | None = None) -> Any:
                 given = [None if each is None else tf.convert_to_tensor(each) for each in upstream]
                 # XLA would copy variables to pass them through a barrier.
                 behind = count if xla_compiles_this(unknown=False) else len(tensors)
-                same = barrier([*tensors[:behind], *state], after=[each for each in given if each is not None])
-                inputs = [*same[:behind], *tensors[behind:]]
+                after = [each for each in given if each is not None]
+                same = barrier([*tensors[:behind], *saved, *state], after=after)
+                inputs, end = [*same[:behind], *tensors[behind:]], behind + len(saved)
                 sources = [each for each in inputs if _is_differentiable(each)] + list(variables or ())
-                with collecting_moments(False), tf.GradientTape() as tape:
+                with tf.GradientTape() as tape:
                     tape.watch([each for each in sources if isinstance(each, tf.Tensor)])
-                    second = run(inputs, same[behind:])
+                    second, _ = run(inputs, same[end:], same[behind:end])
                 pairs = [
                     pair
                     for pair in zip((*second.outputs, *second.losses), given, strict=True)
@@ -135,13 +144,19 @@ class Recomputation:
         stretch.assign(first.state)
         return self._returned.filled(outputs)
 
-    def _call(self, tensors: Sequence[tf.Tensor], arguments: "Leaves") -> list[tf.Tensor]:
+    def _call(self, tensors: Sequence[tf.Tensor], arguments: "Leaves", saved: Any = None) -> list[tf.Tensor]:
         args, kwargs = arguments.filled(tensors)
-        self._returned = Leaves(self._function(*args, **kwargs))
-        return self._returned.tensors
+        if self._saves:
+            outputs, to_save = self._function(*args, saved=saved, **kwargs)
+        else:
+            outputs, to_save = self._function(*args, **kwargs), []
+        self._returned, self._save_count = Leaves(outputs), len(to_save)
+        return [*self._returned.tensors, *to_save]
 
     def _stretch(self, arguments: "Leaves") -> Stretch:
         """The stretch that runs the call with arguments of these kinds, checked."""
+        # Windows of batch normalization are no state. Where it is not told to add to them, its statistics are.
+        moments = None if collects_moments() is None else False
         # Layers may be frozen, or get other variables, between calls.
         key = (
             f"{arguments.kinds()} {[(id(each), each.trainable) for layer in self._layers for each in layer.variables]}"
@@ -154,7 +169,7 @@ class Recomputation:
             if not self._layers:
                 variables = self._variables_of(specs, arguments)
             stretch = Stretch(self._layers, self._call, variables)
-            stretch.check(specs, arguments)
+            stretch.check(specs, arguments, collect_moments=moments)
             self._stretches[key] = stretch
         return self._stretches[key]
 
@@ -170,6 +185,17 @@ class Recomputation:
 
         _trace(trace, specs)
         return list(found.values())
+
+
+@tf.custom_gradient
+def with_value(computed: tf.Tensor, value: tf.Tensor) -> Any:
+    """The value, with the gradient of what computes it again. A graph need not compute it then.
+
+    Args:
+        computed: What computes the value again.
+        value: The value.
+    """
+    return tf.identity(value), lambda upstream: (upstream, None)
 
 
 class Leaves:

@@ -13,7 +13,7 @@ import tensorflow as tf
 from accumops.adapters.keras_functional import graph_of, set_run
 from accumops.adapters.keras_layer import layers_within
 from accumops.arguments import check_count
-from accumops.memory.cuts import Costs, cheap_segments, plan_for, plan_of_count, smallest_goal
+from accumops.memory.cuts import Costs, cheap_plan, plan_for, plan_of_count, smallest_goal
 from accumops.memory.layer_costs import CallCosts, costs_of, seconds_of
 from accumops.memory.recompute import Recomputation
 from accumops.memory.segments import Region, Segment, regions_of, run_in_segments
@@ -107,7 +107,7 @@ def _planned(
     if memory is None:
         if segments is not None:
             return plan_of_count(costs, int(segments) - 1).segments
-        return [cheap_segments(each, of_region) for each, of_region in zip(costs, calls, strict=True)]
+        return cheap_plan(costs, calls)
     assert batch_size is not None
     fixed = fixed_bytes(model, batch_size)
     plan = plan_for(costs, _bytes(memory) - fixed)

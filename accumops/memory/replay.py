@@ -86,7 +86,7 @@ class Stretch:
         self,
         state: State,
         *args: Any,
-        collect_moments: bool = False,
+        collect_moments: bool | None = False,
         values: Sequence[tuple[keras.Variable, tf.Tensor]] = (),
         **kwargs: Any,
     ) -> Run:
@@ -97,7 +97,8 @@ class Stretch:
         Args:
             state: The values of `variables`.
             *args: The arguments of the call.
-            collect_moments: Whether windows of `AccumBatchNormalization` add the moments of this run.
+            collect_moments: Whether windows of `AccumBatchNormalization` add the moments of this run; None leaves it to
+                how the layers are called.
             values: Pairs of another variable and the value that the run takes for it.
             **kwargs: The keyword arguments of the call.
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import keras
 
 from accumops.adapters.keras_functional import Node, call_node, graph_of, nodes_of, set_run
-from accumops.memory.recompute import Recomputation
+from accumops.memory.recompute import Recomputation, with_value
 
 
 class Region(NamedTuple):
@@ -28,6 +28,8 @@ class Segment(NamedTuple):
     end: int
     """The position behind its last call."""
     recomputed: bool
+    saved: tuple[int, ...] = ()
+    """The positions of calls in it whose outputs are kept all the same: they are not computed again."""
 
 
 def regions_of(graph: keras.Function) -> list[Region]:
@@ -80,7 +82,13 @@ def run_in_segments(graph: keras.Function, segments: Sequence[Segment]) -> None:
 
 
 class _Part:
-    """The calls of a segment."""
+    """The calls of a segment.
+
+    Args:
+        nodes: All calls of the graph.
+        segment: The segment.
+        graph: The graph.
+    """
 
     def __init__(self, nodes: list[Node], segment: Segment, graph: keras.Function) -> None:
         self.nodes = nodes[segment.begin : segment.end]
@@ -90,7 +98,8 @@ class _Part:
         self._outputs = [each for node in self.nodes for each in node.outputs if each in used]
         layers = [node.operation for node in self.nodes if isinstance(node.operation, keras.Layer)]
         layers = list({id(layer): layer for layer in layers}.values())
-        self._recomputation = Recomputation(self._call, layers) if segment.recomputed else None
+        self._saved = {position - segment.begin for position in segment.saved}
+        self._recomputation = Recomputation(self._call, layers, saves=True) if segment.recomputed else None
 
     def run(self, values: dict[int, Any], settings: dict[str, Any]) -> None:
         """Makes the calls, and adds their outputs to the values."""
@@ -101,8 +110,27 @@ class _Part:
         given = {each: values[each] for each in self._inputs if each in values}
         values.update(self._recomputation(given, settings))
 
-    def _call(self, values: dict[int, Any], settings: dict[str, Any]) -> dict[int, Any]:
+    def _call(
+        self, values: dict[int, Any], settings: dict[str, Any], *, saved: Sequence[Any] | None
+    ) -> tuple[dict[int, Any], list[Any]]:
+        """Makes the calls.
+
+        Args:
+            values: The inputs.
+            settings: What the graph was called with besides.
+            saved: The outputs to keep, of the first run; None in the first run.
+
+        Returns:
+            The outputs that later calls use, and the outputs to keep.
+        """
         values = dict(values)
-        for node in self.nodes:
+        kept: list[Any] = []
+        rest = iter(saved or ())
+        for i, node in enumerate(self.nodes):
             call_node(node, values, settings)
-        return {each: values[each] for each in self._outputs if each in values}
+            if i in self._saved:
+                for each in node.outputs:
+                    if saved is not None:
+                        values[each] = with_value(values[each], next(rest))
+                    kept.append(values[each])
+        return {each: values[each] for each in self._outputs if each in values}, kept

@@ -67,16 +67,23 @@ _COLLECTS: contextvars.ContextVar[bool | None] = contextvars.ContextVar("collect
 
 
 @contextlib.contextmanager
-def collecting_moments(collects: bool) -> Iterator[None]:
+def collecting_moments(collects: bool | None) -> Iterator[None]:
     """Says whether layers that are called while the block runs or is traced add moments to windows that others end.
 
-    Of several runs over the same inputs one has to. It may be in a `keras.StatelessScope`.
+    Of several runs over the same inputs one has to. It may be in a `keras.StatelessScope`. None leaves it to how they
+    are called.
     """
     token = _COLLECTS.set(collects)
     try:
         yield
     finally:
         _COLLECTS.reset(token)
+
+
+def collects_moments() -> bool | None:
+    """Whether layers that are called now add moments to windows that others end, as `collecting_moments` takes it."""
+    collects = _COLLECTS.get()
+    return True if collects is None and not in_stateless_scope() else collects
 
 
 @keras.saving.register_keras_serializable(package="accumops")

@@ -1,0 +1,287 @@
+"""Models that recompute: trained, saved and wrapped like any other."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from test_recompute import BLOCKS, IMAGES, Assigning, assert_same, model_of, results
+
+import accumops
+from accumops.adapters.keras_functional import nodes_of
+
+L = keras.layers
+LABELS = np.arange(8) % 2
+
+
+@pytest.fixture(autouse=True)
+def _sums_in_their_order():
+    tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
+    yield
+    tf.config.optimizer.set_experimental_options({"arithmetic_optimization": True})
+
+
+def operation(rng, seed, one, other, shared):
+    """The output of some layer or operation."""
+    kinds = (
+        lambda: L.Dense(6)(one),
+        lambda: L.BatchNormalization()(one),
+        lambda: L.Dropout(0.5, seed=seed)(one),
+        lambda: L.Add()([one, other]),
+        lambda: shared[int(rng.integers(2))](one),
+        lambda: one * 0.5 + keras.ops.sin(other),
+        lambda: L.LayerNormalization()(one),
+    )
+    return kinds[rng.integers(7)]()
+
+
+def random_graph(seed):
+    """A model with skips, shared layers, several inputs and outputs, and operations that are no layers."""
+    rng = np.random.default_rng(seed)
+    keras.utils.set_random_seed(seed)
+    inputs = [keras.Input((6,)) for _ in range(rng.integers(1, 3))]
+    tensors = list(inputs)
+    shared = [L.Dense(6, activation="tanh"), L.BatchNormalization()]
+    for i in range(rng.integers(6, 14)):
+        one, other = (tensors[max(0, len(tensors) - 1 - int(rng.geometric(0.4)))] for _ in range(2))
+        tensors.append(operation(rng, i, one, other, shared))
+    outputs = [tensors[-1], tensors[len(tensors) // 2]]
+    return keras.Model(inputs, [L.Dense(2)(L.Concatenate()(tensors[1:] if len(tensors) > 2 else tensors)), *outputs])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_graphs(seed):
+    rng = np.random.default_rng(seed + 100)
+    x = [rng.normal(size=(8, 6)).astype("float32") for _ in random_graph(seed).inputs]
+    x = x[0] if len(x) == 1 else x
+    want = results(random_graph(seed), x, tf.function)
+    models = [random_graph(seed) for _ in range(3)]
+    chosen = {node.operation.name for node in nodes_of(models[0]) if rng.random() < 0.4}
+    accumops.recompute_layers(models[0], segments=lambda layer: layer.name in chosen)
+    accumops.recompute_layers(models[1], segments=int(rng.integers(2, 6)))
+    accumops.recompute_layers(models[2], policy="cheap")
+    for model in models:
+        got = results(model, x, tf.function)
+        assert_same(got[:2], want[:2], tolerance=2e-6)
+        assert_same(got[2], want[2], tolerance=1e-7)
+
+
+def fitted(wrap, jit_compile=False, net=None, **arguments):
+    model = wrap(net or model_of(BLOCKS["convolutional"][0], IMAGES))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.05, momentum=0.9), loss, jit_compile=jit_compile)
+    model.fit(IMAGES, LABELS, batch_size=4, epochs=2, shuffle=False, verbose=0, **arguments)
+    return model, [np.asarray(variable) for variable in model.variables]
+
+
+WRAPS = {
+    "Keras": lambda net: net,
+    "accum_steps": lambda net: accumops.GradientAccumulateModel(net, accum_steps=2),
+    "micro_batch_size": lambda net: accumops.GradientAccumulateModel(net, micro_batch_size=2),
+    "window": lambda net: accumops.GradientAccumulateModel(net, micro_batch_size=2, loss_over="window"),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPS)
+@pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("how", [{"policy": "cheap"}, {"segments": 3}])
+def test_fit(kind, jit_compile, how):
+    _, want = fitted(WRAPS[kind], jit_compile)
+    _, got = fitted(lambda net: WRAPS[kind](accumops.recompute_layers(net, **how)), jit_compile)
+    assert_same(got, want, tolerance=2e-6)
+
+
+def test_fit_with_layers_that_recompute():
+    block, x = BLOCKS["convolutional"]
+    _, want = fitted(WRAPS["micro_batch_size"])
+    _, got = fitted(WRAPS["micro_batch_size"], net=model_of(block, x, accumops.Recompute))
+    assert_same(got, want)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_saved_loaded_cloned_and_exported(wrapped, tmp_path):
+    wrap = WRAPS["accum_steps" if wrapped else "Keras"]
+    model, _ = fitted(lambda net: wrap(accumops.recompute_layers(net, segments=3)))
+    want = model.predict(IMAGES, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded.predict(IMAGES, verbose=0), want)
+    plain = model_of(BLOCKS["convolutional"][0], IMAGES)
+    model.save_weights(tmp_path / "model.weights.h5")
+    wrap(plain).load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_array_equal(plain.predict(IMAGES, verbose=0), want)
+    model.export(tmp_path / "exported", verbose=False)
+    exported = tf.saved_model.load(tmp_path / "exported")
+    np.testing.assert_allclose(exported.serve(IMAGES), want, rtol=1e-5, atol=1e-6)
+    copy = keras.models.clone_model(model)
+    assert [weight.shape for weight in copy.weights] == [weight.shape for weight in model.weights]
+    assert [type(layer) for layer in model.layers] == [type(layer) for layer in plain.layers]
+
+
+def test_a_layer_that_recomputes_is_saved_and_cloned(tmp_path):
+    block, x = BLOCKS["convolutional"]
+    model, _ = fitted(lambda net: net, net=model_of(block, x, accumops.Recompute))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert sum(isinstance(layer, accumops.Recompute) for layer in loaded.layers) == 3
+    copy = keras.models.clone_model(model)
+    copy.set_weights(model.get_weights())
+    for other in (loaded, copy):
+        np.testing.assert_array_equal(other.predict(x, verbose=0), model.predict(x, verbose=0))
+    model.export(tmp_path / "exported", verbose=False)
+    exported = tf.saved_model.load(tmp_path / "exported")
+    np.testing.assert_allclose(exported.serve(x), model.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
+
+
+def deep(blocks=12, width=8):
+    keras.utils.set_random_seed(0)
+    inputs = hidden = keras.Input((16, 16, width))
+    for i in range(blocks):
+        skip = hidden
+        hidden = L.ReLU()(L.BatchNormalization()(L.Conv2D(width, 3, padding="same", name=f"conv_{i}")(hidden)))
+        hidden = L.Add()([hidden, skip])
+    return keras.Model(inputs, L.Dense(2)(L.GlobalAveragePooling2D()(hidden)))
+
+
+def kept_bytes(model, batch_size):
+    """What a training step keeps from the forward pass for the gradient, in the graph of a `tf.function`."""
+    from accumops.memory.layer_costs import _root, _size
+
+    @tf.function
+    def step(x):
+        with tf.GradientTape() as tape:
+            outputs = model(x, training=True)
+        forward = len(tf.compat.v1.get_default_graph().get_operations())
+        upstream = tf.raw_ops.Placeholder(dtype=outputs.dtype, shape=outputs.shape)
+        step.marks = forward, upstream.op.name
+        weights = [variable.value for variable in model.trainable_variables]
+        return tape.gradient(outputs, weights, output_gradients=upstream)
+
+    operations = step.get_concrete_function(
+        tf.TensorSpec((batch_size, *model.inputs[0].shape[1:]))
+    ).graph.get_operations()
+    forward, upstream = step.marks
+    names = [operation.name for operation in operations[:forward]]
+    behind, kept = {upstream}, {}
+    for operation in operations[forward:]:
+        if any(tensor.op.name in behind for tensor in operation.inputs):
+            behind.add(operation.name)
+            kept.update({_root(each).name: _root(each) for each in operation.inputs if each.op.name not in behind})
+    assert names
+    return sum(_size(each) for each in kept.values() if each.op.type not in ("Const", "Placeholder", "ReadVariableOp"))
+
+
+def test_less_is_kept_and_no_product_computed_again():
+    plain, cheap, cut = deep(), accumops.recompute_layers(deep(), policy="cheap"), deep()
+    accumops.recompute_layers(cut, segments=4)
+    all_of_it = kept_bytes(plain, 8)
+    assert kept_bytes(cut, 8) < all_of_it / 2.5
+    assert kept_bytes(cheap, 8) < all_of_it / 1.7
+
+
+def test_memory_goals():
+    sizes = []
+    for goal in ("4MB", "3MB", "2.5MB", 2_000_000):
+        sizes.append(kept_bytes(accumops.recompute_layers(deep(), memory=goal, batch_size=8), 8))
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < sizes[0]
+    assert kept_bytes(accumops.recompute_layers(deep(), memory="1GB", batch_size=8), 8) == kept_bytes(deep(), 8)
+    with pytest.raises(ValueError, match=r"smallest goal that one keeps to is \d+\.\dMiB"):
+        accumops.recompute_layers(deep(), memory="100KB", batch_size=8)
+
+
+def test_graphs_within_graphs():
+    def model():
+        base = deep(4)
+        inputs = keras.Input((16, 16, 8))
+        hidden = base(L.Dropout(0.5, seed=1)(inputs))
+        return keras.Model(inputs, L.Dense(2)(L.Dense(4, activation="gelu")(hidden)))
+
+    x = np.random.default_rng(0).normal(size=(4, 16, 16, 8)).astype("float32")
+    want = results(model(), x, tf.function)
+    for how in ({"policy": "cheap"}, {"segments": 4}, {"segments": ["conv_1", "conv_2"]}):
+        recomputed = accumops.recompute_layers(model(), **how)
+        got = results(recomputed, x, tf.function)
+        assert_same(got[:2], want[:2], tolerance=2e-6)
+        assert_same(got[2], want[2], tolerance=1e-7)
+        assert kept_bytes(recomputed, 4) < kept_bytes(model(), 4)
+
+
+def test_ends_with_zero_segments():
+    model = accumops.recompute_layers(deep(), segments=4)
+    assert kept_bytes(accumops.recompute_layers(model, segments=0), 8) == kept_bytes(deep(), 8)
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        keras.utils.set_random_seed(0)
+        self.blocks = [
+            keras.Sequential([L.Dense(4, "tanh"), L.BatchNormalization(), L.Dropout(0.5, seed=i)]) for i in range(3)
+        ]
+
+    def call(self, inputs, training=None):
+        for block in self.blocks:
+            inputs = block(inputs, training=training)
+        return inputs
+
+
+def test_a_subclassed_model_recomputes_its_layers():
+    x = IMAGES[:, 0, 0]
+    models = Subclassed(), Subclassed()
+    for model in models:
+        model(x)
+    accumops.recompute_layers(models[1], segments=lambda layer: True)
+    assert_same(results(models[1], x, tf.function), results(models[0], x, tf.function))
+    for arguments in ({"policy": "cheap"}, {"segments": 3}, {"memory": "1GB", "batch_size": 2}):
+        with pytest.raises(ValueError, match="subclassed model"):
+            accumops.recompute_layers(models[0], **arguments)
+
+
+def test_with_accumulating_batch_normalization_in_other_layers():
+    def net():
+        return accumops.replace_batchnorm_layers(deep(3))
+
+    x = np.random.default_rng(0).normal(size=(8, 16, 16, 8)).astype("float32")
+    found = []
+    for how in (None, "cheap"):
+        model = net() if how is None else accumops.recompute_layers(net(), policy=how)
+        model = accumops.GradientAccumulateModel(model, micro_batch_size=2)
+        model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        model.fit(x, LABELS, batch_size=8, epochs=2, verbose=0)
+        found.append([np.asarray(variable) for variable in model.variables])
+    assert_same(found[1], found[0], tolerance=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({}, ValueError, "Give one of"),
+        ({"policy": "cheap", "segments": 2}, ValueError, "policy"),
+        ({"policy": "full"}, ValueError, "'cheap'"),
+        ({"memory": "much", "batch_size": 2}, ValueError, "4GB"),
+        ({"memory": "4GB"}, ValueError, "batch_size"),
+        ({"memory": 1.5, "batch_size": 2}, TypeError, "memory"),
+        ({"segments": -1}, ValueError, "segments"),
+        ({"segments": "conv_1"}, TypeError, "segments"),
+        ({"segments": ["no_layer"]}, ValueError, "no_layer"),
+    ],
+)
+def test_arguments_are_checked(arguments, error, match):
+    with pytest.raises(error, match=match):
+        accumops.recompute_layers(deep(2), **arguments)
+
+
+def test_models_are_checked():
+    with pytest.raises(TypeError, match=r"keras\.Model"):
+        accumops.recompute_layers(L.Dense(2), policy="cheap")
+    with pytest.raises(ValueError, match="before it is wrapped"):
+        accumops.recompute_layers(accumops.GradientAccumulateModel(deep(2), accum_steps=2), policy="cheap")
+    with pytest.raises(ValueError, match="not built"):
+        accumops.recompute_layers(keras.Sequential([L.Dense(2)]), policy="cheap")
+    inputs = keras.Input((None, 4))
+    with pytest.raises(ValueError, match="sizes"):
+        accumops.recompute_layers(keras.Model(inputs, L.Dense(2)(L.Dense(4)(inputs))), policy="cheap")
+    model = keras.Sequential([keras.Input((4,)), L.Dense(4), Assigning(name="noise"), L.Dense(4)])
+    accumops.recompute_layers(model, segments=["noise"])
+    with pytest.raises(ValueError, match="'noise'"):
+        model(tf.ones([2, 4]))
