@@ -91,6 +91,48 @@ def peak_bytes(problem: str, contender: str, samples: int, device: str) -> int:
     return peak_of(lambda: make(PROBLEMS[problem], samples), device)
 
 
+def peak_rows(
+    case: str,
+    measured: dict[str, Callable[..., int]],
+    arguments: dict[str, Any],
+    *,
+    floor: str,
+    processes: int,
+    progress: Callable[[], object],
+) -> list[Row]:
+    """Measures peaks of memory, each in a new process, and returns a row for each contender.
+
+    Args:
+        case: The name of the case.
+        measured: Functions of a module that return the peak in bytes, by the name of the contender, which is their
+            argument `contender`.
+        arguments: Their other arguments.
+        floor: The contender that the others are compared with.
+        processes: Processes for each contender.
+        progress: Called after each process.
+    """
+    notes: dict[str, str] = {}
+
+    def sample(name: str) -> float:
+        try:
+            with ChildProcess() as process:
+                return process.call(measured[name], contender=name, **arguments)
+        except ChildProcessFailed as error:
+            notes[name] = str(error)
+            return 0.0
+        finally:
+            progress()
+
+    peaks = interleave({name: name for name in measured}, sample=sample, rounds=processes, warmup=0)
+    rows = []
+    for name in measured:
+        row = Row(case, name, floor=name == floor, note=notes.get(name))
+        if row.note is None:
+            row = dataclasses.replace(row, peak_bytes=round(peaks[name].median), spread=peaks[name].spread)
+        rows.append(row)
+    return rows
+
+
 def peak_of(prepare: Callable[[], Callable[[], object]], device: str) -> int:
     """Returns the peak while windows run, in bytes above the memory before. Needs a new process.
 

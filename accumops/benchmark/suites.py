@@ -7,7 +7,7 @@ from types import ModuleType
 
 import tensorflow as tf
 
-from accumops.benchmark import accumulate, batch_norm, memory, update, window, window_loss
+from accumops.benchmark import accumulate, batch_norm, memory, recompute, update, window, window_loss
 from accumops.benchmark.result import Result
 from accumops.verification.runner import backend, no_retracing_warnings
 
@@ -17,6 +17,7 @@ SUITES: dict[str, ModuleType] = {
     "batch-norm": batch_norm,
     "window": window,
     "window-loss": window_loss,
+    "recompute": recompute,
     "memory": memory,
 }
 

@@ -1,6 +1,5 @@
 """The `window-loss` suite: a contrastive loss over the whole batch, in micro-batches: its time and its memory."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,11 +7,9 @@ import keras
 import tensorflow as tf
 
 from accumops.benchmark import training
-from accumops.benchmark.child_process import ChildProcess, ChildProcessFailed
 from accumops.benchmark.contender import Contender, time_contenders
-from accumops.benchmark.memory import peak_of
+from accumops.benchmark.memory import peak_of, peak_rows
 from accumops.benchmark.result import Result, Row
-from accumops.benchmark.timing import interleave
 from accumops.losses.contrastive import CLIPLoss
 from accumops.training.model import GradientAccumulateModel
 
@@ -56,27 +53,14 @@ def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
 
 
 def _peaks(batch: int, micro: int, names: list[str], device: str, progress: Callable[[], object]) -> list[Row]:
-    notes: dict[str, str] = {}
-
-    def sample(name: str) -> float:
-        try:
-            with ChildProcess() as process:
-                return process.call(peak_bytes, contender=name, batch=batch, micro=micro, device=device)
-        except ChildProcessFailed as error:
-            notes[name] = str(error)
-            return 0.0
-        finally:
-            progress()
-
-    peaks = interleave({name: name for name in names}, sample=sample, rounds=_PROCESSES, warmup=0)
-    rows = []
-    for name in names:
-        case = f"memory, {batch} pairs in micro-batches of {micro}"
-        row = Row(case, name, floor=name == FLOOR, note=notes.get(name))
-        if row.note is None:
-            row = dataclasses.replace(row, peak_bytes=round(peaks[name].median), spread=peaks[name].spread)
-        rows.append(row)
-    return rows
+    return peak_rows(
+        f"memory, {batch} pairs in micro-batches of {micro}",
+        dict.fromkeys(names, peak_bytes),
+        {"batch": batch, "micro": micro, "device": device},
+        floor=FLOOR,
+        processes=_PROCESSES,
+        progress=progress,
+    )
 
 
 def peak_bytes(contender: str, batch: int, micro: int, device: str) -> int:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from accumops.benchmark import Result, Row
 
 NOTHING_TO_MEASURE = 3
-SUITES = ("accumulate", "update", "batch-norm", "window", "window-loss", "memory")
+SUITES = ("accumulate", "update", "batch-norm", "window", "window-loss", "recompute", "memory")
 
 
 @click.command()
@@ -33,7 +33,7 @@ SUITES = ("accumulate", "update", "batch-norm", "window", "window-loss", "memory
 @click.option(
     "--rounds",
     type=click.IntRange(min=2),
-    show_default="30, for window-loss 10, for memory 3",
+    show_default="30, for window-loss and recompute 10, for memory 3",
     help="Measurements of each contender.",
 )
 @json_option
@@ -56,6 +56,7 @@ def bench(
     batch-norm  forward and backward of one layer, and a window of a network
     window      4 micro-batches of 16 and their update, in six models
     window-loss a contrastive loss over the whole batch: time and memory
+    recompute   training that computes activations again: time and memory
     memory      peak memory of training by effective batch size
 
     Each suite has a floor to compare with: the time that the memory's bandwidth allows, the time of forward and

@@ -11,7 +11,18 @@ from click.testing import CliRunner
 
 import accumops
 from accumops import benchmark
-from accumops.benchmark import accumulate, bandwidth, batch_norm, contender, memory, models, update, window, window_loss
+from accumops.benchmark import (
+    accumulate,
+    bandwidth,
+    batch_norm,
+    contender,
+    memory,
+    models,
+    recompute,
+    update,
+    window,
+    window_loss,
+)
 from accumops.benchmark.contender import Contender
 from accumops.cli import main
 from accumops.cli.bench import SUITES
@@ -41,6 +52,7 @@ CONTENDERS = {
     | {"accumops, accum_steps, XLA", "accumops, micro_batch_size, XLA"}
     | {"accumops, accum_steps, lazy_sparse", "accumops, micro_batch_size, lazy_sparse"},
     "window-loss": {window_loss.FLOOR, "accumops, loss_over='window'", "the batch at once"},
+    "recompute": {recompute.FLOOR, "segments=8", 'policy="cheap"'},
     "memory": {"a micro-batch of 16, without accumulation", "the batch at once", "accumops, micro_batch_size"}
     | {"Keras, gradient_accumulation_steps", "accumops, accum_steps"},
 }
@@ -69,7 +81,7 @@ class InThisProcess:
         pass
 
     def call(self, function, *, samples=1, **arguments):
-        assert function in (memory.peak_bytes, window_loss.peak_bytes)
+        assert function in (memory.peak_bytes, window_loss.peak_bytes, recompute.peak_bytes)
         return samples << 20
 
 
@@ -92,8 +104,9 @@ def small(monkeypatch):
     problem = models.Problem("small table", words, (4,), vocabulary=7, large_table=True, windows=2, warmup=1)
     monkeypatch.setitem(models.PROBLEMS, problem.name, problem)
     monkeypatch.setattr(window, "MODELS", (problem.name,))
-    for suite in (memory, window_loss):
-        monkeypatch.setattr(suite, "ChildProcess", InThisProcess)
+    monkeypatch.setattr(memory, "ChildProcess", InThisProcess)
+    for name in ("CONV_BLOCKS", "ATTENTION_BLOCKS"):
+        monkeypatch.setattr(recompute, name, 1)
     for name, value in (("BATCH", 8), ("MICRO", 4), ("SIDE", 4), ("CHANNELS", 2)):
         monkeypatch.setattr(window_loss, name, value)
     monkeypatch.setattr(memory, "SIZES", (32, 64))
