@@ -133,19 +133,22 @@ def peak_rows(
     return rows
 
 
-def peak_of(prepare: Callable[[], Callable[[], object]], device: str) -> int:
+def peak_of(prepare: Callable[[], Callable[[], object]], device: str, *, activations: bool = False) -> int:
     """Returns the peak while windows run, in bytes above the memory before. Needs a new process.
 
     Args:
         prepare: Makes the model, and returns a function that runs a window.
         device: `"CPU"` or `"GPU"`.
+        activations: Whether to count from when the model is made and its function is traced.
     """
     memory = _DeviceMemory() if device == "GPU" else _ResidentMemory()
     with tf.device(f"{device}:0"):
         tf.add(1.0, 1.0)  # starts TensorFlow
         before = memory.now()
         window = prepare()
-        window()  # traces
+        if activations:
+            before = memory.now()
+        window()  # traces, if `prepare` has not
         memory.forget_peak()
         for _ in range(_WINDOWS):
             window()
