@@ -1,5 +1,7 @@
 """What accumops uses of TensorFlow beyond its public interface."""
 
+import concurrent.futures
+import contextvars
 from collections.abc import Callable
 from typing import Any
 
@@ -132,3 +134,14 @@ def is_recorded(tensor: tf.Tensor) -> bool:
     except (ImportError, AttributeError):
         return False
     return bool(question([tensor]))
+
+
+def without_strategy(function: Callable[[], Any]) -> Any:
+    """Calls a function where no `tf.distribute` strategy is open, and returns its result.
+
+    Strategies are open for a thread. Within one, a function that replicas synchronize in cannot be traced for itself.
+    """
+    if not tf.distribute.has_strategy():
+        return function()
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        return threads.submit(contextvars.copy_context().run, function).result()

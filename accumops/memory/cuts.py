@@ -104,11 +104,10 @@ class Costs:
                     result.peak[p, i + 1 :] += np.where(unused[i + 1 :], call.outputs[0][1], 0)
             elif call.products:
                 result.peak[: i + 1, i + 1 :] = np.inf
-        products = np.concatenate([[0], np.cumsum([i in saved for i in range(self.count)])])
-        result.peak[
-            (products[None, :] - products[:, None])
-            == np.arange(self.count + 1)[None, :] - np.arange(self.count + 1)[:, None]
-        ] = np.inf
+        # Nothing is gained by a segment of such calls alone.
+        positions = np.arange(self.count + 1)
+        before = np.concatenate([[0], np.cumsum([i in saved for i in range(self.count)])])
+        result.peak[before[None, :] - before[:, None] == positions[None, :] - positions[:, None]] = np.inf
         times = self.times.copy()
         times[list(saved)] = 0
         result.seconds = _between(times)

@@ -62,19 +62,26 @@ def costs_of(graph: keras.Function, regions: Sequence[Region], batch_size: int) 
     calls: dict[tuple[int, int], _Call] = {}
     traced: dict[str, Any] = {}
 
-    def step(tensors: list[tf.Tensor]) -> None:
+    trainable = {id(variable) for variable in graph.trainable_variables}
+
+    def step(tensors: list[tf.Tensor], variables: list[tf.Tensor]) -> None:
+        weights = [
+            tensor for variable, tensor in zip(graph.variables, variables, strict=True) if id(variable) in trainable
+        ]
         with tf.GradientTape() as tape:
-            tape.watch([tensor for tensor in tensors if tensor.dtype.is_floating])
-            with StateRecorder([]), _Recording({id(each.graph): each.graph for each in regions}.values(), calls):
+            tape.watch([tensor for tensor in (*tensors, *weights) if tensor.dtype.is_floating])
+            values = list(zip(graph.variables, variables, strict=True))
+            graphs = {id(each.graph): each.graph for each in regions}.values()
+            with StateRecorder(values), _Recording(graphs, calls):
                 results = graph(keras.tree.pack_sequence_as(inputs_of(graph), tensors), training=True)
         results = [each for each in keras.tree.flatten(results) if each.dtype.is_floating]
         upstream = [tf.raw_ops.Placeholder(dtype=each.dtype, shape=each.shape) for each in results]
         traced.update(forward=_count_operations(), upstream=[each.op.name for each in upstream])
-        variables = [variable.value for variable in graph.trainable_variables]
-        tape.gradient(results, [*tensors, *variables], output_gradients=upstream)
+        tape.gradient(results, [*tensors, *weights], output_gradients=upstream)
 
     specs = [_spec(tensor, batch_size) for tensor in graph.inputs]
-    concrete = tf.function(step, autograph=False).get_concrete_function(specs)
+    of_variables = [tf.TensorSpec(variable.shape, variable.dtype) for variable in graph.variables]
+    concrete = tf.function(step, autograph=False).get_concrete_function(specs, of_variables)
     operations = concrete.graph.get_operations()
     return _Trace(operations, calls, **traced).costs(regions)
 
@@ -95,10 +102,12 @@ def seconds_of(regions: Sequence[Region], batch_size: int) -> list[list[float]]:
         key = f"{type(node.operation).__name__} {config} {specs}"
         if key not in known:
             values = {each: tf.zeros(spec.shape, spec.dtype) for each, spec in zip(node.inputs, specs, strict=True)}
+            variables = node.operation.variables if isinstance(node.operation, keras.Layer) else []
+            state = [(variable, tf.zeros(variable.shape, variable.dtype)) for variable in variables]
             times = []
             for _ in range(2):
                 start = time.perf_counter()
-                with StateRecorder([]):
+                with StateRecorder(state):
                     call_node(node, dict(values), {"training": True})
                 times.append(time.perf_counter() - start)
             known[key] = min(times)

@@ -158,17 +158,16 @@ class Recomputation:
         # Windows of batch normalization are no state. Where it is not told to add to them, its statistics are.
         moments = None if collects_moments() is None else False
         # Layers may be frozen, or get other variables, between calls.
-        key = (
-            f"{arguments.kinds()} {[(id(each), each.trainable) for layer in self._layers for each in layer.variables]}"
-        )
+        variables = [(id(each), each.trainable) for layer in self._layers for each in layer.variables]
+        key = f"{moments} {variables} {arguments.kinds()}"
         if key not in self._stretches:
             specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in arguments.tensors]
-            variables: list[keras.Variable] = []
+            found: list[keras.Variable] = []
             if not self._layers or not all(layer.built for layer in self._layers):
                 _trace(lambda tensors: self._call(tensors, arguments), specs)  # builds layers
             if not self._layers:
-                variables = self._variables_of(specs, arguments)
-            stretch = Stretch(self._layers, self._call, variables)
+                found = self._variables_of(specs, arguments)
+            stretch = Stretch(self._layers, self._call, found)
             stretch.check(specs, arguments, collect_moments=moments)
             self._stretches[key] = stretch
         return self._stretches[key]

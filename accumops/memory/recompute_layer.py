@@ -4,6 +4,7 @@ from typing import Any
 
 import keras
 
+from accumops.adapters.overriding import overriding
 from accumops.memory.recompute import Recomputation
 
 
@@ -56,13 +57,15 @@ class Recompute(keras.layers.Wrapper):
             training: Whether it is trained.
             **kwargs: Its keyword arguments.
         """
-        if any(isinstance(each, keras.KerasTensor) for each in keras.tree.flatten((inputs, args, kwargs))):
-            return self._call_layer(inputs, *args, training=training, **kwargs)
         return self._recomputation(inputs, *args, training=training, **kwargs)
 
     def _call_layer(self, *args: Any, **kwargs: Any) -> Any:
         return self.layer(*args, **kwargs)
 
-    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
-        """The mask of the outputs, which the layer knows."""
-        return self.layer.compute_mask(inputs, previous_mask)
+    def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
+        """The shapes and dtypes of the outputs: the layer's."""
+        with overriding(self, call=self._call_layer):
+            return super().compute_output_spec(*args, **kwargs)
+
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
+        """None: the outputs have the masks that the layer gave them."""

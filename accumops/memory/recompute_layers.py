@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from accumops.adapters.keras_functional import graph_of, set_run
 from accumops.adapters.keras_layer import layers_within
+from accumops.adapters.tensorflow import without_strategy
 from accumops.arguments import check_count
 from accumops.memory.cuts import Costs, cheap_plan, plan_for, plan_of_count, smallest_goal
 from accumops.memory.layer_costs import CallCosts, costs_of, seconds_of
@@ -103,7 +104,7 @@ def _planned(
     batch_size: int | None,
     segments: Any,
 ) -> list[list[Segment]]:
-    calls, costs = measured(model, regions, batch_size or _SAMPLE)
+    calls, costs = without_strategy(lambda: measured(model, regions, batch_size or _SAMPLE))
     if memory is None:
         if segments is not None:
             return plan_of_count(costs, int(segments) - 1).segments

@@ -27,7 +27,7 @@ import tensorflow as tf
 
 from accumops.adapters.keras_layer import StateRecorder, layer_that_added, layers_within, values_of
 from accumops.adapters.keras_model import own_metrics
-from accumops.adapters.tensorflow import is_recorded, operations_within
+from accumops.adapters.tensorflow import is_recorded, operations_within, without_strategy
 from accumops.normalization.layer import collecting_moments
 
 State = Sequence[tf.Tensor]
@@ -145,7 +145,8 @@ class Stretch:
             [tf.TensorSpec(variable.shape, variable.dtype) for variable in variables]
             for variables in (self.variables, self.trainable)
         )
-        concrete = tf.function(trace, autograph=False).get_concrete_function(*specs, args, kwargs)
+        function = tf.function(trace, autograph=False)
+        concrete = without_strategy(lambda: function.get_concrete_function(*specs, args, kwargs))
         for tensor, _ in concrete.graph.captures:
             if tensor.dtype != tf.resource and is_recorded(tensor):
                 raise ValueError(

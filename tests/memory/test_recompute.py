@@ -90,15 +90,14 @@ def assert_same(one, other, tolerance=0.0):
 
 
 WAYS = ["layer", "function", "segments", "cheap"]
-COMPILED = [("attention", "layer"), ("convolutional", "cheap")]
-# XLA compiles for long.
+# Graphs take a while to be made, and XLA compiles for long.
+GRAPHS = [("attention", "layer"), ("convolutional", "segments"), ("attention", "cheap"), ("accumulating", "function")]
+COMPILED = [("attention", "segments")]
 CASES = cross(
     BLOCKS,
     WAYS,
     ["eager", "graph", "xla"],
-    default=lambda kind, how, mode: (
-        mode != "xla" or (kind, how) in [("attention", "layer"), ("convolutional", "cheap")]
-    ),
+    default=lambda kind, how, mode: (kind, how) in {"graph": GRAPHS, "xla": COMPILED}.get(mode, [(kind, how)]),
 )
 
 
@@ -125,7 +124,7 @@ def test_gradients_and_state_are_those_without(kind, how, mode):
     assert np.abs(want[1][0]).max() > 0
 
 
-@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("kind", ["attention", *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in BLOCKS)])
 def test_as_the_graph_optimizer_leaves_it(kind):
     tf.config.optimizer.set_experimental_options({"arithmetic_optimization": True})
     block, x = BLOCKS[kind]
@@ -218,7 +217,7 @@ def test_sparse_gradients_stay_sparse():
     np.testing.assert_array_equal(gradient.indices, [1, 2, 2])
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", pytest.param("mixed_float16", marks=pytest.mark.exhaustive)])
 def test_mixed_precision(policy):
     keras.mixed_precision.set_global_policy(policy)
     try:
@@ -310,6 +309,7 @@ def products(model, x):
     return len(re.findall(r" dot\(", program))
 
 
+@pytest.mark.parametrize("backend", ["fused", pytest.param("reference", marks=pytest.mark.exhaustive)], indirect=True)
 def test_xla_computes_products_again(backend):
     block, x = BLOCKS["attention"]
     once = products(model_of(block, x), x)
