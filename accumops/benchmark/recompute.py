@@ -52,7 +52,7 @@ def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
     return Result(
         "training steps that compute activations again",
         tuple(rows),
-        ("Memory is counted over that of the process when it has made the model and traced the step.",),
+        ("Memory counts from the moment when the process has made the model and traced the step.",),
         settings={"convolutional_blocks": CONV_BLOCKS, "attention_blocks": ATTENTION_BLOCKS},
     )
 

@@ -14,7 +14,7 @@ from accumops.losses.contrastive import CLIPLoss
 from accumops.training.model import GradientAccumulateModel
 
 ROUNDS = 10
-BATCH, MICRO = 256, 32  # of the times
+BATCH, MICRO = 256, 32  # what is timed
 SIDE, CHANNELS, WORDS, FEATURES = 32, 32, 48, 32
 _PROCESSES = 3  # for each peak
 _WARMUP = 2

@@ -33,8 +33,7 @@ class Kept(NamedTuple):
     behind_product: bool
     """Whether it depends on a convolution or matrix product of the call that makes it."""
     wanted_by: int
-    """The first call whose gradient reads it, as its position in its region: that of the call that makes it, or a later
-    one; a large number if it is in another region."""
+    """The position in the region of the first call whose gradient reads it; `ELSEWHERE` if no call of the region does."""
 
 
 class CallCosts(NamedTuple):

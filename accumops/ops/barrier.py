@@ -15,7 +15,7 @@ def barrier(tensors: Sequence[tf.Tensor], after: Sequence[tf.Tensor] = ()) -> li
     before the tensors in `after` are known. Recomputation rests on this. XLA finds common subexpressions, and would
     otherwise keep what was to be computed again; TensorFlow would compute it at once, long before it is needed.
 
-    Nothing is copied. The gradient is that of the identity.
+    Nothing is copied. Gradients pass through unchanged.
 
     Args:
         tensors: Tensors of any shapes and dtypes; under XLA, no variants or resources.
