@@ -33,7 +33,7 @@ class Kept(NamedTuple):
     behind_product: bool
     """Whether it depends on a convolution or matrix product of the call that makes it."""
     wanted_by: int
-    """The position in the region of the first call whose gradient reads it; `ELSEWHERE` if no call of the region does."""
+    """The position in its region of the first call whose gradient reads it; `ELSEWHERE` if none of the region does."""
 
 
 class CallCosts(NamedTuple):
