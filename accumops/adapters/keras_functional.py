@@ -159,10 +159,6 @@ class Node(NamedTuple):
     """The identities of the symbolic tensors that it takes."""
     outputs: list[int]
     """The identities of the symbolic tensors that it makes."""
-    shapes: list[tuple[int | None, ...]]
-    """The shapes of the outputs."""
-    dtypes: list[str]
-    """The dtypes of the outputs."""
     keras_node: Any
 
 
@@ -183,8 +179,6 @@ def nodes_of(graph: keras.Function) -> list[Node]:
             node.operation,
             [id(tensor) for tensor in node.input_tensors],
             [id(tensor) for tensor in node.outputs],
-            [tuple(tensor.shape) for tensor in node.outputs],
-            [tensor.dtype for tensor in node.outputs],
             node,
         )
         for node in nodes

@@ -1,7 +1,7 @@
 """What the calls of a graph keep for its gradient, found in a trace of a training step, and how long each takes.
 
-The trace is the graph of a `tf.function`, so sizes are the true ones: of what operations of the gradient read, and what
-a layer has computed. Nothing is run for it. Times are those of single calls.
+The trace is the graph of a `tf.function`. It shows which tensors the operations of the gradient read, and their sizes.
+Nothing is run for it. Times are those of single calls.
 """
 
 import bisect

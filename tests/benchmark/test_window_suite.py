@@ -169,7 +169,7 @@ def test_gradient_accumulator(monkeypatch):
     monkeypatch.setitem(models.PROBLEMS, SMALL.name, dataclasses.replace(SMALL, windows=2, warmup=0))
     monkeypatch.setattr(window, "MODELS", (SMALL.name,))
     monkeypatch.setattr(window, "MICRO", 2)
-    # Of the contenders in this process one is enough: the suite's own test has all.
+    # One contender in this process is enough: the suite's own test runs all of them.
     contenders = window.contenders
     monkeypatch.setattr(window, "contenders", lambda *args, **kwargs: contenders(*args, **kwargs)[:1])
     monkeypatch.setattr(bandwidth, "_ARRAY_BYTES", 1 << 20)

@@ -100,7 +100,7 @@ def kill_later(process, phase, seconds):
             wait(process)
             return None
         time.sleep(0.0005)
-    os.kill(process, signal.SIGSTOP)  # so that the phase is that of the kill
+    os.kill(process, signal.SIGSTOP)  # the process must not reach another phase before it is killed
     found = phase[0]
     if found == DONE:
         os.kill(process, signal.SIGCONT)

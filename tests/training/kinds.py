@@ -195,7 +195,7 @@ class Variational(Kind):
 
 
 def divergence(mean, log_variance):
-    """Of a normal distribution from the standard one, as a mean over samples."""
+    """The KL divergence of a normal distribution from the standard one, as a mean over samples."""
     each = -0.5 * (1 + log_variance - keras.ops.square(mean) - keras.ops.exp(log_variance))
     return keras.ops.mean(keras.ops.sum(each, axis=-1))
 

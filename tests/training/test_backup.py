@@ -116,7 +116,7 @@ class TestPassedBatches:
             fit(make("eager"), BackupAndRestore(tmp_path, 2), batch_size=2)
 
     def test_data_that_ends_early(self, tmp_path):
-        """Of a size that is not known before."""
+        """The generator does not say how many batches it has."""
         x, y = data()
 
         def train(samples, *callbacks):

@@ -106,7 +106,7 @@ def test_a_step_that_xla_compiles(data):
 
 
 def test_passes_that_xla_compiles(rng):
-    """Of a convolutional network XLA compiles forward and backward of a micro-batch alone."""
+    """XLA compiles only the forward and backward pass of each micro-batch, because the network has a convolution."""
     x, y = rng.standard_normal((11, 4, 4, 1)).astype("float32"), np.arange(11.0)[:, None]
 
     net = keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Conv2D(1, 4), keras.layers.Flatten()])
