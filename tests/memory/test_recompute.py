@@ -229,6 +229,25 @@ def test_mixed_precision(policy):
         keras.mixed_precision.set_global_policy("float32")
 
 
+def test_a_float32_layer_in_a_model_of_mixed_precision():
+    keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+
+        def model(wrap):
+            keras.utils.set_random_seed(0)
+            inputs = keras.Input((4,))
+            inner = keras.Sequential([L.Dense(4), L.BatchNormalization(dtype="float32"), L.Dense(4, dtype="float32")])
+            return keras.Model(inputs, L.Dense(2)(wrap(inner)(inputs)))
+
+        plain, wrapped = model(lambda part: part), model(accumops.Recompute)
+        for each in (plain, wrapped):
+            each.set_weights([weight + 1e-3 for weight in each.get_weights()])  # no values of bfloat16
+        x = SEQUENCES[:, 0]
+        assert_same(results(wrapped, x), results(plain, x))
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+
+
 @pytest.mark.parametrize("change", ["freeze", "lora", "unfreeze"])
 def test_layers_that_change_between_calls(change):
     def changed(model):
