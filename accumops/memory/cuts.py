@@ -37,9 +37,12 @@ class Costs:
         region: The region of the calls.
         calls: What each costs.
         seconds: The time of the forward pass of each.
+        waiting: The bytes of the gradients of weights of the calls behind the region.
     """
 
-    def __init__(self, region: Region, calls: Sequence[CallCosts], seconds: Sequence[float]) -> None:
+    def __init__(
+        self, region: Region, calls: Sequence[CallCosts], seconds: Sequence[float], waiting: float = 0
+    ) -> None:
         count = self.count = len(calls)
         self.region = region
         last_use = _last_uses(region)
@@ -71,16 +74,19 @@ class Costs:
         work = np.zeros((count + 2, count + 1))
         work[:-1, 1:] = np.cumsum(wanted, axis=1)[:, :-1]
         work = np.cumsum(work[::-1], axis=0)[::-1]
-        sizes = np.array([sum(size for _, size in call.outputs) for call in calls], float)
-        made_by = {each: i for i, node in enumerate(region.nodes) for each in node.outputs}
-        inputs = [sum(sizes[made_by[each]] for each in set(node.inputs) if each in made_by) for node in region.nodes]
-        self.gradient = sizes + inputs
-        """The gradients of each call's outputs and inputs."""
-        # peak[p, q]: the most that the gradient of a recomputed segment takes
+        weights = waiting + np.cumsum([call.weight_gradients for call in reversed(calls)])[::-1]
+        forward = np.array([call.forward for call in calls], float)
+        beside = forward - [sum(each.size for each in call.kept.values()) for call in calls]
+        self.gradient = np.maximum(weights + [call.backward for call in calls], beside)
+        """The most bytes beside what is kept while each call, or its gradient, is computed."""
+        # peak[p, q]: the most that a recomputed segment takes, in its first run, its second one, and its gradient
+        arriving = np.array([*weights[1:], waiting]) + [call.arriving for call in calls]
         self.peak = np.zeros((count + 1, count + 1))
         for p in range(count):
-            within = np.maximum.accumulate(work[p, p + 1 :] + self.gradient[p:])
-            self.peak[p, p + 1 :] = np.maximum(within, work[p, p + 1 :] + self.keep[p, p + 1 :] + sizes[p:])
+            first = self.keep[p, p + 1 :] + np.maximum.accumulate(forward[p:])
+            second = np.maximum.accumulate(work[p, p + 1 :] + beside[p:]) + arriving[p:]
+            gradient = np.maximum.accumulate(work[p, p + 1 :] + self.gradient[p:])
+            self.peak[p, p + 1 :] = np.maximum(np.maximum(first, second), gradient)
         self.times = np.array(seconds, float)
         self.last_use = last_use
         self.seconds = _between(self.times)

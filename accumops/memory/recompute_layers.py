@@ -115,8 +115,8 @@ def _planned(
     if plan is None:
         raise ValueError(
             f"No plan keeps '{model.name}' with batches of {batch_size} to memory={memory!r}. The smallest goal that "
-            f"one keeps to is {_readable(smallest_goal(costs) + fixed)}, {_readable(fixed)} of which are the weights, "
-            "their gradients and the batch. Give more memory or a smaller `batch_size`."
+            f"one keeps to is {_readable(smallest_goal(costs) + fixed)}, {_readable(fixed)} of which are the weights "
+            "and the batch. Give more memory or a smaller `batch_size`."
         )
     return plan.segments
 
@@ -127,18 +127,19 @@ def measured(
     """Returns what the calls of each region cost, and what segments of them cost."""
     calls = costs_of(graph_of(model), regions, batch_size)
     seconds = seconds_of(regions, 1)
-    return calls, [Costs(*each) for each in zip(regions, calls, seconds, strict=True)]
+    weights = [sum(call.weight_gradients for call in each) for each in calls]
+    waiting = [sum(weights[i + 1 :]) for i in range(len(weights))]
+    return calls, [Costs(*each) for each in zip(regions, calls, seconds, waiting, strict=True)]
 
 
 def fixed_bytes(model: keras.Model, batch_size: int) -> int:
-    """Returns the bytes of weights, of their gradients, and of a batch."""
+    """Returns the bytes of weights and of a batch."""
 
     def size(shape: Sequence[int | None], dtype: str) -> int:
         return math.prod(batch_size if each is None else each for each in shape) * tf.as_dtype(dtype).size
 
     weights = sum(size(variable.shape, variable.dtype) for variable in model.variables)
-    gradients = sum(size(variable.shape, variable.dtype) for variable in model.trainable_variables)
-    return weights + gradients + sum(size(tensor.shape, tensor.dtype) for tensor in model.inputs)
+    return weights + sum(size(tensor.shape, tensor.dtype) for tensor in model.inputs)
 
 
 def _cut_behind(

@@ -153,7 +153,7 @@ def deep(blocks=12, width=8):
 
 def kept_bytes(model, batch_size):
     """What a training step keeps from the forward pass for the gradient, in the graph of a `tf.function`."""
-    from accumops.memory.layer_costs import _root, _size
+    from accumops.memory.training_trace import root, size
 
     @tf.function
     def step(x):
@@ -172,11 +172,12 @@ def kept_bytes(model, batch_size):
     names = [operation.name for operation in operations[:forward]]
     behind, kept = {upstream}, {}
     for operation in operations[forward:]:
-        if any(tensor.op.name in behind for tensor in operation.inputs):
+        before = (*(tensor.op for tensor in operation.inputs), *operation.control_inputs)
+        if any(each.name in behind for each in before):
             behind.add(operation.name)
-            kept.update({_root(each).name: _root(each) for each in operation.inputs if each.op.name not in behind})
+            kept.update({root(each).name: root(each) for each in operation.inputs if each.op.name not in behind})
     assert names
-    return sum(_size(each) for each in kept.values() if each.op.type not in ("Const", "Placeholder", "ReadVariableOp"))
+    return sum(size(each) for each in kept.values() if each.op.type not in ("Const", "Placeholder", "ReadVariableOp"))
 
 
 def convolutions(model):
