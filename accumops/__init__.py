@@ -7,6 +7,7 @@ from accumops.registration import register
 
 if TYPE_CHECKING:
     from accumops import losses, ops
+    from accumops.memory.profile import memory_profile
     from accumops.memory.recompute import recompute
     from accumops.memory.recompute_layer import Recompute
     from accumops.memory.recompute_layers import recompute_layers
@@ -40,6 +41,7 @@ __all__ = [
     "build_info",
     "get_backend",
     "losses",
+    "memory_profile",
     "ops",
     "recompute",
     "recompute_layers",
@@ -66,6 +68,7 @@ _MODULES = {
     "Recompute": "accumops.memory.recompute_layer",
     "build_info": "accumops.ops",
     "get_backend": "accumops.ops",
+    "memory_profile": "accumops.memory.profile",
     "recompute": "accumops.memory.recompute",
     "recompute_layers": "accumops.memory.recompute_layers",
     "replace_batchnorm_layers": "accumops.normalization.replace",

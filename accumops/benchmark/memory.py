@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -13,6 +12,7 @@ from accumops.benchmark.child_process import ChildProcess, ChildProcessFailed
 from accumops.benchmark.models import PROBLEMS, Problem
 from accumops.benchmark.result import Result, Row
 from accumops.benchmark.timing import interleave
+from accumops.memory.device_memory import AllocatorMemory, ResidentMemory
 from accumops.training.model import GradientAccumulateModel
 
 ROUNDS = 3
@@ -141,7 +141,7 @@ def peak_of(prepare: Callable[[], Callable[[], object]], device: str, *, activat
         device: `"CPU"` or `"GPU"`.
         activations: Whether to count from when the model is made and its function is traced.
     """
-    memory = _DeviceMemory() if device == "GPU" else _ResidentMemory()
+    memory = AllocatorMemory("GPU:0") if device == "GPU" else ResidentMemory()
     with tf.device(f"{device}:0"):
         tf.add(1.0, 1.0)  # starts TensorFlow
         before = memory.now()
@@ -153,37 +153,6 @@ def peak_of(prepare: Callable[[], Callable[[], object]], device: str, *, activat
         for _ in range(_WINDOWS):
             window()
         return memory.peak() - before
-
-
-class _ResidentMemory:
-    """This process's memory, as Linux counts it."""
-
-    def now(self) -> int:
-        return self._entry("VmRSS")
-
-    def forget_peak(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")
-
-    def peak(self) -> int:
-        # getrusage's ru_maxrss is no use: it starts with the parent's memory at the fork.
-        return self._entry("VmHWM")
-
-    def _entry(self, name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-
-
-class _DeviceMemory:
-    """The first GPU's memory, as TensorFlow's allocator counts it."""
-
-    def now(self) -> int:
-        return tf.config.experimental.get_memory_info("GPU:0")["current"]
-
-    def forget_peak(self) -> None:
-        tf.config.experimental.reset_memory_stats("GPU:0")
-
-    def peak(self) -> int:
-        return tf.config.experimental.get_memory_info("GPU:0")["peak"]
 
 
 def _train(model: Any, problem: Problem, samples: int, batch_size: int, **arguments: Any) -> Callable[[], object]:

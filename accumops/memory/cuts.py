@@ -30,6 +30,17 @@ class Plan(NamedTuple):
     """The time of the recomputation."""
 
 
+class Taken(NamedTuple):
+    """What a training step takes with some segments."""
+
+    kept: float
+    """The bytes of activations behind the forward pass."""
+    peak: float
+    """The most bytes of activations, gradients and what leads to them."""
+    seconds: float
+    """The time of the recomputation."""
+
+
 class Costs:
     """What segments of a list of calls cost.
 
@@ -123,6 +134,54 @@ class Costs:
 def _between(times: np.ndarray) -> np.ndarray:
     total = np.concatenate([[0], np.cumsum(times)])
     return total[None, :] - total[:, None]
+
+
+def costs_by_region(
+    regions: Sequence[Region], calls: Sequence[Sequence[CallCosts]], seconds: Sequence[Sequence[float]]
+) -> list[Costs]:
+    """Returns the costs of segments of each region.
+
+    Args:
+        regions: All regions of a graph.
+        calls: The costs of the calls of each.
+        seconds: The times of their forward passes.
+    """
+    weights = [sum(call.weight_gradients for call in each) for each in calls]
+    waiting = [sum(weights[i + 1 :]) for i in range(len(weights))]
+    return [Costs(*each) for each in zip(regions, calls, seconds, waiting, strict=True)]
+
+
+def taken_by(
+    costs: Sequence[Costs], calls: Sequence[Sequence[CallCosts]], segments: Sequence[Sequence[Segment]]
+) -> Taken:
+    """Returns what given segments take.
+
+    Args:
+        costs: Those of each region.
+        calls: The costs of the calls of each region.
+        segments: The recomputed segments of each region, by positions in its graph.
+    """
+    kept = peak = seconds = 0.0
+    for each, of_region, chosen in zip(costs, calls, segments, strict=True):
+        begin = each.region.begin
+        saved = [position - begin for segment in chosen for position in segment.saved]
+        if saved:
+            each = each.without_products(of_region, saved)
+        ends = {segment.begin - begin: segment.end - begin for segment in chosen}
+        position = 0
+        while position < each.count:
+            end = ends.get(position)
+            if end is None:
+                handed_on = each.handed_on[position] if position + 1 in ends else 0.0
+                kept += each.plain[position] + handed_on
+                peak = max(peak, kept + each.gradient[position])
+                position += 1
+            else:
+                peak = max(peak, kept + each.peak[position, end])
+                kept += each.keep[position, end]
+                seconds += each.seconds[position, end]
+                position = end
+    return Taken(float(kept), float(peak), float(seconds))
 
 
 def plan_for(costs: Sequence[Costs], goal: float) -> Plan | None:

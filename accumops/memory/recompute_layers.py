@@ -14,7 +14,7 @@ from accumops.adapters.keras_functional import graph_of, set_run
 from accumops.adapters.keras_layer import layers_within
 from accumops.adapters.tensorflow import without_strategy
 from accumops.arguments import check_count
-from accumops.memory.cuts import Costs, cheap_plan, plan_for, plan_of_count, smallest_goal
+from accumops.memory.cuts import Costs, cheap_plan, costs_by_region, plan_for, plan_of_count, smallest_goal
 from accumops.memory.layer_costs import CallCosts, costs_of, seconds_of
 from accumops.memory.recompute import Recomputation
 from accumops.memory.segments import Region, Segment, regions_of, run_in_segments
@@ -127,9 +127,7 @@ def measured(
     """Returns what the calls of each region cost, and what segments of them cost."""
     calls = costs_of(graph_of(model), regions, batch_size)
     seconds = seconds_of(regions, 1)
-    weights = [sum(call.weight_gradients for call in each) for each in calls]
-    waiting = [sum(weights[i + 1 :]) for i in range(len(weights))]
-    return calls, [Costs(*each) for each in zip(regions, calls, seconds, waiting, strict=True)]
+    return calls, costs_by_region(regions, calls, seconds)
 
 
 def fixed_bytes(model: keras.Model, batch_size: int) -> int:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import keras
 
-from accumops.adapters.keras_functional import Node, call_node, graph_of, nodes_of, set_run
+from accumops.adapters.keras_functional import Node, call_node, graph_of, nodes_of, run_of, set_run
 from accumops.memory.recompute import Recomputation, with_value
 
 
@@ -61,24 +61,41 @@ def run_in_segments(graph: keras.Function, segments: Sequence[Segment]) -> None:
         graph: The graph.
         segments: The segments that are recomputed or not, in their order. Calls that are in no segment run as they are.
     """
-    nodes = nodes_of(graph)
-    parts: list[_Part] = []
-    position = 0
-    for segment in segments:
-        parts.append(_Part(nodes, Segment(position, segment.begin, False), graph))
-        parts.append(_Part(nodes, segment, graph))
-        position = segment.end
-    parts.append(_Part(nodes, Segment(position, len(nodes), False), graph))
-    parts = [part for part in parts if part.nodes]
-    inputs, outputs = [id(each) for each in graph.inputs], [id(each) for each in graph.outputs]
+    set_run(graph, _Run(graph, segments) if any(segment.recomputed for segment in segments) else None)
 
-    def run(tensors: list[Any], settings: dict[str, Any]) -> list[Any]:
-        values = dict(zip(inputs, tensors, strict=True))
-        for part in parts:
+
+def segments_of(graph: keras.Function) -> list[Segment]:
+    """Returns the segments that a graph runs in; none if it runs as Keras does."""
+    run = run_of(graph)
+    return run.segments if isinstance(run, _Run) else []
+
+
+class _Run:
+    """Runs a graph in segments.
+
+    Args:
+        graph: The graph.
+        segments: The segments.
+    """
+
+    def __init__(self, graph: keras.Function, segments: Sequence[Segment]) -> None:
+        self.segments = list(segments)
+        nodes = nodes_of(graph)
+        parts: list[_Part] = []
+        position = 0
+        for segment in segments:
+            parts.append(_Part(nodes, Segment(position, segment.begin, False), graph))
+            parts.append(_Part(nodes, segment, graph))
+            position = segment.end
+        parts.append(_Part(nodes, Segment(position, len(nodes), False), graph))
+        self._parts = [part for part in parts if part.nodes]
+        self._inputs, self._outputs = [id(each) for each in graph.inputs], [id(each) for each in graph.outputs]
+
+    def __call__(self, tensors: list[Any], settings: dict[str, Any]) -> list[Any]:
+        values = dict(zip(self._inputs, tensors, strict=True))
+        for part in self._parts:
             part.run(values, settings)
-        return [values[each] for each in outputs]
-
-    set_run(graph, run if any(segment.recomputed for segment in segments) else None)
+        return [values[each] for each in self._outputs]
 
 
 class _Part:
