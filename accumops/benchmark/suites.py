@@ -7,7 +7,7 @@ from types import ModuleType
 
 import tensorflow as tf
 
-from accumops.benchmark import accumulate, batch_norm, memory, memory_goals, recompute, update, window, window_loss
+from accumops.benchmark import accumulate, batch_norm, goals, limit, memory, recompute, update, window, window_loss
 from accumops.benchmark.result import Result
 from accumops.verification.runner import backend, no_retracing_warnings
 
@@ -18,7 +18,8 @@ SUITES: dict[str, ModuleType] = {
     "window": window,
     "window-loss": window_loss,
     "recompute": recompute,
-    "memory-goals": memory_goals,
+    "goals": goals,
+    "limit": limit,
     "memory": memory,
 }
 

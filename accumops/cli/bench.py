@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from accumops.benchmark import Result, Row
 
 NOTHING_TO_MEASURE = 3
-SUITES = ("accumulate", "update", "batch-norm", "window", "window-loss", "recompute", "memory")
+SUITES = ("accumulate", "update", "batch-norm", "window", "window-loss", "recompute", "goals", "limit", "memory")
 
 
 @click.command()
@@ -33,7 +33,7 @@ SUITES = ("accumulate", "update", "batch-norm", "window", "window-loss", "recomp
 @click.option(
     "--rounds",
     type=click.IntRange(min=2),
-    show_default="30, for window-loss and recompute 10, for memory 3",
+    show_default="30, for window-loss, recompute and limit 10, for goals and memory 3",
     help="Measurements of each contender.",
 )
 @json_option
@@ -57,6 +57,8 @@ def bench(
     window      4 micro-batches of 16 and their update, in six models
     window-loss a contrastive loss over the whole batch: time and memory
     recompute   training that computes activations again: time and memory
+    goals       recompute for memory goals: the planned and the measured peak
+    limit       recompute or a smaller micro-batch, in the same memory
     memory      peak memory of training by effective batch size
 
     Each suite has a floor to compare with: the time that the memory's bandwidth allows, the time of forward and

@@ -16,6 +16,8 @@ from accumops.benchmark import (
     bandwidth,
     batch_norm,
     contender,
+    goals,
+    limit,
     memory,
     models,
     recompute,
@@ -53,6 +55,9 @@ CONTENDERS = {
     | {"accumops, accum_steps, lazy_sparse", "accumops, micro_batch_size, lazy_sparse"},
     "window-loss": {window_loss.FLOOR, "accumops, loss_over='window'", "the batch at once"},
     "recompute": {recompute.FLOOR, "segments=8", 'policy="cheap"'},
+    "goals": {f"{which}{what}" for which in (goals.FLOOR, "goal 1", "goal 2") for what in (", predicted", "")}
+    | {"goal 1, the goal", "goal 2, the goal"},
+    "limit": {"all activations kept", "2 times the samples, recomputed"},
     "memory": {"a micro-batch of 16, without accumulation", "the batch at once", "accumops, micro_batch_size"}
     | {"Keras, gradient_accumulation_steps", "accumops, accum_steps"},
 }
@@ -71,6 +76,14 @@ def small_network():
     return keras.Sequential([keras.Input((32, 32, 3)), *body])
 
 
+def deep_network():
+    layers = keras.layers
+    inputs = hidden = keras.Input((16, 16, 4))
+    for _ in range(12):
+        hidden = layers.Add()([layers.ReLU()(layers.Conv2D(4, 3, padding="same")(hidden)), hidden])
+    return keras.Model(inputs, layers.Dense(models.CLASSES)(layers.GlobalAveragePooling2D()(hidden)))
+
+
 class InThisProcess:
     """In place of a process for each peak: the samples of a batch in MiB."""
 
@@ -83,6 +96,13 @@ class InThisProcess:
     def call(self, function, *, samples=1, **arguments):
         assert function in (memory.peak_bytes, window_loss.peak_bytes, recompute.peak_bytes)
         return samples << 20
+
+
+class Direct(InThisProcess):
+    """In place of a process: a call."""
+
+    def call(self, function, **arguments):
+        return function(**arguments)
 
 
 @pytest.fixture
@@ -110,6 +130,13 @@ def small(monkeypatch):
     for name, value in (("BATCH", 8), ("MICRO", 4), ("SIDE", 4), ("CHANNELS", 2)):
         monkeypatch.setattr(window_loss, name, value)
     monkeypatch.setattr(memory, "SIZES", (32, 64))
+    monkeypatch.setattr(goals, "ChildProcess", Direct)
+    for name, value in (("MODELS", ("small",)), ("GOALS", 2), ("BATCH", 32)):
+        monkeypatch.setattr(goals, name, value)
+    monkeypatch.setattr(goals, "network", lambda name: deep_network())
+    for name, value in (("SMALL", (4,)), ("FACTORS", (2,))):
+        monkeypatch.setattr(limit, name, value)
+    monkeypatch.setattr(limit, "NETWORKS", {"small": deep_network})
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -127,7 +154,7 @@ def test_suites(suite, tmp_path):
         assert row["note"] is None
         assert row["name"] in result.stdout
         assert row["case"] in result.stdout or len({each["case"] for each in rows}) == 1
-        value = "peak_bytes" if suite == "memory" or row["case"].startswith("memory") else "milliseconds"
+        value = "peak_bytes" if suite in ("memory", "goals") or row["case"].startswith("memory") else "milliseconds"
         assert row[value] > 0
         floors = [each[value] for each in rows if each["case"] == row["case"] and each["floor"]]
         assert len(floors) == 1
