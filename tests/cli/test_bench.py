@@ -131,7 +131,7 @@ def small(monkeypatch):
         monkeypatch.setattr(window_loss, name, value)
     monkeypatch.setattr(memory, "SIZES", (32, 64))
     monkeypatch.setattr(goals, "ChildProcess", Direct)
-    for name, value in (("MODELS", ("small",)), ("GOALS", 2), ("BATCH", 32)):
+    for name, value in (("MODELS", ("small",)), ("GOALS", 2), ("BATCH", 64)):
         monkeypatch.setattr(goals, name, value)
     monkeypatch.setattr(goals, "network", lambda name: deep_network())
     for name, value in (("SMALL", (4,)), ("FACTORS", (2,))):
