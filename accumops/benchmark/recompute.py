@@ -1,5 +1,6 @@
 """The `recompute` suite: training that computes activations again: its time and its memory."""
 
+import functools
 from collections.abc import Callable
 
 import keras
@@ -13,6 +14,7 @@ from accumops.memory.recompute_layers import recompute_layers
 
 ROUNDS = 10
 CONV_BLOCKS, ATTENTION_BLOCKS = 48, 12
+SEGMENTS = (2, 4, 8, 16)
 _PROCESSES = 3  # for each peak
 _WARMUP = 2
 
@@ -113,6 +115,6 @@ NETWORKS: dict[str, Callable[[], tuple[keras.Model, int]]] = {
 }
 CONTENDERS: dict[str, Callable[[keras.Model], keras.Model]] = {
     FLOOR: lambda model: model,
-    "segments=8": lambda model: recompute_layers(model, segments=8),
+    **{f"segments={count}": functools.partial(recompute_layers, segments=count) for count in SEGMENTS},
     'policy="cheap"': lambda model: recompute_layers(model, policy="cheap"),
 }

@@ -134,6 +134,8 @@ def small(monkeypatch):
     for name, value in (("MODELS", ("small",)), ("GOALS", 2), ("BATCH", 64)):
         monkeypatch.setattr(goals, name, value)
     monkeypatch.setattr(goals, "network", lambda name: deep_network())
+    for count in (2, 4, 16):
+        monkeypatch.delitem(recompute.CONTENDERS, f"segments={count}")
     for name, value in (("SMALL", (4,)), ("FACTORS", (2,))):
         monkeypatch.setattr(limit, name, value)
     monkeypatch.setattr(limit, "NETWORKS", {"small": deep_network})
