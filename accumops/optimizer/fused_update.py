@@ -23,6 +23,7 @@ from accumops.adapters.keras_optimizer import decays, index_of, replacing_arithm
 from accumops.ops import library
 from accumops.ops.variables import tf_variable
 from accumops.optimizer.nonfinite import apply_if_finite, scale_of_loss
+from accumops.window.buckets import in_buckets
 from accumops.window.connected_variables import Connected
 from accumops.window.micro_batch import Window
 from accumops.window.recorded_operations import Recording
@@ -177,15 +178,18 @@ class _Update:
 
     def _step_all(self, positions: Sequence[int], learning_rate: tf.Tensor) -> None:
         for window, scales in zip(self._windows, self._scales, strict=True):
-            # One op for the variables whose last gradient is folded in, and one for the others.
-            for folded in (True, False):
-                chosen = [i for i in positions if (i in window.latest) == folded]
-                if chosen:
-                    with window.place(self._variables[0]):
-                        self._step_in_one_op(window, chosen, scales, learning_rate, folded)
+            # One op for the variables whose last gradient is folded in, or a few, and one for the others.
+            folded = [i for i in positions if i in window.latest]
+            others = [i for i in positions if i not in window.latest]
+            latest = [window.latest.get(i) for i in range(len(self._variables))]
+            with window.place(self._variables[0]):
+                for chosen in in_buckets(folded, latest, self._variables):
+                    self._step_in_one_op(window, chosen, scales, learning_rate, folded=True)
+                if others:
+                    self._step_in_one_op(window, others, scales, learning_rate, folded=False)
 
     def _step_in_one_op(
-        self, window: Window, chosen: Sequence[int], scales: tf.Tensor, learning_rate: tf.Tensor, folded: bool
+        self, window: Window, chosen: Sequence[int], scales: tf.Tensor, learning_rate: tf.Tensor, *, folded: bool
     ) -> None:
         optimizer, rule = self._optimizer, self._rule
         # The optimizer may have been built for more variables, or in another order.

@@ -26,6 +26,7 @@ from accumops import ops
 from accumops.adapters.untracked import Untracked
 from accumops.arguments import Schedule, check_reduction, name_of
 from accumops.window import replicas
+from accumops.window.buckets import in_buckets
 from accumops.window.connected_variables import Connected, Connections
 from accumops.window.counters import Counters
 from accumops.window.members import Members
@@ -193,9 +194,13 @@ class WindowState(tf.Module):
         Returns:
             If a window is to be dropped for it, whether these gradients are finite; otherwise None.
         """
-        positions = list(positions)
-        if not positions:
-            return None
+        groups = in_buckets(positions, batch.gradients, self.accumulators)
+        finite = [self._sum_together(batch, group) for group in groups]
+        flags = [each for each in finite if each is not None]
+        return tf.reduce_all(flags) if flags else None
+
+    def _sum_together(self, batch: MicroBatch, positions: Sequence[int]) -> tf.Tensor | None:
+        """As `_sum`, in one operation."""
         accumulators = [self.accumulators[i] for i in positions]
         gradients = [batch.gradients[i] for i in positions]
         return ops.accumulate(
