@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from accumops.registration import register
 
 if TYPE_CHECKING:
-    from accumops import losses, ops
+    from accumops import layers, losses, ops
     from accumops.memory.profile import memory_profile
     from accumops.memory.recompute import recompute
     from accumops.memory.recompute_layer import Recompute
@@ -40,6 +40,7 @@ __all__ = [
     "Recompute",
     "build_info",
     "get_backend",
+    "layers",
     "losses",
     "memory_profile",
     "ops",
@@ -76,7 +77,18 @@ _MODULES = {
     "set_backend": "accumops.ops",
     "window_gradients": "accumops.memory.window_gradients",
 }
-_SUBMODULES = ("adapters", "arguments", "losses", "memory", "normalization", "ops", "optimizer", "training", "window")
+_SUBMODULES = (
+    "adapters",
+    "arguments",
+    "layers",
+    "losses",
+    "memory",
+    "normalization",
+    "ops",
+    "optimizer",
+    "training",
+    "window",
+)
 
 
 def __getattr__(name: str) -> Any:
@@ -105,4 +117,4 @@ def _version() -> str:
         return "0+unknown"
 
 
-register(sorted({*_MODULES.values(), "accumops.losses"}))
+register(sorted({*_MODULES.values(), "accumops.layers", "accumops.losses"}))

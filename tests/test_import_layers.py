@@ -11,7 +11,7 @@ FLOORS = (
     {"ops"},
     {"window"},
     {"optimizer", "normalization"},
-    {"memory", "losses"},
+    {"memory", "losses", "layers"},
     {"training"},
     {"verification"},
     {"benchmark"},

@@ -52,14 +52,14 @@ def test_type_checkers_and_the_table_see_the_same_names():
     block = next(node for node in tree.body if isinstance(node, ast.If))
     imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
     seen = {alias.name: node.module for node in imports for alias in node.names}
-    assert seen == accumops._MODULES | {"losses": "accumops", "ops": "accumops"}
+    assert seen == accumops._MODULES | dict.fromkeys(("layers", "losses", "ops"), "accumops")
     assert sorted(seen) == sorted(accumops.__all__)
 
 
 def test_names_are_those_of_their_modules():
     for name in accumops.__all__:
         value = getattr(accumops, name)
-        home = "accumops" if name in ("losses", "ops") else accumops._MODULES[name]
+        home = "accumops" if name in ("layers", "losses", "ops") else accumops._MODULES[name]
         assert value is getattr(importlib.import_module(home), name)
     assert accumops.GradientAccumulator.__module__ == "accumops.window.accumulator"
 
@@ -73,6 +73,7 @@ def test_modules_are_attributes():
     for module in (
         "adapters",
         "arguments",
+        "layers",
         "losses",
         "memory",
         "normalization",
