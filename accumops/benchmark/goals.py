@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import keras
 
+from accumops.adapters.keras_functional import graph_of
 from accumops.benchmark.child_process import ChildProcess
 from accumops.benchmark.result import Result, Row
-from accumops.memory.profile import memory_profile
+from accumops.memory.profile import memory_of_device, memory_profile, peak_of_step
 from accumops.memory.recompute_layers import recompute_layers
 
 ROUNDS = 3
@@ -51,11 +52,12 @@ def points(name: str, rounds: int) -> dict[str, dict[str, int]]:
         name: A model of `keras.applications`.
         rounds: Measurements of each peak.
     """
-    net = network(name)
+    net, memory = network(name), memory_of_device()
 
     def peaks() -> dict[str, int]:
-        steps = [memory_profile(net, BATCH).steps[-1] for _ in range(rounds)]
-        return {", predicted": steps[0].predicted, "": sorted(step.measured or 0 for step in steps)[rounds // 2]}
+        predicted = memory_profile(net, BATCH, measure=False).steps[-1].predicted
+        measured = sorted(peak_of_step(graph_of(net), BATCH, memory) for _ in range(rounds))
+        return {", predicted": predicted, "": measured[rounds // 2]}
 
     found = {FLOOR: peaks()}
     most = found[FLOOR][", predicted"]

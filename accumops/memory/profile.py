@@ -156,7 +156,7 @@ def memory_profile(
     use. The measurement runs one training step for each batch size, without an update: no variable changes. It is
     what TensorFlow's allocator has given out, which may be up to twice a tensor's size; on a CPU the allocator counts
     tensors of 256 KiB and more. An allocator that does not count at all (`TF_ENABLE_ONEDNN_OPTS=0` on a CPU) leaves it
-    to the operating system, which cannot see memory that TensorFlow keeps and uses again.
+    to the operating system, which cannot see memory that TensorFlow keeps and uses again; so does XLA on a CPU.
 
     A model that recomputes (`recompute_layers`) is shown without recompute and as it is.
 
@@ -191,7 +191,7 @@ def memory_profile(
     regions = regions_of(graph)
     chosen = _segments_by_region(regions)
     plain: list[list[Segment]] = [[] for _ in regions]
-    memory = _memory() if measure else None
+    memory = memory_of_device(jit_compile=jit_compile) if measure else None
     steps: list[StepMemory] = []
     layers: tuple[LayerMemory, ...] = ()
     for size in sizes:
@@ -203,7 +203,7 @@ def memory_profile(
             measured = None
             if memory is not None:
                 with _running_in(regions, segments):
-                    measured = _measured(graph, size, memory, jit_compile)
+                    measured = peak_of_step(graph, size, memory, jit_compile=jit_compile)
             backward = round(taken.peak - taken.kept)
             steps.append(StepMemory(size, segments is chosen, inputs, round(taken.kept), backward, measured))
         layers = _layers(costs, calls, chosen, size)
@@ -290,16 +290,30 @@ def _layers(
     return tuple(found)
 
 
-def _memory() -> DeviceMemory:
+def memory_of_device(*, jit_compile: bool = False) -> DeviceMemory:
+    """Returns what counts the memory of training steps: TensorFlow's allocator, or else the operating system.
+
+    Args:
+        jit_compile: Whether XLA compiles the steps. On a CPU its memory does not come from the allocator.
+    """
     device = "GPU:0" if tf.config.list_logical_devices("GPU") else "CPU:0"
+    if device == "CPU:0" and jit_compile:
+        return ResidentMemory()
     try:
         return AllocatorMemory(device)
     except ValueError:  # the allocator does not count
         return ResidentMemory()
 
 
-def _measured(graph: keras.Function, batch_size: int, memory: DeviceMemory, jit_compile: bool) -> int:
-    """The peak of a training step, in bytes above the memory before."""
+def peak_of_step(graph: keras.Function, batch_size: int, memory: DeviceMemory, *, jit_compile: bool = False) -> int:
+    """Runs a training step that changes no variable, and returns its peak in bytes above the memory before.
+
+    Args:
+        graph: The graph of layers.
+        batch_size: Samples a batch.
+        memory: Counts the memory.
+        jit_compile: Whether XLA compiles the step.
+    """
 
     @tf.function(autograph=False, jit_compile=jit_compile)
     def step(tensors: list[tf.Tensor]) -> list[tf.Tensor]:
