@@ -90,14 +90,19 @@ def test_table_and_picture(tmp_path):
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
 
 
+def nested():
+    inputs = keras.Input((16, 16, 8))
+    return keras.Model(inputs, L.Dense(2)(L.Dense(4, "gelu")(deep(6)(L.Conv2D(8, 3, padding="same")(inputs)))))
+
+
 @pytest.mark.parametrize("policy", ["plan", "count"])
-@pytest.mark.parametrize("net", [deep, wide])
+@pytest.mark.parametrize("net", [deep, wide, nested])
 def test_what_a_plan_says_is_what_its_segments_take(policy, net):
     net = net()
     regions = regions_of(net)
     calls = costs_of(net, regions, 8)
     costs = costs_by_region(regions, calls, [[1.0] * len(each) for each in calls])
-    least, most = smallest_goal(costs), taken_by(costs, calls, [[]]).peak
+    least, most = smallest_goal(costs), taken_by(costs, calls, [[] for _ in regions]).peak
     for part in (0.0, 0.2, 0.6, 1.0):
         goal = least + part * (most - least)
         plan = plan_of_count(costs, 2 + int(4 * part)) if policy == "count" else plan_for(costs, goal)
