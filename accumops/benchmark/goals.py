@@ -59,16 +59,19 @@ def points(name: str, rounds: int) -> dict[str, dict[str, int]]:
         measured = sorted(peak_of_step(graph_of(net), BATCH, memory) for _ in range(rounds))
         return {", predicted": predicted, "": measured[rounds // 2]}
 
-    found = {FLOOR: peaks()}
-    most = found[FLOOR][", predicted"]
+    plain = memory_profile(net, BATCH, measure=False)
+    fixed, most = plain.weights + plain.state, plain.steps[0].predicted
     recompute_layers(net, segments=64)
-    profile = memory_profile(net, BATCH, measure=False)
-    least = profile.steps[-1].predicted
-    for i in range(1, GOALS + 1):
+    least = memory_profile(net, BATCH, measure=False).steps[-1].predicted
+    found: dict[str, dict[str, int]] = {}
+    # From the smallest on: what an earlier step has left in the allocator would be given to smaller tensors.
+    for i in range(GOALS, 0, -1):
         goal = round(most - (most - least) * i / (GOALS + 1))
-        recompute_layers(net, memory=profile.weights + profile.state + goal, batch_size=BATCH)
+        recompute_layers(net, memory=fixed + goal, batch_size=BATCH)
         found[f"goal {i}"] = {", the goal": goal, **peaks()}
-    return found
+    recompute_layers(net, segments=0)
+    found[FLOOR] = peaks()
+    return dict(reversed(found.items()))
 
 
 def network(name: str) -> keras.Model:

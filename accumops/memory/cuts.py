@@ -17,6 +17,7 @@ from accumops.memory.layer_costs import ELSEWHERE, CallCosts
 from accumops.memory.segments import Region, Segment
 
 _STATES = 64  # pairs at a position
+_CHEAP_SLACK = 1.1  # the last tenth of the memory would cost a fifth of the recomputation
 
 
 class Plan(NamedTuple):
@@ -358,7 +359,7 @@ def _step_back(costs: Costs, table: np.ndarray, goal: float, k: int, point: int)
 
 
 def cheap_plan(costs: Sequence[Costs], calls: Sequence[Sequence[CallCosts]]) -> list[list[Segment]]:
-    """Returns segments in which no convolution or matrix product is computed again, with the smallest peak.
+    """Returns segments in which no convolution or matrix product is computed again, with about the smallest peak.
 
     The output of a call with one product is kept, if nothing behind the product but its output is. A call with others,
     such as attention, is not recomputed at all.
@@ -372,7 +373,7 @@ def cheap_plan(costs: Sequence[Costs], calls: Sequence[Sequence[CallCosts]]) -> 
         each.without_products(of_region, positions)
         for each, of_region, positions in zip(costs, calls, saved, strict=True)
     ]
-    plan = plan_for(cheap, 1.02 * smallest_goal(cheap))
+    plan = plan_for(cheap, _CHEAP_SLACK * smallest_goal(cheap))
     assert plan is not None
     result = []
     for region, positions, segments in zip([each.region for each in costs], saved, plan.segments, strict=True):

@@ -30,6 +30,8 @@ from accumops.training.wrapper import Wrapper, wrap_as_layer
 from accumops.training.xla_compilation import compiles_passes
 from accumops.window import replicas
 
+_PLAIN_ARGUMENTS = ("micro_batch_size", "parallel_micro_batches", "loss_over", "partial_window", "lazy_sparse")
+
 
 @keras.saving.register_keras_serializable(package="accumops")
 class GradientAccumulateModel(Wrapper):
@@ -415,16 +417,10 @@ class GradientAccumulateModel(Wrapper):
             "accum_steps": keras.saving.serialize_keras_object(
                 self.accum_steps if self._epochs is None else {str(epoch): steps for epoch, steps in self._epochs}
             ),
-            "micro_batch_size": self.micro_batch_size,
-            "parallel_micro_batches": self.parallel_micro_batches,
             "whole_inputs": list(self.whole_inputs),
-            "loss_over": self.loss_over,
             "normalization": keras.saving.serialize_keras_object(self.normalization),
-            "partial_window": self.partial_window,
             "gradient_clipping": keras.saving.serialize_keras_object(self.gradient_clipping),
-            "lazy_sparse": self.lazy_sparse,
-            "check_loss": self.check_loss,
-            "nonfinite": self.nonfinite,
+            **{name: getattr(self, name) for name in (*_PLAIN_ARGUMENTS, "check_loss", "nonfinite")},
         }
 
     @staticmethod
