@@ -177,8 +177,8 @@ def memory_profile(
 
     Example:
 
-    >>> net = keras.applications.MobileNetV2(input_shape=(32, 32, 3), weights=None, classes=10)
-    >>> profile = accumops.memory_profile(accumops.recompute_layers(net, segments=4), 8)
+    >>> net = keras.Sequential([keras.Input((64,)), *(keras.layers.Dense(64, "relu") for _ in range(6))])
+    >>> profile = accumops.memory_profile(accumops.recompute_layers(net, segments=3), 8)
     >>> all_kept, recomputed = profile.steps
     >>> recomputed.activations < all_kept.activations
     True

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from crosses import cross
 
 import accumops
 from accumops.adapters.tensorflow import operations_within
@@ -39,9 +40,21 @@ def trained(how, nonfinite="propagate", jit_compile=False):
     return model, [np.asarray(variable) for variable in model.variables]
 
 
-@pytest.mark.parametrize("nonfinite", ["propagate", "skip", "drop"])
-@pytest.mark.parametrize("how", [{"accum_steps": 2}, {"micro_batch_size": 3}], ids=str)
+WAYS = {"accum_steps": {"accum_steps": 2}, "micro_batch_size": {"micro_batch_size": 3}}
+DEFAULT = [
+    ("accum_steps", "propagate", "fused"),
+    ("micro_batch_size", "drop", "fused"),
+    ("micro_batch_size", "skip", "reference"),
+]
+
+
+@pytest.mark.parametrize(
+    ("how", "nonfinite", "backend"),
+    cross(WAYS, ["propagate", "skip", "drop"], ["fused", "reference"], default=lambda *case: case in DEFAULT),
+    indirect=["backend"],
+)
 def test_the_same_bits_as_in_one_operation(how, nonfinite, monkeypatch, backend):
+    how = WAYS[how]
     _, want = trained(how, nonfinite)
     monkeypatch.setattr(buckets, "BUCKET_BYTES", 4 << 10)
     monkeypatch.setattr(buckets, "SMALL_BYTES", 8 << 10)
