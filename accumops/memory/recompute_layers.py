@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 import re
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from accumops.memory.recompute import Recomputation
 from accumops.memory.segments import Region, Segment, regions_of, run_in_segments
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+# The times of each graph's calls: measured once, so that a lower goal never gets segments that take more.
+_SECONDS: weakref.WeakKeyDictionary[keras.Function, list[list[float]]] = weakref.WeakKeyDictionary()
 _SAMPLE = 2  # the batch that sizes are compared for where no goal is given
 
 
@@ -125,9 +128,11 @@ def measured(
     model: keras.Model, regions: Sequence[Region], batch_size: int
 ) -> tuple[list[list[CallCosts]], list[Costs]]:
     """Returns what the calls of each region cost, and what segments of them cost."""
-    calls = costs_of(graph_of(model), regions, batch_size)
-    seconds = seconds_of(regions, 1)
-    return calls, costs_by_region(regions, calls, seconds)
+    graph = graph_of(model)
+    calls = costs_of(graph, regions, batch_size)
+    if graph not in _SECONDS:
+        _SECONDS[graph] = seconds_of(regions, 1)
+    return calls, costs_by_region(regions, calls, _SECONDS[graph])
 
 
 def fixed_bytes(model: keras.Model, batch_size: int) -> int:

@@ -220,6 +220,22 @@ def test_memory_goals():
         accumops.recompute_layers(deep(), memory="100KB", batch_size=8)
 
 
+def test_a_lower_goal_never_takes_more():
+    net = deep()
+    profile = accumops.memory_profile(net, 8, measure=False)
+    fixed, most = profile.weights + profile.state, profile.steps[0].predicted
+    accumops.recompute_layers(net, segments=32)
+    least = accumops.memory_profile(net, 8, measure=False).steps[-1].predicted
+    peaks = [most]
+    for i in range(1, 11):
+        goal = most - (most - least) * i // 11
+        accumops.recompute_layers(net, memory=fixed + goal, batch_size=8)
+        peaks.append(accumops.memory_profile(net, 8, measure=False).steps[-1].predicted)
+        assert peaks[-1] <= goal
+    assert peaks == sorted(peaks, reverse=True)
+    assert len(set(peaks)) > 5
+
+
 def test_graphs_within_graphs():
     def model():
         base = deep(4)
