@@ -89,7 +89,10 @@ WRAPS = {
 @pytest.mark.parametrize(
     ("kind", "jit_compile", "policy"),
     cross(
-        WRAPS, [False, True], [True, False], default=lambda kind, jit, policy: not jit and policy == (kind == "window")
+        WRAPS,
+        [False, True],
+        [True, False],
+        default=lambda kind, jit, policy: not jit and (kind, policy) in (("accum_steps", False), ("window", True)),
     ),
 )
 def test_fit(kind, jit_compile, policy):
@@ -221,19 +224,19 @@ def test_memory_goals():
 
 
 def test_a_lower_goal_never_takes_more():
-    net = deep()
+    net = deep(6)
     profile = accumops.memory_profile(net, 8, measure=False)
     fixed, most = profile.weights + profile.state, profile.steps[0].predicted
     accumops.recompute_layers(net, segments=32)
     least = accumops.memory_profile(net, 8, measure=False).steps[-1].predicted
     peaks = [most]
-    for i in range(1, 11):
-        goal = most - (most - least) * i // 11
+    for i in range(1, 8):
+        goal = most - (most - least) * i // 8
         accumops.recompute_layers(net, memory=fixed + goal, batch_size=8)
         peaks.append(accumops.memory_profile(net, 8, measure=False).steps[-1].predicted)
         assert peaks[-1] <= goal
     assert peaks == sorted(peaks, reverse=True)
-    assert len(set(peaks)) > 5
+    assert len(set(peaks)) > 3
 
 
 def test_graphs_within_graphs():
