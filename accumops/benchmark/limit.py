@@ -8,11 +8,9 @@ import dataclasses
 from collections.abc import Callable
 
 import keras
-import tensorflow as tf
 
-from accumops.benchmark import training
 from accumops.benchmark.contender import Contender, time_contenders
-from accumops.benchmark.recompute import convolutional, transformer
+from accumops.benchmark.recompute import convolutional, training_step, transformer
 from accumops.benchmark.result import Result
 from accumops.memory.profile import memory_profile
 from accumops.memory.recompute_layers import recompute_layers
@@ -72,17 +70,7 @@ def _step(network: str, batch_size: int, limit: int | None = None) -> Callable[[
     model = NETWORKS[network]()
     if limit is not None:
         recompute_layers(model, memory=limit, batch_size=batch_size)
-    gradients_of = training.gradients_of(model)
-    x = tf.random.stateless_normal((batch_size, *model.input_shape[1:]), [1, 0])
-    y = tf.range(batch_size) % 10
-
-    @tf.function
-    def step() -> list[tf.Tensor]:
-        loss, gradients = gradients_of(x, y)
-        return [loss, *(tf.reduce_sum(gradient) for gradient in gradients)]
-
-    step.get_concrete_function()
-    return step
+    return training_step(model, batch_size)
 
 
 def _application(name: str) -> Callable[[], keras.Model]:

@@ -96,7 +96,17 @@ def transformer() -> tuple[keras.Model, int]:
 
 def _step(network: str, contender: str) -> Callable[[], object]:
     model, batch = NETWORKS[network]()
-    gradients_of = training.gradients_of(CONTENDERS[contender](model))
+    return training_step(CONTENDERS[contender](model), batch)
+
+
+def training_step(model: keras.Model, batch: int) -> Callable[[], object]:
+    """Returns a function, traced, that computes the gradients of random samples, and uses all of them.
+
+    Args:
+        model: The model.
+        batch: How many samples.
+    """
+    gradients_of = training.gradients_of(model)
     x = tf.random.stateless_normal((batch, *model.input_shape[1:]), [1, 0])
     y = tf.range(batch) % 10
 
