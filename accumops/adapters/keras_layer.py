@@ -1,12 +1,15 @@
 """What accumops uses of Keras's layers beyond their public interface."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from accumops.adapters.upstream import relies_on, sample
+
+_MIXED = "recompute in mixed precision"
 
 
 @relies_on(
@@ -69,12 +72,25 @@ def regularization_losses(layer: keras.Layer) -> list[tf.Tensor]:
     return list(layer._get_regularization_losses())
 
 
-@relies_on("keras.src.backend.common.variables.AutocastScope(dtype)", feature="recompute in mixed precision")
-def values_of(variables: Sequence[keras.Variable]) -> list[tf.Tensor]:
-    """The values of variables in their own dtype, whatever dtype the layer that is being called computes in."""
-    from keras.src.backend.common.variables import AutocastScope
+@contextlib.contextmanager
+@relies_on("keras.src.backend.common.global_state.set_global_attribute(name, value)", feature=_MIXED)
+@relies_on("keras.src.backend.common.global_state.get_global_attribute(name)", feature=_MIXED)
+def without_autocast() -> Iterator[None]:
+    """Has variables keep their own dtype in a block, whatever dtype the layer that is being called computes in."""
+    from keras.src.backend.common import global_state
 
-    with AutocastScope(None):
+    # An `AutocastScope(None)` would not do: in it, variables seem to have the dtype of `keras.config.floatx()`.
+    scope = global_state.get_global_attribute("autocast_scope")
+    global_state.set_global_attribute("autocast_scope", None)
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute("autocast_scope", scope)
+
+
+def values_of(variables: Sequence[keras.Variable]) -> list[tf.Tensor]:
+    """The values of variables in their own dtype."""
+    with without_autocast():
         return [tf.identity(tf.convert_to_tensor(variable)) for variable in variables]
 
 
@@ -103,7 +119,8 @@ class StateRecorder(keras.StatelessScope):
         state: Sequence[tuple[keras.Variable, tf.Tensor]],
         values: Sequence[tuple[keras.Variable, tf.Tensor]] = (),
     ) -> None:
-        super().__init__([*state, *values], collect_losses=True)
+        with without_autocast():  # the base class casts values to the dtypes that the variables seem to have
+            super().__init__([*state, *values], collect_losses=True)
         self._known = {id(variable) for variable, _ in state}
         self.unknown: list[tuple[keras.Variable, str]] = []
         """Other variables that were assigned, and the scope of names where."""

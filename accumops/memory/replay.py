@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from accumops.adapters.keras_layer import StateRecorder, layer_that_added, layers_within, values_of
+from accumops.adapters.keras_layer import StateRecorder, layer_that_added, layers_within, values_of, without_autocast
 from accumops.adapters.keras_model import own_metrics
 from accumops.adapters.tensorflow import is_recorded, operations_within, without_strategy
 from accumops.normalization.layer import collecting_moments
@@ -141,10 +141,11 @@ class Stretch:
             ]
             return run.outputs, run.losses
 
-        specs = (
-            [tf.TensorSpec(variable.shape, variable.dtype) for variable in variables]
-            for variables in (self.variables, self.trainable)
-        )
+        with without_autocast():
+            specs = [
+                [tf.TensorSpec(variable.shape, variable.dtype) for variable in variables]
+                for variables in (self.variables, self.trainable)
+            ]
         function = tf.function(trace, autograph=False)
         concrete = without_strategy(lambda: function.get_concrete_function(*specs, args, kwargs))
         for tensor, _ in concrete.graph.captures:

@@ -245,8 +245,12 @@ def test_a_float32_layer_in_a_model_of_mixed_precision():
         plain, wrapped = model(lambda part: part), model(accumops.Recompute)
         for each in (plain, wrapped):
             each.set_weights([weight + 1e-3 for weight in each.get_weights()])  # no values of bfloat16
+        cut = accumops.recompute_layers(model(lambda part: part), segments=lambda layer: True)
+        cut.set_weights(plain.get_weights())
         x = SEQUENCES[:, 0]
-        assert_same(results(wrapped, x), results(plain, x))
+        want = results(plain, x)
+        assert_same(results(wrapped, x), want)
+        assert_same(results(cut, x), want)
     finally:
         keras.mixed_precision.set_global_policy("float32")
 

@@ -212,6 +212,11 @@ def test_less_is_kept_and_no_product_computed_again():
     assert kept_bytes(cheap, 8) < all_of_it / 1.7
 
 
+def test_a_wrapped_model_recomputes():
+    for wrap in (WRAPS["accum_steps"], WRAPS["micro_batch_size"]):
+        assert kept_bytes(wrap(accumops.recompute_layers(deep(), segments=4)), 8) < kept_bytes(deep(), 8) / 2.5
+
+
 def test_memory_goals():
     sizes = []
     for goal in ("4MB", "3MB", 2_000_000):
