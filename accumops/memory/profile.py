@@ -155,8 +155,9 @@ def memory_profile(
     The prediction is found in a trace of a training step and counts the bytes of tensors, each let go after its last
     use. The measurement runs one training step for each batch size, without an update: no variable changes. It is
     what TensorFlow's allocator has given out, which may be up to twice a tensor's size; on a CPU the allocator counts
-    tensors of 256 KiB and more. An allocator that does not count at all (`TF_ENABLE_ONEDNN_OPTS=0` on a CPU) leaves it
-    to the operating system, which cannot see memory that TensorFlow keeps and uses again; so does XLA on a CPU.
+    tensors of 256 KiB and more. Where the allocator does not count, the operating system
+    does: on a CPU under XLA, and with `TF_ENABLE_ONEDNN_OPTS=0`. It cannot see memory that TensorFlow keeps and uses
+    again.
 
     A model that recomputes (`recompute_layers`) is shown without recompute and as it is.
 
