@@ -114,6 +114,16 @@ def test_what_a_plan_says_is_what_its_segments_take(policy, net):
             assert taken.peak <= plan.peak
 
 
+def test_gradients_of_weights_count():
+    inner = keras.Sequential([keras.Input((256,)), L.Dense(256), L.Dense(256)])
+    net = keras.Sequential([keras.Input((256,)), L.Dense(256), inner, L.Dense(256)])
+    profile = accumops.memory_profile(net, 2, measure=False)
+    activations = 16 * 2 * 256 * 4
+    assert profile.weights <= profile.steps[0].predicted <= profile.weights + activations
+    net.layers[0].trainable = False
+    assert accumops.memory_profile(net, 2, measure=False).steps[0].predicted < profile.weights
+
+
 def test_frozen_layers_keep_little():
     net = deep(4)
     for layer in net.layers[:-3]:
