@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     from accumops.ops import LibraryError, build_info, get_backend, set_backend
     from accumops.optimizer.clipping import AdaptiveGradientClipping
     from accumops.optimizer.optimizer import GradientAccumulateOptimizer
+    from accumops.planning.find_micro_batch_size import find_micro_batch_size
+    from accumops.planning.micro_batch_plan import MicroBatchPlan
     from accumops.training.backup import BackupAndRestore
     from accumops.training.callbacks import AccumStepsScheduler, EffectiveBatchSize, NonfiniteCount
     from accumops.training.model import GradientAccumulateModel
     from accumops.training.partial_window import PartialWindow
     from accumops.window.accumulator import GradientAccumulator
+    from accumops.window.current_window import current_window
 
     __version__: str
 
@@ -35,10 +38,13 @@ __all__ = [
     "GradientAccumulateOptimizer",
     "GradientAccumulator",
     "LibraryError",
+    "MicroBatchPlan",
     "NonfiniteCount",
     "PartialWindow",
     "Recompute",
     "build_info",
+    "current_window",
+    "find_micro_batch_size",
     "get_backend",
     "layers",
     "losses",
@@ -64,10 +70,13 @@ _MODULES = {
     "GradientAccumulateOptimizer": "accumops.optimizer.optimizer",
     "GradientAccumulator": "accumops.window.accumulator",
     "LibraryError": "accumops.ops",
+    "MicroBatchPlan": "accumops.planning.micro_batch_plan",
     "NonfiniteCount": "accumops.training.callbacks",
     "PartialWindow": "accumops.training.partial_window",
     "Recompute": "accumops.memory.recompute_layer",
     "build_info": "accumops.ops",
+    "current_window": "accumops.window.current_window",
+    "find_micro_batch_size": "accumops.planning.find_micro_batch_size",
     "get_backend": "accumops.ops",
     "memory_profile": "accumops.memory.profile",
     "recompute": "accumops.memory.recompute",
@@ -86,6 +95,7 @@ _SUBMODULES = (
     "normalization",
     "ops",
     "optimizer",
+    "planning",
     "training",
     "window",
 )

@@ -12,6 +12,7 @@ FLOORS = (
     {"window"},
     {"optimizer", "normalization"},
     {"memory", "losses", "layers"},
+    {"planning"},
     {"training"},
     {"verification"},
     {"benchmark"},

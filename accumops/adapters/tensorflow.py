@@ -145,3 +145,28 @@ def without_strategy(function: Callable[[], Any]) -> Any:
         return function()
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         return threads.submit(contextvars.copy_context().run, function).result()
+
+
+@relies_on(
+    "tensorflow.python.client.device_lib.list_local_devices()",
+    feature="the default memory limit on a GPU: without it `memory_limit` must be given",
+)
+def memory_limit_of_device(device: str) -> int:
+    """The bytes that TensorFlow may have on a device.
+
+    Args:
+        device: The device's name, such as `"GPU:0"`.
+
+    Raises:
+        ValueError: If this cannot be found.
+    """
+    try:
+        from tensorflow.python.client import device_lib
+
+        devices = device_lib.list_local_devices()
+    except (ImportError, AttributeError):
+        devices = []
+    found = [each.memory_limit for each in devices if each.name.endswith(f"device:{device}")]
+    if not found:
+        raise ValueError(f"The memory of {device} cannot be found. Give `memory_limit`.")
+    return int(found[0])

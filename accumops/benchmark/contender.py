@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from accumops.benchmark.result import Row
 from accumops.benchmark.timing import interleave, stopwatch
+from accumops.planning.child_process import problem_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +98,3 @@ def in_one_graph(steps: Callable[[], Sequence[Callable[[], object]]]) -> Callabl
             barrier = tf.group(*barrier.graph.get_operations()[before:])
 
     return run
-
-
-def problem_text(error: BaseException) -> str:
-    """Returns an error as a note: its type, and the first line of its message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

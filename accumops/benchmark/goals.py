@@ -5,10 +5,10 @@ from collections.abc import Callable
 import keras
 
 from accumops.adapters.keras_functional import graph_of
-from accumops.benchmark.child_process import ChildProcess
 from accumops.benchmark.result import Result, Row
 from accumops.memory.profile import memory_of_device, memory_profile, peak_of_step
 from accumops.memory.recompute_layers import recompute_layers
+from accumops.planning.child_process import ChildProcess
 
 ROUNDS = 3
 MODELS = ("ResNet50", "MobileNetV2", "DenseNet121", "EfficientNetB0")

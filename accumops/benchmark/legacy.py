@@ -9,9 +9,9 @@ from typing import Any
 import tensorflow as tf
 
 from accumops.benchmark import training
-from accumops.benchmark.child_process import ChildProcess
 from accumops.benchmark.contender import Contender, repeated
 from accumops.benchmark.models import PROBLEMS, Problem
+from accumops.planning.child_process import ChildProcess
 
 _PACKAGES = ("gradient_accumulator", "tf_keras")
 # Makes `tf.keras`, which GradientAccumulator uses, Keras 2.

@@ -8,11 +8,11 @@ import keras
 import tensorflow as tf
 
 from accumops.benchmark import training
-from accumops.benchmark.child_process import ChildProcess, ChildProcessFailed
 from accumops.benchmark.models import PROBLEMS, Problem
 from accumops.benchmark.result import Result, Row
 from accumops.benchmark.timing import interleave
 from accumops.memory.device_memory import AllocatorMemory, ResidentMemory
+from accumops.planning.child_process import ChildProcess, ChildProcessFailed
 from accumops.training.model import GradientAccumulateModel
 
 ROUNDS = 3

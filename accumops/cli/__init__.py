@@ -8,6 +8,7 @@ import click
 from accumops.cli.bench import bench
 from accumops.cli.demo import demo
 from accumops.cli.info import info
+from accumops.cli.plan import plan
 from accumops.cli.verify import verify
 
 __all__ = ["main"]
@@ -37,5 +38,5 @@ def main() -> None:
     """
 
 
-for _command in (info, verify, demo, bench):
+for _command in (info, verify, demo, bench, plan):
     main.add_command(_command)

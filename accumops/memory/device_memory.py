@@ -51,9 +51,16 @@ class AllocatorMemory:
 
 
 class ResidentMemory:
-    """This process's memory, as Linux counts it. It does not shrink when TensorFlow lets go of tensors."""
+    """A process's memory, as Linux counts it. It does not shrink when TensorFlow lets go of tensors.
+
+    Args:
+        pid: The process; None for this one.
+    """
 
     name = "the operating system"
+
+    def __init__(self, pid: int | None = None) -> None:
+        self._folder = Path("/proc") / ("self" if pid is None else str(pid))
 
     def now(self) -> int:
         """The bytes in use."""
@@ -61,7 +68,7 @@ class ResidentMemory:
 
     def forget_peak(self) -> None:
         """Has `peak` start anew."""
-        Path("/proc/self/clear_refs").write_text("5")
+        (self._folder / "clear_refs").write_text("5")
 
     def peak(self) -> int:
         """The most bytes in use since `forget_peak`."""
@@ -69,5 +76,5 @@ class ResidentMemory:
         return self._entry("VmHWM")
 
     def _entry(self, name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = (self._folder / "status").read_text().splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))

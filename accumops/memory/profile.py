@@ -1,12 +1,10 @@
 """Where the memory of training goes, as a table and a picture."""
 
-import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -19,7 +17,7 @@ from accumops.arguments import check_count
 from accumops.memory.cuts import Costs, costs_by_region, taken_by
 from accumops.memory.device_memory import AllocatorMemory, DeviceMemory, ResidentMemory
 from accumops.memory.layer_costs import CallCosts, costs_of
-from accumops.memory.segments import Region, Segment, regions_of, run_in_segments, segments_of
+from accumops.memory.segments import Segment, regions_of, running_in, segments_by_region
 from accumops.memory.training_trace import spec_of
 from accumops.optimizer.optimizer import GradientAccumulateOptimizer
 
@@ -190,7 +188,7 @@ def memory_profile(
     net = _network_of(model)
     graph = graph_of(net)
     regions = regions_of(graph)
-    chosen = _segments_by_region(regions)
+    chosen = segments_by_region(regions)
     plain: list[list[Segment]] = [[] for _ in regions]
     memory = memory_of_device(jit_compile=jit_compile) if measure else None
     steps: list[StepMemory] = []
@@ -203,7 +201,7 @@ def memory_profile(
             taken = taken_by(costs, calls, segments)
             measured = None
             if memory is not None:
-                with _running_in(regions, segments):
+                with running_in(regions, segments):
                     measured = peak_of_step(graph, size, memory, jit_compile=jit_compile)
             backward = round(taken.peak - taken.kept)
             steps.append(StepMemory(size, segments is chosen, inputs, round(taken.kept), backward, measured))
@@ -245,29 +243,6 @@ def _variables_of(model: keras.Model, net: keras.Model) -> dict[str, int]:
         "accumulators": ours,
         "slots": every - ours,
     }
-
-
-def _segments_by_region(regions: Sequence[Region]) -> list[list[Segment]]:
-    """The segments of each region that its graph runs in now."""
-    return [
-        [each for each in segments_of(region.graph) if region.begin <= each.begin < region.begin + len(region.nodes)]
-        for region in regions
-    ]
-
-
-@contextlib.contextmanager
-def _running_in(regions: Sequence[Region], segments: Sequence[Sequence[Segment]]) -> Iterator[None]:
-    """Has the graphs run in segments, for a while."""
-    graphs = {id(region.graph): region.graph for region in regions}.values()
-    before = [(graph, segments_of(graph)) for graph in graphs]
-    for graph in graphs:
-        parts = [part for region, part in zip(regions, segments, strict=True) if region.graph is graph]
-        run_in_segments(graph, list(itertools.chain(*parts)))
-    try:
-        yield
-    finally:
-        for graph, own in before:
-            run_in_segments(graph, own)
 
 
 def _layers(

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import math
-import re
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,16 +10,16 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from accumops.adapters.keras_functional import graph_of, set_run
+from accumops.adapters.keras_functional import graph_of
 from accumops.adapters.keras_layer import layers_within
 from accumops.adapters.tensorflow import without_strategy
 from accumops.arguments import check_count
 from accumops.memory.cuts import Costs, cheap_plan, costs_by_region, plan_for, plan_of_count, smallest_goal
 from accumops.memory.layer_costs import CallCosts, costs_of, seconds_of
 from accumops.memory.recompute import Recomputation
-from accumops.memory.segments import Region, Segment, regions_of, run_in_segments
+from accumops.memory.segments import Region, Segment, regions_of, run_regions
+from accumops.memory.sizes import bytes_from, readable
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 # The times of each graph's calls: measured once, so that a lower goal never gets segments that take more.
 _SECONDS: weakref.WeakKeyDictionary[keras.Function, list[list[float]]] = weakref.WeakKeyDictionary()
 _SAMPLE = 2  # the batch that sizes are compared for where no goal is given
@@ -91,12 +90,7 @@ def recompute_layers(
         chosen = [[] for _ in regions]
     else:
         chosen = _planned(model, regions, memory, batch_size, segments)
-    for each in {id(region.graph): region.graph for region in regions}.values():
-        set_run(each, None)
-        own = [
-            segment for region, part in zip(regions, chosen, strict=True) if region.graph is each for segment in part
-        ]
-        run_in_segments(each, own)
+    run_regions(regions, chosen)
     return model
 
 
@@ -114,11 +108,11 @@ def _planned(
         return cheap_plan(costs, calls)
     assert batch_size is not None
     fixed = fixed_bytes(model, batch_size)
-    plan = plan_for(costs, _bytes(memory) - fixed)
+    plan = plan_for(costs, bytes_from("memory", memory) - fixed)
     if plan is None:
         raise ValueError(
             f"No plan keeps '{model.name}' with batches of {batch_size} to memory={memory!r}. The smallest goal that "
-            f"one keeps to is {_readable(smallest_goal(costs) + fixed)}, {_readable(fixed)} of which are the weights "
+            f"one keeps to is {readable(smallest_goal(costs) + fixed)}, {readable(fixed)} of which are the weights "
             "and the batch. Give more memory or a smaller `batch_size`."
         )
     return plan.segments
@@ -190,19 +184,6 @@ def _has_graph(model: keras.Model) -> bool:
     return graph_of(model) is not None and type(model).call.__module__.startswith("keras.")
 
 
-def _bytes(memory: str | int) -> int:
-    if isinstance(memory, int):
-        return memory
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?)?B\s*", memory, re.IGNORECASE)
-    if match is None:
-        raise ValueError(f"`memory` must be a number of bytes, or like '4GB' or '500MiB'. Received: {memory!r}")
-    return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
-
-
-def _readable(size: float) -> str:
-    return f"{size / 2**20:.1f}MiB" if size < 2**30 else f"{size / 2**30:.2f}GiB"
-
-
 def _check(model: Any, memory: Any, batch_size: Any, segments: Any, policy: Any) -> None:
     if not isinstance(model, keras.Model):
         raise TypeError(f"`model` must be a keras.Model. Received: {model!r}")
@@ -220,11 +201,9 @@ def _check(model: Any, memory: Any, batch_size: Any, segments: Any, policy: Any)
     if policy not in (None, "cheap"):
         raise ValueError(f"`policy` must be 'cheap'. Received: {policy!r}")
     if memory is not None:
-        if isinstance(memory, bool) or not isinstance(memory, str | int):
-            raise TypeError(f"`memory` must be a number of bytes, or like '4GB'. Received: {memory!r}")
+        bytes_from("memory", memory)
         if batch_size is None:
             raise ValueError("`memory` needs `batch_size`, the samples of a batch or micro-batch.")
-        _bytes(memory)
     if batch_size is not None:
         check_count("batch_size", batch_size, "a number of samples")
     if isinstance(segments, bool | str | float):

@@ -1,5 +1,7 @@
 """A graph of layers that is run in segments, some of which are recomputed."""
 
+import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -68,6 +70,42 @@ def segments_of(graph: keras.Function) -> list[Segment]:
     """Returns the segments that a graph runs in; none if it runs as Keras does."""
     run = run_of(graph)
     return run.segments if isinstance(run, _Run) else []
+
+
+def segments_by_region(regions: Sequence[Region]) -> list[list[Segment]]:
+    """The segments of each region that its graph runs in now."""
+    return [
+        [each for each in segments_of(region.graph) if region.begin <= each.begin < region.begin + len(region.nodes)]
+        for region in regions
+    ]
+
+
+def run_regions(regions: Sequence[Region], segments: Sequence[Sequence[Segment]]) -> None:
+    """Has graphs run in segments.
+
+    Args:
+        regions: All regions of a graph.
+        segments: The segments of each.
+    """
+    for graph in _graphs_of(regions):
+        parts = [part for region, part in zip(regions, segments, strict=True) if region.graph is graph]
+        run_in_segments(graph, list(itertools.chain(*parts)))
+
+
+@contextlib.contextmanager
+def running_in(regions: Sequence[Region], segments: Sequence[Sequence[Segment]]) -> Iterator[None]:
+    """Has graphs run in segments, for a while."""
+    before = [(graph, segments_of(graph)) for graph in _graphs_of(regions)]
+    run_regions(regions, segments)
+    try:
+        yield
+    finally:
+        for graph, own in before:
+            run_in_segments(graph, own)
+
+
+def _graphs_of(regions: Sequence[Region]) -> list[keras.Function]:
+    return list({id(region.graph): region.graph for region in regions}.values())
 
 
 class _Run:

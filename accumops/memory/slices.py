@@ -10,6 +10,27 @@ import tensorflow as tf
 _LARGEST = 1 << 30
 
 
+def whole_tensors(data: Any, keys: Collection[str | int]) -> list[tf.Tensor]:
+    """The inputs of a batch that each of its slices gets whole.
+
+    Args:
+        data: The batch, as `fit` gives it.
+        keys: Keys of the inputs if they are a dict, else positions.
+
+    Raises:
+        ValueError: If there is no such input.
+    """
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+    tensors: list[tf.Tensor] = []
+    for key in keys:
+        try:
+            tensors.extend(keras.tree.flatten(x[key]))
+        except (KeyError, IndexError, TypeError) as error:
+            names = list(x) if isinstance(x, dict) else f"positions 0 to {len(keras.tree.flatten(x)) - 1}"
+            raise ValueError(f"`whole_inputs` has {key!r}, and the model's inputs are {names}.") from error
+    return tensors
+
+
 class Slices:
     """A batch that is cut into slices of a number of samples, of which the last one may be smaller.
 

@@ -207,7 +207,7 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
             )
         return tf.cast(outputs, self.compute_dtype)
 
-    def check_window(self, accum_steps: Any, micro_batch_size: int | None = None) -> None:
+    def check_window(self, accum_steps: Any, micro_batch_size: int | str | None = None) -> None:
         """Raises if the layer cannot be trained with windows of `accum_steps` micro-batches.
 
         Args:

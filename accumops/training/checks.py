@@ -11,6 +11,7 @@ import tensorflow as tf
 from accumops.adapters.keras_layer import layers_within
 from accumops.adapters.keras_model import own_metrics
 from accumops.arguments import Schedule, check_bool, check_count, check_nonfinite
+from accumops.memory.sizes import bytes_from
 from accumops.optimizer.checks import check_gradient_clipping
 from accumops.training.callbacks import AccumStepsScheduler
 from accumops.training.partial_window import check_policy
@@ -76,7 +77,7 @@ def check_settings(
 
 def check_mode(
     accum_steps: int | dict[int, int] | Schedule | None,
-    micro_batch_size: int | None,
+    micro_batch_size: int | str | None,
     parallel_micro_batches: int,
     whole_inputs: Sequence[str | int],
 ) -> None:
@@ -97,7 +98,9 @@ def check_mode(
             f"Received: {whole_inputs!r}"
         )
     if micro_batch_size is not None:
-        check_count("micro_batch_size", micro_batch_size, "a number of samples")
+        given: Any = micro_batch_size
+        if given != "auto":
+            check_count("micro_batch_size", given, 'a number of samples, or "auto"')
     elif parallel_micro_batches != 1:
         raise ValueError(
             "`parallel_micro_batches` needs `micro_batch_size`: with `accum_steps` each step is one micro-batch. "
@@ -105,8 +108,29 @@ def check_mode(
         )
 
 
+def check_auto(
+    micro_batch_size: int | str | None, memory_limit: str | int | None, parallel_micro_batches: int, loss_over: str
+) -> None:
+    """Raises if arguments do not go with finding a micro-batch, or are for it alone."""
+    if micro_batch_size != "auto":
+        if memory_limit is not None:
+            raise ValueError(
+                f"`memory_limit` needs micro_batch_size='auto'. Received: {memory_limit!r} with "
+                f"micro_batch_size={micro_batch_size}"
+            )
+        return
+    if memory_limit is not None:
+        bytes_from("memory_limit", memory_limit)
+    if parallel_micro_batches != 1 or loss_over == "window":
+        given = "loss_over='window'" if loss_over == "window" else f"parallel_micro_batches={parallel_micro_batches}"
+        raise ValueError(
+            "micro_batch_size='auto' measures micro-batches that run one at a time, each with its own loss. With "
+            f"{given} give a number."
+        )
+
+
 def check_loss_over(
-    loss_over: str, micro_batch_size: int | None, parallel_micro_batches: int, normalization: Any, nonfinite: str
+    loss_over: str, micro_batch_size: int | str | None, parallel_micro_batches: int, normalization: Any, nonfinite: str
 ) -> None:
     """Raises unless `loss_over` is known and goes with the other arguments."""
     if loss_over not in ("micro_batch", "window"):
@@ -144,8 +168,21 @@ def check_compilation(strategy: tf.distribute.Strategy | None, jit_compile: bool
         )
 
 
-def check_steps_per_execution(strategy: tf.distribute.Strategy | None, steps_per_execution: int) -> None:
-    """Raises if several steps are to run in one call under a mirroring strategy."""
+def check_steps_per_execution(
+    strategy: tf.distribute.Strategy | None, steps_per_execution: int, finds_micro_batch: bool
+) -> None:
+    """Raises if several steps are to run in one call where that cannot be."""
+    if finds_micro_batch and strategy is not None:
+        raise ValueError(
+            f"micro_batch_size='auto' finds a micro-batch for one device. Under {type(strategy).__name__} give a "
+            "number: `accumops.find_micro_batch_size` finds it without a strategy, for the part of the batch that a "
+            "replica gets."
+        )
+    if finds_micro_batch and steps_per_execution > 1:
+        raise ValueError(
+            "`steps_per_execution` must be 1 with micro_batch_size='auto', which makes a step again where memory runs "
+            f"out. Received: {steps_per_execution}"
+        )
     if strategy is not None and steps_per_execution > 1:
         raise ValueError(
             f"`steps_per_execution` must be 1 under {type(strategy).__name__}: in a loop within a function TensorFlow "
@@ -153,7 +190,7 @@ def check_steps_per_execution(strategy: tf.distribute.Strategy | None, steps_per
         )
 
 
-def check_layers(model: keras.Model, accum_steps: Any, micro_batch_size: int | None) -> None:
+def check_layers(model: keras.Model, accum_steps: Any, micro_batch_size: int | str | None) -> None:
     """Raises for layers that micro-batches of one batch would mix up, and warns of layers whose state moves too often.
 
     Args:
@@ -199,7 +236,7 @@ def _some(names: list[str]) -> str:
 
 
 def check_batch_size(
-    micro_batch_size: int | None,
+    micro_batch_size: Any,
     x: Any,
     batch_size: int | None,
     steps_per_epoch: int | None,

@@ -7,6 +7,7 @@ micro_batch_size=b      a `fit` step is a window: its batch is split into micro-
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
@@ -14,27 +15,27 @@ import tensorflow as tf
 
 from accumops.adapters.keras_layer import layers_within
 from accumops.adapters.untracked import Untracked
-from accumops.arguments import Schedule, check_accum_steps
+from accumops.arguments import Schedule, check_accum_steps, check_count
 from accumops.normalization.layer import AccumBatchNormalization, owning_windows
 from accumops.normalization.layer_window import LayerWindow
 from accumops.optimizer.ending import Clipping
 from accumops.optimizer.optimizer import GradientAccumulateOptimizer
+from accumops.planning.micro_batch_plan import MicroBatchPlan
 from accumops.training import checks
+from accumops.training.auto_micro_batch import AutoMicroBatch
 from accumops.training.callbacks import AccumStepsScheduler
 from accumops.training.loss_check import LossCheck
+from accumops.training.model_config import ConfiguredWrapper
 from accumops.training.partial_window import PartialWindowOfModel
 from accumops.training.step import TrainingStep
 from accumops.training.train_function import function_of_workers, train_function
 from accumops.training.weighting import Normalization, check_losses
-from accumops.training.wrapper import Wrapper, wrap_as_layer
 from accumops.training.xla_compilation import compiles_passes
 from accumops.window import replicas
 
-_PLAIN_ARGUMENTS = ("micro_batch_size", "parallel_micro_batches", "loss_over", "partial_window", "lazy_sparse")
-
 
 @keras.saving.register_keras_serializable(package="accumops")
-class GradientAccumulateModel(Wrapper):
+class GradientAccumulateModel(ConfiguredWrapper):
     """Trains a model with windows of micro-batches: each window makes one update, as the large batch would.
 
     Give it the model, or the `inputs` and `outputs` of one. The wrapped model keeps its layers and weights: predict
@@ -61,7 +62,12 @@ class GradientAccumulateModel(Wrapper):
         accum_steps: Micro-batches a window: an int of at least 1; or a dict from epochs, counted from 0, to the number
             from this epoch on; or a callable that returns it for the count of updates so far, an int64 scalar. A new
             number, also one that the attribute is set to, holds from the next window on.
-        micro_batch_size: Samples a micro-batch, an int of at least 1.
+        micro_batch_size: Samples a micro-batch, an int of at least 1. Or `"auto"`: the first step of `fit` finds the
+            micro-batch that is fastest within `memory_limit`, and whether to recompute (`find_micro_batch_size`), says
+            so in one line, and keeps it for later runs. If memory runs out all the same, the micro-batch is halved, and
+            the same step is made again.
+        memory_limit: With `micro_batch_size="auto"`, the most memory that training may take, in bytes or as `"4GB"`; by
+            default what the device has.
         parallel_micro_batches: With `micro_batch_size`, how many micro-batches TensorFlow may run side by side. Their
             activations are in memory together. Gradients and metrics add up in the same order.
         whole_inputs: With `micro_batch_size`, inputs that are no batch, such as the adjacency of a graph: each
@@ -110,7 +116,8 @@ class GradientAccumulateModel(Wrapper):
         model: keras.Model | None = None,
         *,
         accum_steps: int | dict[int, int] | Schedule | None = None,
-        micro_batch_size: int | None = None,
+        micro_batch_size: int | str | None = None,
+        memory_limit: str | int | None = None,
         parallel_micro_batches: int = 1,
         whole_inputs: Sequence[str | int] = (),
         loss_over: str = "micro_batch",
@@ -126,13 +133,16 @@ class GradientAccumulateModel(Wrapper):
     ) -> None:
         model = checks.check_model(model, inputs, outputs)
         checks.check_mode(accum_steps, micro_batch_size, parallel_micro_batches, whole_inputs)
+        checks.check_auto(micro_batch_size, memory_limit, parallel_micro_batches, loss_over)
         checks.check_settings(normalization, partial_window, gradient_clipping, lazy_sparse, nonfinite, check_loss)
         checks.check_loss_over(loss_over, micro_batch_size, parallel_micro_batches, normalization, nonfinite)
         super().__init__(model, name)
         # A tuple: Keras and TensorFlow would track a dict, and refuse to save one whose keys are ints.
         self._epochs = tuple(accum_steps.items()) if isinstance(accum_steps, dict) else None
         self._accum_steps = accum_steps[0] if isinstance(accum_steps, dict) else check_accum_steps(accum_steps)
-        self.micro_batch_size = None if micro_batch_size is None else int(micro_batch_size)
+        self._micro_batch_size = micro_batch_size if micro_batch_size in (None, "auto") else int(micro_batch_size)
+        self.finds_micro_batch = micro_batch_size == "auto"
+        self.memory_limit = memory_limit
         self.parallel_micro_batches = int(parallel_micro_batches)
         self.whole_inputs = tuple(whole_inputs)
         self.loss_over = loss_over
@@ -145,6 +155,7 @@ class GradientAccumulateModel(Wrapper):
         # Untracked, where TensorFlow does not find functions to export.
         self._untracked = Untracked(step=TrainingStep(self), check=None, flush=None, ends_window=None)
         self._untracked.check = LossCheck(self, self._untracked.step.whole_inputs)
+        self._untracked.auto = AutoMicroBatch(self, memory_limit) if self.finds_micro_batch else None
 
     @property
     def accum_steps(self) -> int | dict[int, int] | Schedule | None:
@@ -162,6 +173,26 @@ class GradientAccumulateModel(Wrapper):
         self._accum_steps = int(accum_steps)
         if getattr(self, "optimizer", None) is not None:
             self.optimizer.accum_steps = self._accum_steps
+
+    @property
+    def micro_batch_size(self) -> int | str | None:
+        """Samples a micro-batch, or None with `accum_steps`; `"auto"` until it is found. It can be set to an int."""
+        return self._micro_batch_size
+
+    @micro_batch_size.setter
+    def micro_batch_size(self, micro_batch_size: int) -> None:
+        if self._micro_batch_size is None:
+            raise ValueError(f"`micro_batch_size` cannot be set with accum_steps={self.accum_steps}.")
+        check_count("micro_batch_size", micro_batch_size, "a number of samples")
+        self._micro_batch_size = int(micro_batch_size)
+        self._untracked.step.compile_passes(self._untracked.step.compiled_pass is not None)
+        if not self.finds_micro_batch:
+            self.train_function = None
+
+    @property
+    def micro_batch_plan(self) -> MicroBatchPlan | None:
+        """What was found with `micro_batch_size="auto"`; None before."""
+        return None if self._untracked.auto is None else self._untracked.auto.plan
 
     def compile(
         self,
@@ -239,19 +270,6 @@ class GradientAccumulateModel(Wrapper):
         self._untracked.check.restart()
         self._untracked.flush = None
 
-    def get_compile_config(self) -> dict[str, Any]:
-        """Returns the arguments of `compile`, with the optimizer that was given: `compile` wraps it anew."""
-        config: dict[str, Any] = super().get_compile_config()
-        if config:
-            config["optimizer"] = keras.saving.serialize_keras_object(self.optimizer.inner_optimizer)
-        return config
-
-    def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compiles with what `get_compile_config` returned."""
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        if self.built:
-            self.optimizer.build(self.trainable_variables)
-
     def train_step(self, data: Any) -> dict[str, Any]:
         """Runs one micro-batch, or with `micro_batch_size` one window.
 
@@ -263,9 +281,19 @@ class GradientAccumulateModel(Wrapper):
         """
         if self.model.built and not self.optimizer.built:
             self.optimizer.build(self.trainable_variables)
-        with owning_windows(self._adopt):
+        with self.owning_windows():
             self._untracked.step.train(data, self._untracked.ends_window)
         return self.get_metrics_result()
+
+    def owning_windows(self) -> AbstractContextManager[None]:
+        """Has the windows of layers that are called in a block follow the windows of this model."""
+        return owning_windows(self._adopt)
+
+    @property
+    def training_step(self) -> TrainingStep:
+        """The parts of `train_step`."""
+        step: TrainingStep = self._untracked.step
+        return step
 
     def test_step(self, data: Any) -> dict[str, Any]:
         """Evaluates a batch, as `evaluate` gives it, and returns the metrics by name."""
@@ -279,7 +307,7 @@ class GradientAccumulateModel(Wrapper):
         """
         made: Callable[[Any], dict[str, Any]] | None = getattr(self, "train_function", None)
         if made is None or force:
-            checks.check_steps_per_execution(self.mirroring, self.steps_per_execution)
+            checks.check_steps_per_execution(self.mirroring, self.steps_per_execution, self.finds_micro_batch)
             for layer in self.normalizations():  # those that were made since `compile`
                 self._adopt(layer)
             jit_compile, passes = bool(self.jit_compile), self.compiles_passes and not self.run_eagerly
@@ -296,7 +324,8 @@ class GradientAccumulateModel(Wrapper):
                 made = function_of_workers(self.train_step, self.distribute_strategy, self.run_eagerly)
             if plain:
                 made = train_function(self, made)
-            made = self.train_function = self._untracked.check.before(made)
+            check, auto = self._untracked.check, self._untracked.auto
+            made = self.train_function = check.before(made) if auto is None else auto.train_function(check.before)
         return made
 
     def make_test_function(self, force: bool = False) -> Callable[[Any], dict[str, Any]]:
@@ -392,7 +421,8 @@ class GradientAccumulateModel(Wrapper):
         Raises:
             ValueError: If `micro_batch_size` is larger than the batch, or micro-batches cannot compute the loss.
         """
-        checks.check_batch_size(self.micro_batch_size, x, batch_size, kwargs.get("steps_per_epoch"), self.mirroring)
+        size = None if self.finds_micro_batch else self.micro_batch_size
+        checks.check_batch_size(size, x, batch_size, kwargs.get("steps_per_epoch"), self.mirroring)
         # The first of all callbacks, so that a checkpoint sees the settled window.
         own: list[keras.callbacks.Callback] = [PartialWindowOfModel(self.partial_window)]
         if self._epochs is not None:
@@ -407,38 +437,6 @@ class GradientAccumulateModel(Wrapper):
             return super().fit(x, y, batch_size, epochs, verbose, callbacks, *args, **kwargs)
         finally:
             del callbacks.callbacks[: len(own)]
-
-    def get_config(self) -> dict[str, Any]:
-        """Returns the arguments to make this model again, without its weights."""
-        return {
-            "name": self.name,
-            "model": keras.saving.serialize_keras_object(self.model),
-            "shares_graph": self.shares_graph,
-            "accum_steps": keras.saving.serialize_keras_object(
-                self.accum_steps if self._epochs is None else {str(epoch): steps for epoch, steps in self._epochs}
-            ),
-            "whole_inputs": list(self.whole_inputs),
-            "normalization": keras.saving.serialize_keras_object(self.normalization),
-            "gradient_clipping": keras.saving.serialize_keras_object(self.gradient_clipping),
-            **{name: getattr(self, name) for name in (*_PLAIN_ARGUMENTS, "check_loss", "nonfinite")},
-        }
-
-    @staticmethod
-    def arguments_from_config(config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Returns the arguments of the constructor that are in what `get_config` returned."""
-        config = dict(config)
-        for key in ("model", "accum_steps", "normalization", "gradient_clipping"):
-            config[key] = keras.saving.deserialize_keras_object(config[key], custom_objects=custom_objects)
-        if isinstance(config["accum_steps"], dict):
-            config["accum_steps"] = {int(epoch): steps for epoch, steps in config["accum_steps"].items()}
-        if not config.pop("shares_graph", True):
-            wrap_as_layer(config["model"])
-        return config
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
-        """Makes a model from what `get_config` returned."""
-        return cls(**cls.arguments_from_config(config, custom_objects))
 
     def __repr__(self) -> str:
         mode = "accum_steps" if self.micro_batch_size is None else "micro_batch_size"

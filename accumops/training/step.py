@@ -22,10 +22,12 @@ import tensorflow as tf
 from accumops.adapters.keras_losses import following
 from accumops.adapters.keras_metrics import count_scalars, number_of_metrics, scalars_of, stack
 from accumops.adapters.keras_model import loss_tracker
+from accumops.memory.slices import whole_tensors
 from accumops.training.left_out import Undo
 from accumops.training.slicing import Carried, fold_slices
 from accumops.training.weighting import count_samples, share_of
 from accumops.training.window_loss import WindowLoss
+from accumops.window.current_window import CurrentWindow, within_window
 from accumops.window.nonfinite import Share
 
 
@@ -56,6 +58,7 @@ class TrainingStep:
         self._model = model
         self._compiled_pass: Any = None
         self._window_loss: WindowLoss | None = None
+        self._samples_of_window: tuple[tf.Tensor, ...] = ()
 
     def start_anew(self) -> None:
         """Forgets what was known of the model: it has been compiled."""
@@ -82,12 +85,11 @@ class TrainingStep:
             data: The batch.
             ends_window: With `accum_steps`, whether the step ends its window; None leaves it to the counters.
         """
-        if self._model.micro_batch_size is not None and self._window_loss is not None:
-            self._train_on_window(data, self._model.micro_batch_size, self._window_loss)
-        elif self._model.micro_batch_size is not None:
-            self._train_on_slices(data, self._model.micro_batch_size)
-        else:
+        if self._model.micro_batch_size is None:
             self._train_on_micro_batch(data, ends_window)
+        else:
+            self.accumulate(data)
+            self.end_window()
 
     def evaluate(self, data: Any) -> dict[str, Any]:
         """Evaluates a batch, or the part of it that a replica of a strategy has, and returns the metrics."""
@@ -115,7 +117,31 @@ class TrainingStep:
         if passed.scalars is not None:
             count_scalars(model, passed.scalars, passed.samples)
 
-    def _train_on_slices(self, data: Any, size: int) -> None:
+    def accumulate(self, data: Any) -> None:
+        """Accumulates the gradients of a batch's micro-batches, and counts them in the logs. The window stays open.
+
+        Args:
+            data: The batch.
+        """
+        size = self._model.micro_batch_size
+        samples = count_samples(*keras.utils.unpack_x_y_sample_weight(data)[:2])
+        self._samples_of_window = (samples,)
+        try:
+            if self._window_loss is not None:
+                with within_window(self._window(samples, samples)):
+                    self._accumulate_window(data, size, self._window_loss)
+            else:
+                self._accumulate_slices(data, size)
+        finally:
+            self._samples_of_window = ()
+
+    def end_window(self) -> None:
+        """Ends the window of `accumulate` with an update."""
+        optimizer = self._model.optimizer
+        if optimizer.accumulator.built and self._model.trainable_variables:
+            optimizer.close()
+
+    def _accumulate_slices(self, data: Any, size: int) -> None:
         model, optimizer = self._model, self._model.optimizer
         if optimizer.accumulator.built:
             optimizer.accumulator.reset()  # a step that failed may have left a window open
@@ -137,20 +163,18 @@ class TrainingStep:
         # The window and the mean of the losses are counted when all micro-batches have run.
         if optimizer.accumulator.built and model.trainable_variables:
             optimizer.accumulator.state.count(slices, total)
-            optimizer.close()
         value = losses if self._sums() else tf.math.divide_no_nan(losses, logged)
         tracker.update_state(tf.cast(value, tracker.dtype), sample_weight=seen)
         for each in scalars:
             count_scalars(model, each, seen)
 
     @tf.autograph.experimental.do_not_convert
-    def _train_on_window(self, data: Any, size: int, window_loss: WindowLoss) -> None:
+    def _accumulate_window(self, data: Any, size: int, window_loss: WindowLoss) -> None:
         model, optimizer = self._model, self._model.optimizer
         optimizer.accumulator.reset()  # as above
         passed = window_loss.train(data, size, self.whole_inputs(data), self._share_dtype())
         # Gradients of parts of one loss are added, and not averaged.
         optimizer.accumulator.state.count(passed.slices, tf.ones([], self._share_dtype()))
-        optimizer.close()
         loss_tracker(model).update_state(self._mean_loss(passed.loss, passed.samples), sample_weight=passed.samples)
 
     @tf.autograph.experimental.do_not_convert
@@ -160,15 +184,7 @@ class TrainingStep:
         Raises:
             ValueError: If the model's `whole_inputs` names an input that is not there.
         """
-        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-        tensors: list[tf.Tensor] = []
-        for key in self._model.whole_inputs:
-            try:
-                tensors.extend(keras.tree.flatten(x[key]))
-            except (KeyError, IndexError, TypeError) as error:
-                names = list(x) if isinstance(x, dict) else f"positions 0 to {len(keras.tree.flatten(x)) - 1}"
-                raise ValueError(f"`whole_inputs` has {key!r}, and the model's inputs are {names}.") from error
-        return tensors
+        return whole_tensors(data, self._model.whole_inputs)
 
     def train_on_slice(self, data: Any, first: tf.Tensor | bool, carried: Carried) -> Carried:
         """Trains on one of the micro-batches of a batch.
@@ -209,7 +225,8 @@ class TrainingStep:
         if not nonfinite.acts:
             return self._pass(data)
         if self._compiled_pass is not None:
-            self._compiled_pass.get_concrete_function(data)  # makes variables that metrics make when they are called
+            # Makes variables that metrics make when they are called.
+            self._compiled_pass.get_concrete_function(data, *self._samples_of_window)
         undo = Undo(self._model)
         passed = self._pass(data)
         share, counts = passed.share, tf.math.is_finite(passed.loss)
@@ -232,13 +249,13 @@ class TrainingStep:
         ):
             # Keras's losses of no samples are no scalars. The replica takes part in the window all the same.
             return Pass([tf.zeros_like(each) for each in model.trainable_variables], 0.0, 0.0, 0)
-        return (self._compiled_pass or self._forward_and_backward)(data)
+        return (self._compiled_pass or self._forward_and_backward)(data, *self._samples_of_window)
 
-    def _forward_and_backward(self, data: Any) -> Pass:
+    def _forward_and_backward(self, data: Any, *samples_of_window: tf.Tensor) -> Pass:
         model = self._model
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         samples = count_samples(x, y)
-        with tf.GradientTape() as tape:
+        with within_window(self._window(samples, *samples_of_window)), tf.GradientTape() as tape:
             y_pred = model(x, training=True)
             with following(samples, model) as calls:
                 loss = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
@@ -266,6 +283,23 @@ class TrainingStep:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
             return Pass(None, share, mean_loss, samples, scalars)
         return Pass(tape.gradient(scaled, variables), share, mean_loss, samples, scalars)
+
+    def _window(self, samples: tf.Tensor, samples_of_window: tf.Tensor | None = None) -> CurrentWindow:
+        """What a layer can ask about the window of a micro-batch.
+
+        Args:
+            samples: The samples of the micro-batch.
+            samples_of_window: Those of the window, with `micro_batch_size`.
+        """
+        if samples_of_window is not None:
+            size = self._model.micro_batch_size
+            return CurrentWindow(lambda: samples_of_window, lambda: (samples_of_window + size - 1) // size)
+        counters = self._model.optimizer.accumulator.state.counters
+
+        def steps() -> tf.Tensor:
+            return tf.cast(counters.with_next(counters.starts)[0], tf.int32)
+
+        return CurrentWindow(lambda: samples * steps(), steps)
 
     def _compute_metrics(
         self, x: Any, y: Any, y_pred: Any, sample_weight: Any, samples: tf.Tensor | None

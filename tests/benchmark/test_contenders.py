@@ -3,8 +3,9 @@ import pytest
 import tensorflow as tf
 
 from accumops.benchmark import bandwidth, timing
-from accumops.benchmark.contender import Contender, in_one_graph, problem_text, time_contenders
+from accumops.benchmark.contender import Contender, in_one_graph, time_contenders
 from accumops.benchmark.result import Result, Row
+from accumops.planning.child_process import problem_text
 
 
 def test_contenders_take_turns_in_orders_that_change():

@@ -3,7 +3,7 @@ import os
 import pytest
 
 from accumops.benchmark import memory
-from accumops.benchmark.child_process import ChildProcess, ChildProcessFailed
+from accumops.planning.child_process import ChildProcess, ChildProcessFailed
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -10,10 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from accumops.benchmark.contender import problem_text
-
 _ROOT = Path(__file__).resolve().parents[2]  # the folder that holds the package
-_SERVE = "from accumops.benchmark.child_process import serve; serve()"
+_SERVE = "from accumops.planning.child_process import serve; serve()"
 
 
 class ChildProcessFailed(RuntimeError):
@@ -41,6 +40,16 @@ class ChildProcess:
 
     def __enter__(self) -> "ChildProcess":
         return self
+
+    @property
+    def pid(self) -> int:
+        """The number of the process."""
+        return self._process.pid
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether the process was ended from outside, such as by Linux where memory ran out."""
+        return self._process.poll() == -signal.SIGKILL
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
@@ -80,6 +89,12 @@ class ChildProcess:
         self._messages.seek(0)
         lines = [line.strip() for line in self._messages if line.strip()]
         return f"the process ended with {self._process.wait()}: {lines[-1] if lines else 'no message'}"
+
+
+def problem_text(error: BaseException) -> str:
+    """Returns an error as a note: its type, and the first line of its message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def serve() -> None:

@@ -1,0 +1,1 @@
+"""What fits into a memory limit: passes that are measured, and the plan made of them."""
