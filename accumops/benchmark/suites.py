@@ -7,7 +7,18 @@ from types import ModuleType
 
 import tensorflow as tf
 
-from accumops.benchmark import accumulate, batch_norm, goals, limit, memory, recompute, update, window, window_loss
+from accumops.benchmark import (
+    accumulate,
+    batch_norm,
+    goals,
+    limit,
+    memory,
+    plan,
+    recompute,
+    update,
+    window,
+    window_loss,
+)
 from accumops.benchmark.result import Result
 from accumops.verification.runner import backend, no_retracing_warnings
 
@@ -20,6 +31,7 @@ SUITES: dict[str, ModuleType] = {
     "recompute": recompute,
     "goals": goals,
     "limit": limit,
+    "plan": plan,
     "memory": memory,
 }
 

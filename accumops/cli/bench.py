@@ -18,7 +18,18 @@ if TYPE_CHECKING:
     from accumops.benchmark import Result, Row
 
 NOTHING_TO_MEASURE = 3
-SUITES = ("accumulate", "update", "batch-norm", "window", "window-loss", "recompute", "goals", "limit", "memory")
+SUITES = (
+    "accumulate",
+    "update",
+    "batch-norm",
+    "window",
+    "window-loss",
+    "recompute",
+    "goals",
+    "limit",
+    "plan",
+    "memory",
+)
 
 
 @click.command()
@@ -33,7 +44,7 @@ SUITES = ("accumulate", "update", "batch-norm", "window", "window-loss", "recomp
 @click.option(
     "--rounds",
     type=click.IntRange(min=2),
-    show_default="30, for window-loss, recompute and limit 10, for goals and memory 3",
+    show_default="30, for window-loss, recompute and limit 10, for goals, plan and memory 3",
     help="Measurements of each contender.",
 )
 @json_option
@@ -59,6 +70,7 @@ def bench(
     recompute   training that computes activations again: time and memory
     goals       recompute for memory goals: the planned and the measured peak
     limit       recompute or a smaller micro-batch, in the same memory
+    plan        planned micro-batches for memory limits: peak and speed
     memory      peak memory of training by effective batch size
 
     Each suite has a floor to compare with: the time that the memory's bandwidth allows, the time of forward and

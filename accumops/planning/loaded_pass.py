@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from accumops.memory.device_memory import DeviceMemory
+from accumops.ops import library
 from accumops.planning.traced_pass import TracedPass
 from accumops.window.accumulator import GradientAccumulator
 
@@ -33,6 +34,7 @@ class LoadedPass:
     """
 
     def __init__(self, traced: TracedPass, memory: DeviceMemory) -> None:
+        library.load()  # the graph may have operations of accumops
         self._traced = traced
         self._memory = memory
         self._captured = [

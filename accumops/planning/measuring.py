@@ -16,10 +16,12 @@ from typing import Any, Protocol
 import tensorflow as tf
 
 from accumops.memory.device_memory import AllocatorMemory, DeviceMemory, ResidentMemory
+from accumops.ops import get_backend
 from accumops.planning.child_process import ChildProcess, ChildProcessFailed
 from accumops.planning.loaded_pass import LoadedPass, Point
 from accumops.planning.traced_pass import TracedPass
 
+_ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "3"}
 _EVERY = 0.01  # seconds between two looks at the memory of a process
 
 
@@ -106,7 +108,7 @@ class InAnotherProcess:
     def measure(self, samples: int, allowed: int) -> Point | None:
         """Returns what a micro-batch takes; None if it takes more than is allowed."""
         if self._process is None:
-            self._process = ChildProcess({"CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "3"})
+            self._process = ChildProcess({**_ENVIRONMENT, "ACCUMOPS_BACKEND": get_backend()})
             self._at_start = self._load(self._process)
         watch = _Watch(self._process.pid, self._at_start + allowed)
         try:

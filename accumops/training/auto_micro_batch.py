@@ -15,15 +15,13 @@ import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import keras
 import tensorflow as tf
 
 from accumops.adapters.keras_model import global_seed
 from accumops.ops.variables import tf_variable
 from accumops.planning.find_micro_batch_size import plan_for_model
 from accumops.planning.micro_batch_plan import MicroBatchPlan
-from accumops.training.first_batch import plain
-from accumops.training.weighting import count_samples
+from accumops.training.first_batch import plain, samples_of
 
 Logs = dict[str, Any]
 
@@ -67,7 +65,7 @@ class AutoMicroBatch:
         return function
 
     def _find(self, batch: Any) -> None:
-        samples = int(count_samples(*keras.utils.unpack_x_y_sample_weight(batch)[:2]))
+        samples = samples_of(batch)
         if self.plan is not None and samples <= self.plan.effective_batch_size:
             return
         self.plan = plan_for_model(self._model, batch, samples, self.memory_limit, stored=True)

@@ -50,3 +50,10 @@ def plain(batch: Any) -> Any:
         return tf.convert_to_tensor(leaf) if hasattr(leaf, "__array__") else leaf
 
     return keras.tree.map_structure(plain_leaf, batch)
+
+
+def samples_of(batch: Any) -> int:
+    """The samples of a batch that `plain` has returned, by the first of its targets: an input may be no batch."""
+    x, y, _ = keras.utils.unpack_x_y_sample_weight(batch)
+    leaves = [leaf for leaf in (*keras.tree.flatten(y), *keras.tree.flatten(x)) if leaf is not None]
+    return int(leaves[0].shape[0])
