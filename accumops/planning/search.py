@@ -30,6 +30,7 @@ from accumops.planning.traced_pass import TracedPass
 _WORTH = 0.02
 _AT_LEAST = 3  # sizes, before times end a search: a single time may be off
 _ALIKE = 0.04
+_NEAR = 1.25
 _GROWTH = 4  # how many times larger the next micro-batch may be
 _SECONDS = 45.0
 _RECOMPUTED = (2, 4, 8)  # micro-batches with recompute, in multiples of the largest one without
@@ -83,7 +84,8 @@ def search(subject: Subject) -> Searched:
     with subject.measurer(subject.traced) as measurer:
         measured_by = measurer.measured_by
         plain = _explore(subject, measurer, (), allowed, start)
-    tries = plain.tries
+        tries = _timed_again(subject, measurer, plain.tries, allowed, start)
+    plain = plain._replace(tries=tries)
     if plain.no_time:
         notes.append("There was no time to measure a larger micro-batch.")
     if not plain.at_limit or not subject.recompute:
@@ -192,6 +194,24 @@ def _explore(
         size = following
         if time.perf_counter() - start + 2 * _at(points, size) > _SECONDS and len(points) > 1:
             return _Explored(tries, False, no_time=True)
+
+
+def _timed_again(subject: Subject, measurer: Measurer, tries: Sequence[Try], allowed: int, start: float) -> list[Try]:
+    """Measures those once more that are nearly the fastest, the largest first: the first time of each may be off."""
+    points = [each.point for each in tries if each.point is not None]
+    if len(points) < 2:
+        return list(tries)
+    rest = per_micro_batch(points)
+    best = min(window_seconds(each, rest, subject.effective_batch_size) for each in points)
+    better: dict[int, Point] = {}
+    for point in reversed(points):
+        near = window_seconds(point, rest, subject.effective_batch_size) <= _NEAR * best
+        if near and time.perf_counter() - start + 2 * point.seconds < _SECONDS:
+            once_more = measurer.measure(point.micro_batch_size, allowed)
+            if once_more is not None:
+                # Its memory is not looked at: a process keeps what larger micro-batches took.
+                better[point.micro_batch_size] = point._replace(seconds=min(point.seconds, once_more.seconds))
+    return [each._replace(point=better.get(each.micro_batch_size, each.point)) for each in tries]
 
 
 def _next_size(
