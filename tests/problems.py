@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from accumops import AdaptiveGradientClipping
 
-BATCH, MICRO, UPDATES = 64, 16, 8
+BATCH, MICRO, UPDATES = 64, 16, 5
 OPTIMIZERS = {
     "momentum": lambda **kw: keras.optimizers.SGD(0.05, momentum=0.9, nesterov=True, **kw),
     "Adam": lambda **kw: keras.optimizers.Adam(0.01, **kw),

@@ -5,6 +5,8 @@ starts with the first script and ends with the process that runs the tests.
 
 TensorFlow reads some environment variables while it is imported, `TF_CPP_MIN_LOG_LEVEL` among them. A script has these
 as the server had them. Where they matter, and where the import itself is tested, `subprocess` is the right choice.
+
+`that_counts` is a process of another kind, for functions that measure memory.
 """
 
 import atexit
@@ -73,6 +75,17 @@ def run(script, *arguments, environment=None, timeout=None):
             expired.stdout, expired.stderr = output.read_text(), errors.read_text()
             raise
         return subprocess.CompletedProcess(running.args, code, output.read_text(), errors.read_text())
+
+
+def that_counts():
+    """A `ChildProcess` whose TensorFlow counts what its allocator gives out on the CPU. It imports what tests can.
+
+    TensorFlow's allocator counts there with oneDNN on, which by default it is on some processors only.
+    """
+    from accumops.planning.child_process import ChildProcess
+
+    path = os.pathsep.join(filter(None, sys.path))
+    return ChildProcess({"TF_ENABLE_ONEDNN_OPTS": "1", "CUDA_VISIBLE_DEVICES": "-1", "PYTHONPATH": path})
 
 
 def _start_server():

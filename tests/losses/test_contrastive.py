@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from crosses import cross, turns
 
 import accumops
 
@@ -72,7 +73,21 @@ def gradient(loss, weights, wrap=lambda function: function):
     return wrap(run)()
 
 
-@pytest.mark.parametrize("tile", [3, 4])
+# Eagerly all run. A graph takes long to be traced, and longer to be compiled.
+TRACED = [("graph", 3), ("xla", 4), ("graph", 4), ("xla", 3)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "tile"),
+    cross(
+        LOSSES,
+        ["eager", "graph", "xla"],
+        [3, 4],
+        default=lambda kind, mode, tile: mode == "eager" or (kind, (mode, tile)) in turns(LOSSES, TRACED),
+    ),
+    ids=lambda value: getattr(value, "__name__", str(value)),
+    indirect=["kind", "mode"],
+)
 def test_gradients_do_not_depend_on_the_tile(kind, mode, tile):
     weights = np.linspace(0, 2, 11)
     whole = gradient(kind(tile=11, dtype="float64"), weights)

@@ -1,56 +1,50 @@
 """Where the memory of training goes."""
 
+import allocator
 import keras
 import numpy as np
+import processes
 import pytest
 import tensorflow as tf
+from allocator import BATCH, wide
 from test_recompute_layers import Subclassed, deep, kept_bytes
 
 import accumops
 from accumops.memory.cuts import costs_by_region, plan_for, plan_of_count, smallest_goal, taken_by
 from accumops.memory.device_memory import AllocatorMemory, ResidentMemory
 from accumops.memory.layer_costs import costs_of
-from accumops.memory.segments import regions_of, segments_of
+from accumops.memory.segments import regions_of
 from accumops.memory.training_trace import TrainingTrace
 
 L = keras.layers
-BATCH = 64
-
-
-def wide(blocks=6):
-    """Tensors that are large enough for the allocator to count them."""
-    keras.utils.set_random_seed(0)
-    inputs = hidden = keras.Input((16, 16, 16))
-    for _ in range(blocks):
-        skip = hidden
-        hidden = L.Dropout(0.1)(L.ReLU()(L.BatchNormalization()(L.Conv2D(16, 3, padding="same")(hidden))))
-        hidden = L.Add()([hidden, skip])
-    return keras.Model(inputs, L.Dense(2)(L.GlobalAveragePooling2D()(hidden)))
 
 
 def total_bytes(variables):
     return sum(np.asarray(variable).nbytes for variable in variables)
 
 
+@pytest.fixture(scope="module")
+def process():
+    """A process in which TensorFlow's allocator counts."""
+    with processes.that_counts() as process:
+        yield process
+
+
 @pytest.mark.parametrize("recomputes", [False, True])
-def test_predicted_and_measured(recomputes):
-    net = wide()
+def test_predicted_and_measured(recomputes, process):
+    profile = process.call(allocator.profile, batch_sizes=[BATCH, 2 * BATCH], segments=3 if recomputes else 0)
+    assert profile["measured_by"] == "TensorFlow's allocator on CPU:0"
+    assert [step["batch_size"] for step in profile["steps"][:: 2 if recomputes else 1]] == [BATCH, 2 * BATCH]
+    for step in profile["steps"]:
+        assert step["measured"] == pytest.approx(step["predicted"], rel=0.2)
+        assert step["inputs"] == step["batch_size"] * 16 * 16 * 16 * 4
+    assert not profile["moved"]
     if recomputes:
-        accumops.recompute_layers(net, segments=3)
-    before = [np.asarray(variable) for variable in net.variables]
-    profile = accumops.memory_profile(net, [BATCH, 2 * BATCH])
-    assert [step.batch_size for step in profile.steps[:: 2 if recomputes else 1]] == [BATCH, 2 * BATCH]
-    for step in profile.steps:
-        assert step.measured == pytest.approx(step.predicted, rel=0.2)
-        assert step.inputs == step.batch_size * 16 * 16 * 16 * 4
-    for variable, value in zip(net.variables, before, strict=True):
-        np.testing.assert_array_equal(variable, value)
-    if recomputes:
-        for kept, recomputed in zip(profile.steps[::2], profile.steps[1::2], strict=True):
-            assert (kept.recomputes, recomputed.recomputes) == (False, True)
-            assert recomputed.activations < kept.activations / 2
-            assert recomputed.measured < kept.measured
-        assert len(segments_of(net)) == 2
+        for kept, recomputed in zip(profile["steps"][::2], profile["steps"][1::2], strict=True):
+            assert (kept["recomputes"], recomputed["recomputes"]) == (False, True)
+            assert recomputed["activations"] < kept["activations"] / 2
+            assert recomputed["measured"] < kept["measured"]
+        assert profile["segments"] == 2
 
 
 def test_activations_are_what_a_trace_keeps():
@@ -80,14 +74,12 @@ def test_variables_of_training():
     assert profile.variables == profile.weights + profile.state + profile.accumulators + profile.slots
 
 
-def test_table_and_picture(tmp_path):
-    net = accumops.recompute_layers(wide(), segments=3)
-    profile = accumops.memory_profile(net, [2, 4])
-    table = str(profile)
+def test_table_and_picture(tmp_path, process):
+    picture = tmp_path / "memory.png"
+    profile = process.call(allocator.profile, batch_sizes=[2, 4], segments=3, blocks=3, picture=str(picture))
     for text in ("weights", "slots", "2 samples, recomputed", "predicted", "measured", "other layers", "allocator"):
-        assert text in table
-    profile.plot(tmp_path / "memory.png")
-    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+        assert text in profile["table"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def nested():
@@ -148,8 +140,11 @@ def test_a_result_is_let_go_after_its_last_use():
     assert sum(trace.arriving_at()[first].values()) == size
 
 
-def test_who_counts(monkeypatch):
-    assert AllocatorMemory("CPU:0").now() >= 0
+def test_who_counts(monkeypatch, process):
+    size = 8 << 20
+    before, held, after, peak = process.call(allocator.counted, size=size)
+    assert 0 <= before <= held - size
+    assert after < held <= peak
     with pytest.raises(ValueError, match="NO:7"):
         AllocatorMemory("NO:7")
     memory = ResidentMemory()

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from crosses import cross
+from crosses import cross, turns
 from sklearn import datasets
 from tensorflow.python.eager import context
 from test_recompute import BLOCKS, IMAGES, Assigning, assert_same, model_of, results
@@ -51,27 +51,30 @@ def random_graph(seed):
     return keras.Model(inputs, [L.Dense(2)(L.Concatenate()(tensors[1:] if len(tensors) > 2 else tensors)), *outputs])
 
 
-@pytest.mark.parametrize(
-    "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in range(3, 20))]
-)
-def test_random_graphs(seed):
+CUTS = ["chosen", "count", "cheap"]
+
+
+@pytest.mark.parametrize(("seed", "how"), cross(range(20), CUTS, default=lambda *each: each in turns(range(3), CUTS)))
+def test_random_graphs(seed, how):
     rng = np.random.default_rng(seed + 100)
     x = [rng.normal(size=(8, 6)).astype("float32") for _ in random_graph(seed).inputs]
     x = x[0] if len(x) == 1 else x
     want = results(random_graph(seed), x, tf.function)
-    models = [random_graph(seed) for _ in range(3)]
-    chosen = {node.operation.name for node in nodes_of(models[0]) if rng.random() < 0.4}
-    accumops.recompute_layers(models[0], segments=lambda layer: layer.name in chosen)
-    accumops.recompute_layers(models[1], segments=int(rng.integers(2, 6)))
-    accumops.recompute_layers(models[2], policy="cheap")
-    for model in models:
-        got = results(model, x, tf.function)
-        assert_same(got[:2], want[:2], tolerance=2e-6)
-        assert_same(got[2], want[2], tolerance=1e-7)
+    model = random_graph(seed)
+    if how == "chosen":
+        chosen = {node.operation.name for node in nodes_of(model) if rng.random() < 0.4}
+        accumops.recompute_layers(model, segments=lambda layer: layer.name in chosen)
+    elif how == "count":
+        accumops.recompute_layers(model, segments=int(rng.integers(2, 6)))
+    else:
+        accumops.recompute_layers(model, policy="cheap")
+    got = results(model, x, tf.function)
+    assert_same(got[:2], want[:2], tolerance=2e-6)
+    assert_same(got[2], want[2], tolerance=1e-7)
 
 
 def fitted(wrap, jit_compile=False, net=None, **arguments):
-    model = wrap(net or model_of(BLOCKS["convolutional"][0], IMAGES))
+    model = wrap(net or model_of(BLOCKS["convolutional"][0], IMAGES, blocks=2))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.SGD(0.05, momentum=0.9), loss, jit_compile=jit_compile)
     model.fit(IMAGES, LABELS, batch_size=4, epochs=2, shuffle=False, verbose=0, **arguments)
@@ -105,7 +108,7 @@ def test_fit(kind, jit_compile, policy):
 def test_fit_with_layers_that_recompute():
     block, x = BLOCKS["convolutional"]
     _, want = fitted(WRAPS["micro_batch_size"])
-    _, got = fitted(WRAPS["micro_batch_size"], net=model_of(block, x, accumops.Recompute))
+    _, got = fitted(WRAPS["micro_batch_size"], net=model_of(block, x, accumops.Recompute, blocks=2))
     assert_same(got, want)
 
 
@@ -117,7 +120,7 @@ def test_saved_loaded_cloned_and_exported(wrapped, tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(loaded.predict(IMAGES, verbose=0), want)
-    plain = model_of(BLOCKS["convolutional"][0], IMAGES)
+    plain = model_of(BLOCKS["convolutional"][0], IMAGES, blocks=2)
     model.save_weights(tmp_path / "model.weights.h5")
     wrap(plain).load_weights(tmp_path / "model.weights.h5")
     np.testing.assert_array_equal(plain.predict(IMAGES, verbose=0), want)
@@ -144,7 +147,7 @@ def test_a_layer_that_recomputes_is_saved_and_cloned(tmp_path):
     np.testing.assert_allclose(exported.serve(x), model.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
 
 
-def deep(blocks=12, width=8):
+def deep(blocks=6, width=8):
     keras.utils.set_random_seed(0)
     inputs = hidden = keras.Input((16, 16, width))
     for i in range(blocks):
@@ -205,38 +208,39 @@ def convolutions(model):
 def test_less_is_kept_and_no_product_computed_again():
     plain, cheap, cut = deep(), accumops.recompute_layers(deep(), policy="cheap"), deep()
     accumops.recompute_layers(cut, segments=4)
-    assert convolutions(cheap) == convolutions(plain) == 12
-    assert convolutions(cut) > 12
+    assert convolutions(cheap) == convolutions(plain) == 6
+    assert convolutions(cut) > 6
     all_of_it = kept_bytes(plain, 8)
     assert kept_bytes(cut, 8) < all_of_it / 2.5
-    assert kept_bytes(cheap, 8) < all_of_it / 1.7
+    assert kept_bytes(cheap, 8) < all_of_it / 1.5
 
 
 def test_a_wrapped_model_recomputes():
+    most = kept_bytes(deep(), 8) / 2.5
     for wrap in (WRAPS["accum_steps"], WRAPS["micro_batch_size"]):
-        assert kept_bytes(wrap(accumops.recompute_layers(deep(), segments=4)), 8) < kept_bytes(deep(), 8) / 2.5
+        assert kept_bytes(wrap(accumops.recompute_layers(deep(), segments=4)), 8) < most
 
 
 def test_memory_goals():
     sizes = []
-    for goal in ("4MB", "3MB", 2_000_000):
+    for goal in ("3MB", "1.2MB", 1_000_000):
         sizes.append(kept_bytes(accumops.recompute_layers(deep(), memory=goal, batch_size=8), 8))
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] < sizes[0]
-    assert kept_bytes(accumops.recompute_layers(deep(), memory="1GB", batch_size=8), 8) == kept_bytes(deep(), 8)
+    assert sizes[0] == kept_bytes(deep(), 8)  # everything
     with pytest.raises(ValueError, match=r"smallest goal that one keeps to is \d+\.\dMiB"):
         accumops.recompute_layers(deep(), memory="100KB", batch_size=8)
 
 
 def test_a_lower_goal_never_takes_more():
-    net = deep(6)
+    net = deep(4)
     profile = accumops.memory_profile(net, 8, measure=False)
     fixed, most = profile.weights + profile.state, profile.steps[0].predicted
     accumops.recompute_layers(net, segments=32)
     least = accumops.memory_profile(net, 8, measure=False).steps[-1].predicted
     peaks = [most]
-    for i in range(1, 8):
-        goal = most - (most - least) * i // 8
+    for i in range(1, 6):
+        goal = most - (most - least) * i // 6
         accumops.recompute_layers(net, memory=fixed + goal, batch_size=8)
         peaks.append(accumops.memory_profile(net, 8, measure=False).steps[-1].predicted)
         assert peaks[-1] <= goal

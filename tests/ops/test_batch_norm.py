@@ -232,12 +232,16 @@ def layouts(backend, mode, dtype):
     return LAYOUTS if (backend, mode.name) == ("fused", "eager") else LAYOUTS[list(NUMPY).index(dtype) % 3 :: 3]
 
 
-# The reference is TensorFlow's own operations: half precision runs eagerly and compiled, the others in graphs too.
+# Fused, each dtype runs eagerly, and in turn in a graph or compiled. The reference is TensorFlow's own operations: half
+# precision runs eagerly and compiled, the others in graphs too.
+TURNS = {"fused": ["xla", "graph"], "reference": ["eager", "xla", "graph"]}
 DEFINED = cross(
     ["fused", "reference"],
     ["eager", "graph", "xla"],
     NUMPY,
-    default=lambda backend, mode, dtype: backend == "fused" or (dtype, mode) in turns(NUMPY, ["eager", "xla", "graph"]),
+    default=lambda backend, mode, dtype: (
+        (backend, mode) == ("fused", "eager") or (dtype, mode) in turns(NUMPY, TURNS[backend])
+    ),
 )
 
 

@@ -88,8 +88,7 @@ def check_against_the_full_batch(rng, name, run, updates):
     assert largest_difference(full, accumulated) <= 1e-5
 
 
-# Compiled, each optimizer meets one of the backends.
-COMPILED = {("fused", "Adam"), ("reference", "SGD")}
+OVER_50_UPDATES = [("fused", "Adam", "graph"), ("reference", "SGD", "graph"), ("fused", "SGD", "xla")]
 
 
 @pytest.mark.parametrize(
@@ -98,10 +97,7 @@ COMPILED = {("fused", "Adam"), ("reference", "SGD")}
         BACKENDS,
         ["SGD", "Adam"],
         RUNS,
-        default=lambda backend, name, run: (
-            (run == "graph" and (backend, name) != ("reference", "SGD"))
-            or (run == "xla" and (backend, name) in COMPILED)
-        ),
+        default=lambda *each: each in OVER_50_UPDATES,
     ),
     indirect=["backend"],
 )
@@ -116,6 +112,7 @@ def test_equals_the_full_batch_eagerly(backend, rng, name):
 
 
 # Without the fused op the update is the inner optimizer's own: what clips, what counts updates and what averages.
+# test_fused_update.py has these with it.
 UNFUSED = ["global_clipnorm", "schedule", "ema"]
 
 
@@ -124,7 +121,7 @@ UNFUSED = ["global_clipnorm", "schedule", "ema"]
     cross(
         BACKENDS,
         [name for name in OPTIMIZERS if name not in ("SGD", "Adam")],
-        default=lambda backend, name: backend == "fused" or name in UNFUSED,
+        default=lambda backend, name: (backend == "reference") == (name in UNFUSED),
     ),
     indirect=["backend"],
 )

@@ -71,6 +71,7 @@ def tensorflow_cpu():
     return python
 
 
+@pytest.mark.exhaustive
 def test_loads_and_runs_on_tensorflow_cpu(tensorflow_cpu):
     """tensorflow-cpu lacks tens of thousands of the symbols that tensorflow exports."""
     script = """

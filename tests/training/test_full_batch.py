@@ -6,7 +6,7 @@ import zlib
 import keras
 import numpy as np
 import pytest
-from crosses import turns
+from crosses import cross, turns
 from problems import BATCH, FEATURES, MICRO, MODES, OPTIMIZERS, RUNS, UPDATES, largest_difference, train
 
 from accumops import GradientAccumulateModel
@@ -47,45 +47,57 @@ def check(feature, optimizer, mode, **run):
 # The third mode, "parallel", runs the micro-batches of "micro_batch_size" in another order.
 ONE_AFTER_ANOTHER = ["accum_steps", "micro_batch_size"]
 SELECTED = ["Masked", "Regularized", "ListOutputs", "TinyLastBatch", "Embedding"]
-# Pairs of arguments; test_everything_with_everything has all combinations. Each optimizer meets one mode, and each
-# second one both. Each feature meets the fused backend, and each fifth one the reference. Each second selected feature
-# runs eagerly, and three are compiled by XLA. Pairs that share a large batch follow one another.
-OPTIMIZERS_BY_MODE = [
-    *((run, optimizer, "accum_steps") for optimizer, run in turns(OPTIMIZERS, RUNS)),
-    *((run, optimizer, "micro_batch_size") for optimizer, run in turns(OPTIMIZERS, ["xla", "graph", "eager"])[::2]),
+# Arguments that take turns; test_everything_with_everything has all combinations. Each optimizer and each feature has
+# one way to be trained. XLA compiles whole windows for longest.
+OPTIMIZER_WAYS = [
+    ("xla", "micro_batch_size"),
+    ("graph", "accum_steps"),
+    ("eager", "micro_batch_size"),
+    ("eager", "accum_steps"),
+    ("graph", "micro_batch_size"),
+    ("xla", "accum_steps"),
 ]
-FEATURES_BY_BACKEND = [
-    *((feature, "fused", mode) for feature, mode in turns(FEATURES, ONE_AFTER_ANOTHER)),
-    *((feature, "reference", mode) for feature, mode in turns(FEATURES, ONE_AFTER_ANOTHER[::-1])[::5]),
+FEATURE_WAYS = [
+    ("graph", "fused", "micro_batch_size"),
+    ("eager", "fused", "accum_steps"),
+    ("graph", "reference", "micro_batch_size"),
+    ("graph", "fused", "accum_steps"),
+    ("eager", "fused", "micro_batch_size"),
+    ("eager", "reference", "accum_steps"),
 ]
-FEATURES_BY_RUN = [
-    *(("eager", feature, mode) for feature, mode in turns(SELECTED, ONE_AFTER_ANOTHER)[::2]),
-    *(("xla", feature, mode) for feature, mode in turns(SELECTED, ONE_AFTER_ANOTHER[::-1])[1:4]),
-]
-OPTIMIZERS_BY_MODE.sort(key=lambda each: each[1])
-FEATURES_BY_BACKEND.sort(key=lambda each: each[0])
-FEATURES_BY_RUN.sort(key=lambda each: each[1])
 
 
-@pytest.mark.parametrize(("run", "optimizer", "mode"), OPTIMIZERS_BY_MODE)
-def test_every_optimizer(optimizer, mode, run):
+@pytest.mark.parametrize(
+    ("optimizer", "run", "mode"), [(optimizer, *way) for optimizer, way in turns(OPTIMIZERS, OPTIMIZER_WAYS)]
+)
+def test_every_optimizer(optimizer, run, mode):
     check("SampleWeights", optimizer, mode, **RUNS[run])
 
 
-@pytest.mark.parametrize(("feature", "backend", "mode"), FEATURES_BY_BACKEND, indirect=["backend"])
-def test_every_feature(backend, feature, mode):
-    check(feature, "AdamW", mode)
-
-
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ONE_AFTER_ANOTHER])
-@pytest.mark.parametrize("feature", SELECTED[::2])
-def test_features_side_by_side(feature, mode):
-    check(feature, "AdamW", mode)
-
-
-@pytest.mark.parametrize(("run", "feature", "mode"), FEATURES_BY_RUN)
-def test_features_in_other_runs(feature, mode, run):
+@pytest.mark.parametrize(
+    ("feature", "run", "backend", "mode"),
+    [(feature, *way) for feature, way in turns(FEATURES, FEATURE_WAYS)],
+    indirect=["backend"],
+)
+def test_every_feature(backend, feature, run, mode):
     check(feature, "AdamW", mode, **RUNS[run])
+
+
+@pytest.mark.parametrize("feature", cross(SELECTED, default=lambda feature: feature == "Masked"))
+def test_features_side_by_side(feature):
+    check(feature, "AdamW", "parallel")
+
+
+@pytest.mark.parametrize(
+    ("feature", "mode"),
+    cross(
+        SELECTED,
+        ONE_AFTER_ANOTHER,
+        default=lambda *each: each in (("Regularized", "accum_steps"), ("Embedding", "micro_batch_size")),
+    ),
+)
+def test_features_compiled(feature, mode):
+    check(feature, "AdamW", mode, jit_compile=True)
 
 
 @pytest.mark.exhaustive

@@ -17,10 +17,9 @@ MODES = {
 }
 RUNS = {"graph": {}, "eager": {"run_eagerly": True}, "xla": {"jit_compile": True}}
 DEFAULT = [
-    ("accum_steps", "skip", "graph"),
     ("accum_steps", "drop", "xla"),
-    ("micro_batch_size", "skip", "xla"),
-    ("micro_batch_size", "drop", "graph"),
+    ("micro_batch_size", "skip", "graph"),
+    ("micro_batch_size", "drop", "eager"),
     ("parallel", "skip", "graph"),
 ]
 # Micro-batches of a window of three; the last window has two, of which the last is smaller. The first window lacks its

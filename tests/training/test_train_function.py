@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from crosses import cross
 
 from accumops import GradientAccumulateModel
 from accumops.training.train_function import train_function
@@ -57,10 +58,17 @@ INTERFERENCE = {
     "fewer micro-batches a window": {4: set_accum_steps(1), 9: set_accum_steps(2)},
     "somebody else's micro-batch": {1: add_a_micro_batch, 6: add_a_micro_batch},
     "somebody else's window": {2: add_a_micro_batch, 5: add_a_micro_batch},
+    "flushes and a reset": {
+        1: lambda model: model.flush(),
+        7: lambda model: model.optimizer.accumulator.reset(),
+        9: lambda model: model.flush(),
+    },
+    "more and fewer micro-batches a window": {2: set_accum_steps(6), 6: set_accum_steps(1), 9: set_accum_steps(2)},
+    "somebody else's micro-batch and window": {1: add_a_micro_batch, 5: add_a_micro_batch},
 }
 
 
-@pytest.mark.parametrize("case", INTERFERENCE)
+@pytest.mark.parametrize("case", cross(INTERFERENCE, default=lambda case: " and " in case))
 def test_as_eagerly_whatever_happens_between_steps(rng, case):
     x, y = batches(rng)
     results = []

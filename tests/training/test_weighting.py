@@ -10,6 +10,8 @@ from accumops import GradientAccumulateModel
 
 SAMPLES, LENGTH, WORDS = 22, 6, 5
 MODES = {"accum_steps": ({"accum_steps": 4}, 6), "micro_batch_size": ({"micro_batch_size": 6}, SAMPLES)}
+RUNS = {"graph": {}, "eager": {"run_eagerly": True}}
+WAYS = [(mode, run) for run in RUNS for mode in MODES]
 
 
 @pytest.fixture
@@ -68,20 +70,16 @@ def weights_after(wrap, batch_size, mask, loss, y, sample_weight, tokens, **comp
 
 
 @pytest.mark.parametrize(
-    ("case", "mode"),
-    cross(
-        CASES,
-        MODES,
-        default=lambda *each: each in turns(CASES, MODES) or each[0] in ("ignored labels", "sum of weights"),
-    ),
+    ("case", "mode", "run"),
+    cross(CASES, MODES, RUNS, default=lambda case, *way: (case, way) in turns(CASES, WAYS)),
 )
-def test_equals_the_large_batch(text, mode, case):
+def test_equals_the_large_batch(text, mode, case, run):
     mask, arguments, y, weighted_by = CASES[case]
     sample_weight = {None: None, "weights": text["weights"], "one": text["weights"][:, :1]}[weighted_by]
     common = (mask, cross_entropy(**arguments), text[y], sample_weight, text["tokens"])
     expected, losses = weights_after(None, SAMPLES, *common)
     wrap, batch_size = MODES[mode]
-    found, logged = weights_after(wrap, batch_size, *common)
+    found, logged = weights_after(wrap, batch_size, *common, **RUNS[run])
     for a, b in zip(expected, found, strict=True):
         np.testing.assert_allclose(b, a, rtol=2e-6, atol=2e-7)
     if mode == "micro_batch_size":

@@ -152,7 +152,7 @@ def test_losses_are_those_of_one_batch_in_float64(loss, size):
         (clip, "graph", 8),
         (siglip, "xla", 5),
         (nt_xent, "eager", 8),
-        (vicreg, "graph", 5),
+        (vicreg, "eager", 5),
         (barlow_twins, "eager", 8),
         (correlation, "eager", 5),
         (pairwise_auc, "eager", 8),

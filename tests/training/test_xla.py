@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from crosses import cross
 from tensorflow.python.ops import control_flow_util
 
 import accumops
@@ -69,7 +70,7 @@ def test_equals_training_without(network, mode):
     ("network", "mode", "passes"),
     [
         (dense, "accum_steps", True),
-        (convolutional, "accum_steps", True),
+        pytest.param(convolutional, "accum_steps", True, marks=pytest.mark.exhaustive),  # as the one before
         (dense, "micro_batch_size", False),
         (convolutional, "micro_batch_size", not tf.config.list_physical_devices("GPU")),
         (lambda x: keras.layers.Dense(3)(keras.layers.Embedding(9, 2)(x)[:, 0]), "micro_batch_size", True),
@@ -121,19 +122,24 @@ def test_a_layer_that_xla_cannot_compile(mode):
     assert int(model.optimizer.iterations) == 6
 
 
-@pytest.mark.parametrize("mode", list(MODES))
-def test_other_ways_to_run_steps(mode):
+@pytest.mark.parametrize(
+    ("mode", "way"),
+    cross(MODES, ["several", "one"], default=lambda mode, way: (mode == "accum_steps") == (way == "several")),
+)
+def test_other_ways_to_run_steps(mode, way):
     """`train_on_batch`, and several steps in one call, which Keras's functions run."""
-    wanted = fit(make(dense, mode, False), mode, 32 * 4)
-    several = fit(make(dense, mode, steps_per_execution=2), mode, 32 * 4)
-    one = make(dense, mode)
-    x, y = data(32 * 4)
-    size = 8 if mode == "accum_steps" else 32
-    for i in range(0, 32 * 4, size):
-        one.train_on_batch(x[i : i + size], y[i : i + size])
-    for others in (several, [each.numpy() for each in one.weights]):
-        for mine, theirs in zip(others, wanted, strict=True):
-            np.testing.assert_allclose(mine, theirs, atol=1e-5)
+    wanted = fit(make(dense, mode, False, run_eagerly=True), mode, 32 * 4)
+    if way == "several":
+        found = fit(make(dense, mode, steps_per_execution=2), mode, 32 * 4)
+    else:
+        model = make(dense, mode)
+        x, y = data(32 * 4)
+        size = 8 if mode == "accum_steps" else 32
+        for i in range(0, 32 * 4, size):
+            model.train_on_batch(x[i : i + size], y[i : i + size])
+        found = [each.numpy() for each in model.weights]
+    for mine, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 
 def test_compiling_again():

@@ -1,14 +1,15 @@
 """Gradients in buckets: the same sums in several operations, so that gradients are let go as they come."""
 
+import bucket_peaks
 import keras
 import numpy as np
+import processes
 import pytest
 import tensorflow as tf
 from crosses import cross
 
 import accumops
 from accumops.adapters.tensorflow import operations_within
-from accumops.memory.device_memory import AllocatorMemory
 from accumops.window import buckets
 
 L = keras.layers
@@ -21,7 +22,7 @@ def small(monkeypatch):
     monkeypatch.setattr(buckets, "SMALL_BYTES", 8 << 10)
 
 
-def network(layers=6, width=32):
+def network(layers=3, width=32):
     keras.utils.set_random_seed(0)
     inputs = hidden = keras.Input((4,))
     hidden = L.Embedding(50, width)(L.Lambda(lambda x: keras.ops.cast(keras.ops.abs(x), "int32"))(hidden))
@@ -107,25 +108,16 @@ def test_groups_in_the_order_of_the_graph(monkeypatch):
     assert buckets.in_buckets(range(2), [tf.ones([32, 16])] * 2, variables) == [[0, 1]]
 
 
-@pytest.mark.parametrize("how", ["accum_steps", "micro_batch_size"])
-def test_the_peak_of_a_wide_model_is_a_bucket_and_not_all_gradients(how, monkeypatch):
-    def peak():
-        keras.utils.set_random_seed(0)
-        net = keras.Sequential([keras.Input((1024,)), *(L.Dense(1024, "relu") for _ in range(12))])
-        arguments = {"accum_steps": 2} if how == "accum_steps" else {"micro_batch_size": 1}
-        model = accumops.GradientAccumulateModel(net, **arguments)
-        model.compile(keras.optimizers.Adam(1e-4), "mse", jit_compile=False)
-        x = np.ones((8, 1024), "float32")
-        batch = 1 if how == "accum_steps" else 4
-        model.fit(x, x, batch_size=batch, verbose=0)
-        memory = AllocatorMemory("CPU:0")
-        before = memory.now()
-        memory.forget_peak()
-        model.fit(x, x, batch_size=batch, verbose=0)
-        return (memory.peak() - before) / 2**20
+@pytest.fixture(scope="module")
+def process():
+    """A process in which TensorFlow's allocator counts."""
+    with processes.that_counts() as process:
+        yield process
 
-    together = peak()
-    monkeypatch.setattr(buckets, "BUCKET_BYTES", 4 << 20)
-    monkeypatch.setattr(buckets, "SMALL_BYTES", 8 << 20)
+
+@pytest.mark.parametrize("how", ["accum_steps", "micro_batch_size"])
+def test_the_peak_of_a_wide_model_is_a_bucket_and_not_all_gradients(how, process):
+    together = process.call(bucket_peaks.peak, how=how)
+    in_buckets = process.call(bucket_peaks.peak, how=how, bucket_bytes=4 << 20, small_bytes=8 << 20)
     assert together > 44  # 12 layers of 4 MiB
-    assert peak() < together / 1.3
+    assert in_buckets < together / 1.3
