@@ -39,27 +39,30 @@ def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
         progress: Called after each training.
     """
     rows: list[Row] = []
+    found: list[str] = []
     for name in MODELS:
         others = []
         for segments, sizes in ((0, SIZES), (_SEGMENTS, RECOMPUTED)):
             for size in sizes:
-                found, note = _in_a_process(trained, name=name, size=size, segments=segments, rounds=rounds)
-                others.append((size, segments, found, note))
+                taken, _ = _in_a_process(trained, name=name, size=size, segments=segments, rounds=rounds)
+                others.append((size, segments, taken))
                 progress()
         for limit in LIMITS:
             case = f"{name}, {limit} GiB"
             fitting = [each for each in others if each[2] and each[2]["peak"] <= limit * 2**30]
+            what = "none fits"
             best = min(fitting, key=lambda each: each[2]["ms"], default=None)
             if best is not None:
                 what = f"{best[0]} samples" + (f", {best[1]} segments" if best[1] else "")
-                rows.append(Row(case, f"the fastest of all: {what}", best[2]["ms"], best[2]["peak"], floor=True))
+                rows.append(Row(case, "the fastest of all", best[2]["ms"], best[2]["peak"], floor=True))
             plan, note = _in_a_process(planned, name=name, limit=limit * 2**30, rounds=rounds)
             progress()
             if not plan:
                 rows.append(Row(case, "the plan", note=note))
                 continue
-            rows.append(Row(case, f"the plan: {plan['what']}", plan["ms"], plan["peak"]))
-            rows.append(Row(case, f"predicted in {plan['search']:.0f} s", plan["expected_ms"], plan["predicted"]))
+            rows.append(Row(case, "the plan", plan["ms"], plan["peak"]))
+            rows.append(Row(case, "the plan, predicted", plan["expected_ms"], plan["predicted"]))
+            found.append(f"{case}: {plan['what']}, found in {plan['search']:.0f} s; the fastest: {what}.")
     return Result(
         "planned micro-batches within a memory limit, time of a sample",
         tuple(rows),
@@ -67,6 +70,7 @@ def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
             "The peak is what the operating system counts for the process while `fit` runs, the program included.",
             "'The fastest of all' is of micro-batches of "
             f"{', '.join(map(str, SIZES))} samples, and of {' and '.join(map(str, RECOMPUTED))} with recompute.",
+            *found,
         ),
         settings={"image": IMAGE, "effective_batch_size": EFFECTIVE, "segments": _SEGMENTS},
     )
@@ -137,7 +141,7 @@ def _compiled(name: str, size: int, segments: int = 0) -> tuple[GradientAccumula
     model.compile(keras.optimizers.SGD(1e-3, momentum=0.9), loss, jit_compile=False)
     generator = np.random.default_rng(0)
     x = generator.normal(size=(EFFECTIVE, *net.input_shape[1:])).astype("float32")
-    return model, (x, generator.integers(0, 10, EFFECTIVE))
+    return model, (x, generator.integers(0, net.output_shape[-1], EFFECTIVE))
 
 
 def _application(name: str) -> Callable[[], keras.Model]:

@@ -20,6 +20,7 @@ from accumops.benchmark import (
     limit,
     memory,
     models,
+    plan,
     recompute,
     update,
     window,
@@ -28,6 +29,8 @@ from accumops.benchmark import (
 from accumops.benchmark.contender import Contender
 from accumops.cli import main
 from accumops.cli.bench import SUITES
+from accumops.planning import find_micro_batch_size
+from accumops.planning.loaded_pass import Point
 
 RECORDED = Path(__file__).parents[2] / "benchmarks" / "results"
 VALUES = 300 * 7 + 5 + 64 * 64
@@ -58,6 +61,7 @@ CONTENDERS = {
     "goals": {f"{which}{what}" for which in (goals.FLOOR, "goal 1", "goal 2") for what in (", predicted", "")}
     | {"goal 1, the goal", "goal 2, the goal"},
     "limit": {"all activations kept", "2 times the samples, recomputed"},
+    "plan": {"the fastest of all", "the plan", "the plan, predicted"},
     "memory": {"a micro-batch of 16, without accumulation", "the batch at once", "accumops, micro_batch_size"}
     | {"Keras, gradient_accumulation_steps", "accumops, accum_steps"},
 }
@@ -105,6 +109,21 @@ class Direct(InThisProcess):
         return function(**arguments)
 
 
+class Measured:
+    """In place of the measurement of a pass."""
+
+    measured_by = "nobody"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def measure(self, samples, allowed):
+        return Point(samples, samples, 0.1 + samples)
+
+
 @pytest.fixture
 def small(monkeypatch):
     """Small inputs in place of those of all suites."""
@@ -139,6 +158,12 @@ def small(monkeypatch):
     for name, value in (("SMALL", (4,)), ("FACTORS", (2,))):
         monkeypatch.setattr(limit, name, value)
     monkeypatch.setattr(limit, "NETWORKS", {"small": deep_network})
+    monkeypatch.setattr(plan, "ChildProcess", Direct)
+    monkeypatch.setattr(plan, "NETWORKS", {"small": deep_network})
+    for name, value in (("MODELS", ("small",)), ("LIMITS", (64,)), ("EFFECTIVE", 4), ("SIZES", (4,))):
+        monkeypatch.setattr(plan, name, value)
+    monkeypatch.setattr(plan, "RECOMPUTED", ())
+    monkeypatch.setattr(find_micro_batch_size, "measurer_of", lambda traced, device: Measured())
 
 
 @pytest.mark.parametrize("suite", SUITES)
