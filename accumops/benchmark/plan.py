@@ -77,7 +77,7 @@ def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
 
 
 def _in_a_process(function: Callable[..., Any], **arguments: Any) -> tuple[dict[str, Any], str | None]:
-    with ChildProcess({"TF_CPP_MIN_LOG_LEVEL": "3"}) as process:
+    with ChildProcess() as process:
         try:
             return process.call(function, **arguments), None
         except ChildProcessFailed as error:
