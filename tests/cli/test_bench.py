@@ -8,6 +8,7 @@ import keras
 import pytest
 import tensorflow as tf
 from click.testing import CliRunner
+from crosses import cross
 
 import accumops
 from accumops import benchmark
@@ -88,6 +89,14 @@ def deep_network():
     return keras.Model(inputs, layers.Dense(models.CLASSES)(layers.GlobalAveragePooling2D()(hidden)))
 
 
+def small_towers():
+    layers = keras.layers
+    images = keras.Input((window_loss.SIDE, window_loss.SIDE, 3))
+    texts = keras.Input((window_loss.WORDS,))
+    pair = [layers.Dense(2)(layers.Flatten()(images)), layers.Dense(2)(texts)]
+    return keras.Model([images, texts], layers.Concatenate(axis=1)([layers.Reshape((1, 2))(each) for each in pair]))
+
+
 class InThisProcess:
     """In place of a process for each peak: the samples of a batch in MiB."""
 
@@ -136,6 +145,7 @@ def small(monkeypatch):
     for suite in (batch_norm, window):
         monkeypatch.setattr(suite, "MICRO", 2)
     monkeypatch.setattr(batch_norm, "SHAPES", ((2, 4, 4, 3), (8, 5)))
+    monkeypatch.setattr(batch_norm, "DTYPES", ("bfloat16",))
     monkeypatch.setattr(batch_norm, "convolutional_network", small_network)
     monkeypatch.setattr(window.legacy, "missing_package", lambda: "gradient_accumulator")
     # A problem with a large table has all contenders.
@@ -146,7 +156,7 @@ def small(monkeypatch):
     monkeypatch.setattr(memory, "ChildProcess", InThisProcess)
     for name in ("CONV_BLOCKS", "ATTENTION_BLOCKS"):
         monkeypatch.setattr(recompute, name, 1)
-    for name, value in (("BATCH", 8), ("MICRO", 4), ("SIDE", 4), ("CHANNELS", 2)):
+    for name, value in (("BATCH", 8), ("MICRO", 4), ("SIDE", 4), ("towers", small_towers)):
         monkeypatch.setattr(window_loss, name, value)
     monkeypatch.setattr(memory, "SIZES", (32, 64))
     monkeypatch.setattr(goals, "ChildProcess", Direct)
@@ -166,7 +176,8 @@ def small(monkeypatch):
     monkeypatch.setattr(find_micro_batch_size, "measurer_of", lambda traced, device: Measured())
 
 
-@pytest.mark.parametrize("suite", SUITES)
+# The contenders of the suite "window" take longest to be made; test_window_suite.py makes them, too.
+@pytest.mark.parametrize("suite", cross(SUITES, default=lambda suite: suite != "window"))
 @pytest.mark.usefixtures("small")
 def test_suites(suite, tmp_path):
     numbers, picture = tmp_path / "results.json", tmp_path / "results.png"
