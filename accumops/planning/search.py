@@ -88,7 +88,7 @@ def search(subject: Subject) -> Searched:
     plain = plain._replace(tries=tries)
     if plain.no_time:
         notes.append("There was no time to measure a larger micro-batch.")
-    if not plain.at_limit or not subject.recompute:
+    if not plain.at_limit or not subject.recompute or allowed <= 0:
         return Searched(tries, measured_by, notes)
     graph = graph_of(subject.net)
     if graph is None:
