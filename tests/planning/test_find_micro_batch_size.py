@@ -124,7 +124,7 @@ def test_search_prints_and_shows_a_table(capsys, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(plan.measured)
     assert all(
-        re.match(r"micro_batch_size=\d+, recomputing nothing: .*MiB, .* samples a second", each) for each in lines
+        re.match(r"micro_batch_size=\d+, recomputing nothing: .*iB, .* samples a second", each) for each in lines
     )
     text = str(plan)
     assert f"micro_batch_size={plan.micro_batch_size}, accum_steps={plan.accum_steps}" in text
