@@ -28,7 +28,7 @@ def key_of(fingerprint: str, device: str, **settings: Any) -> str:
     """What a plan depends on, as a string.
 
     Args:
-        fingerprint: That of the traced pass.
+        fingerprint: The fingerprint of the traced pass.
         device: The device.
         **settings: What was asked for.
     """

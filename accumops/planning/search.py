@@ -131,8 +131,8 @@ def window_seconds(point: Point, per_micro_batch: float, effective_batch_size: i
 def fastest(tries: Sequence[Try], effective_batch_size: int) -> tuple[Try, Point, float]:
     """The try to plan with, what it takes, and the time of its window in seconds.
 
-    Of those that are about as fast as the fastest it is the largest micro-batch: it has the fewest calls, and layers
-    that look at a batch have more of it to look at.
+    Where several are about as fast as the fastest, the largest micro-batch wins: it has the fewest calls, and layers
+    that look at a batch have more samples to look at.
 
     Args:
         tries: The tries, at least one of which fits.
