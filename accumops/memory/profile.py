@@ -17,6 +17,7 @@ from accumops.arguments import check_count
 from accumops.memory.cuts import Costs, costs_by_region, taken_by
 from accumops.memory.device_memory import AllocatorMemory, DeviceMemory, ResidentMemory
 from accumops.memory.layer_costs import CallCosts, costs_of
+from accumops.memory.pictures import figure_of
 from accumops.memory.segments import Segment, regions_of, running_in, segments_by_region
 from accumops.memory.training_trace import spec_of
 from accumops.optimizer.optimizer import GradientAccumulateOptimizer
@@ -116,11 +117,7 @@ class MemoryProfile:
         Raises:
             ImportError: If matplotlib is missing.
         """
-        try:
-            from matplotlib.figure import Figure  # not pyplot, which looks for a screen
-        except ImportError as error:
-            raise ImportError(f"A picture needs matplotlib ({error}): pip install matplotlib") from error
-        figure = Figure(figsize=(8, 1.6 + 0.5 * len(self.steps)), layout="constrained")
+        figure = figure_of(8, 1.6 + 0.5 * len(self.steps))
         axes = figure.add_subplot()
         names = [f"{step.batch_size} samples{chr(10) + 'recomputed' if step.recomputes else ''}" for step in self.steps]
         parts = {name: [getattr(self, name)] * len(self.steps) for name in ("weights", "accumulators", "slots")}

@@ -47,7 +47,7 @@ def find_micro_batch_size(
             Only shapes and dtypes matter.
         effective_batch_size: Samples a window; by default those of `sample_data`.
         memory_limit: The most memory that training may take, in bytes or as `"4GB"`, `"500MiB"`. By default the memory
-            of the GPU, or what the operating system says is available to this process.
+            of the GPU, or on a CPU the memory that this process can still get.
         recompute: `"auto"` plans recompute where it allows a larger micro-batch that is faster, or the only one that
             fits. False plans none.
         margin: The part of the limit that the plan leaves free.

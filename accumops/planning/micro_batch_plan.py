@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from accumops.adapters.keras_functional import graph_of
+from accumops.memory.pictures import figure_of
 from accumops.memory.segments import Segment, regions_of, run_regions
 from accumops.memory.sizes import readable
 
@@ -93,11 +94,7 @@ class MicroBatchPlan:
         Raises:
             ImportError: If matplotlib is missing.
         """
-        try:
-            from matplotlib.figure import Figure  # not pyplot, which looks for a screen
-        except ImportError as error:
-            raise ImportError(f"A picture needs matplotlib ({error}): pip install matplotlib") from error
-        figure = Figure(figsize=(8, 3.4), layout="constrained")
+        figure = figure_of(8, 3.4)
         memory_axes, speed_axes = figure.subplots(1, 2)
         for kind, shade in zip(sorted({each.recompute for each in self.measured}), _SHADES, strict=False):
             own = [each for each in self.measured if each.recompute == kind and each.memory and each.seconds]

@@ -21,7 +21,7 @@ from accumops.memory.segments import Segment
 from accumops.ops import get_backend
 from accumops.planning.micro_batch_plan import MeasuredMicroBatch, MicroBatchPlan
 
-_FORMAT = 1  # of what the file holds
+_FORMAT = 1  # the version of the file's layout
 
 
 def key_of(fingerprint: str, device: str, **settings: Any) -> str:

@@ -84,8 +84,7 @@ class AutoMicroBatch:
             if size == 1:
                 raise _out_of_memory(_ONE_SAMPLE, failure)
             model.micro_batch_size = size // 2
-            self.start_anew()
-            gc.collect()  # the functions, whose graphs hold memory
+            gc.collect()  # the functions for the size before, whose graphs hold memory
             print(f"\naccumops: memory ran out ({failure}). micro_batch_size={size // 2} from here on.", flush=True)
         return self._update(before)
 

@@ -186,8 +186,10 @@ class GradientAccumulateModel(ConfiguredWrapper):
         check_count("micro_batch_size", micro_batch_size, "a number of samples")
         self._micro_batch_size = int(micro_batch_size)
         self._untracked.step.compile_passes(self._untracked.step.compiled_pass is not None)
-        if not self.finds_micro_batch:
+        if self._untracked.auto is None:
             self.train_function = None
+        else:
+            self._untracked.auto.start_anew()
 
     @property
     def micro_batch_plan(self) -> MicroBatchPlan | None:

@@ -267,3 +267,16 @@ def test_a_size_that_is_set():
     by_steps = accumops.GradientAccumulateModel(network(), accum_steps=2)
     with pytest.raises(ValueError, match="cannot be set"):
         by_steps.micro_batch_size = 8
+
+
+def test_a_size_that_is_set_later_with_auto(planned):
+    """The functions for the size that was found are made anew."""
+    model, other = compiled("auto"), compiled(8)
+    x, y = next(iter(data()))
+    for each in (model, other):
+        each.train_on_batch(x, y)
+        each.micro_batch_size = 4
+        each.train_on_batch(x, y)
+    assert model.micro_batch_size == 4
+    for one, another in zip(model.trainable_variables, other.trainable_variables, strict=True):
+        np.testing.assert_array_equal(one.numpy(), another.numpy())
