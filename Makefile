@@ -1,5 +1,6 @@
 # make demo    trains a small CNN both ways and prints the difference
 # make test    runs all checks
+# make emulated   compiles the CUDA kernels for a GPU that is emulated on the CPU, for the tests
 # make build   compiles the files that have changed
 # make wheel   builds a wheel in dist/
 # Each target first sets up .venv if needed. PYTHON chooses the interpreter; CMAKE_ARGS and CMAKE_CUDA_ARCHITECTURES are
@@ -12,14 +13,14 @@ CPP := $(shell find src -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test build check wheel format clean
+.PHONY: demo test emulated build check wheel format clean
 
 demo: build
 	$(BIN)/accumops demo
 
 # Three workers keep two cores busy: tests wait for processes. Tests on replicas split the CPU into logical devices, so
 # they have processes of their own; there the longest file starts first.
-test: check
+test: check emulated
 	status=0; \
 	$(BIN)/python -m pytest -n 3 --dist worksteal --durations=20 --ignore=tests/distribute || status=1; \
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=20 \
@@ -43,6 +44,11 @@ $(VENV)/installed: pyproject.toml setup.py tools/make_venv.sh
 	$(BIN)/python -m pip install --quiet -r $(VENV)/build_requirements.txt
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
 	touch $@
+
+emulated: $(VENV)/installed
+	$(BIN)/cmake -S . -B build/emulated -G Ninja --log-level=WARNING -DACCUMOPS_CUDA=EMULATED \
+	  -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
+	$(BIN)/cmake --build build/emulated -- --quiet
 
 wheel: $(VENV)/installed
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .

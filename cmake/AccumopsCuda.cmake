@@ -11,6 +11,11 @@ if(NOT ACCUMOPS_CUDA)
   return()
 endif()
 
+if(ACCUMOPS_CUDA STREQUAL "EMULATED")
+  set(ACCUMOPS_CUDA_REASON "emulated: see AccumopsEmulatedCuda.cmake")
+  return()
+endif()
+
 if(NOT CMAKE_CUDA_COMPILER)
   find_program(ACCUMOPS_NVCC nvcc HINTS ENV CUDACXX ENV CUDA_HOME ENV CUDA_PATH
     PATHS /usr/local/cuda PATH_SUFFIXES bin)

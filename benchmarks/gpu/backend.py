@@ -121,10 +121,14 @@ def import_cupy() -> Any:
     return cupy
 
 
-def open_device(name: str) -> Host:
-    """Returns the device called "cuda" or "cpu"."""
+def open_device(name: str, seed: int = 0) -> Host:
+    """Returns the device called "cuda", "emulated" or "cpu". The seed is for the emulated GPU."""
     if name == "cpu":
         return Host(load_kernels())
+    if name == "emulated":
+        from emulated import Emulated
+
+        return Emulated(load_kernels(), seed)
     cupy = import_cupy()
     return Cuda(load_kernels(), cupy)
 

@@ -112,21 +112,21 @@ def norms(checker: Checker, name: str, arrays: list[np.ndarray], offset: int, *,
 
 def check(checker: Checker) -> None:
     """Runs all checks of this file."""
-    for rule in SLOTS:
+    for rule in checker.some([*SLOTS], [*SLOTS], ["adam"]):
         items = [item(i, (size,)) for i, size in enumerate(2 * SIZES)]
         update(checker, "sizes", Settings(rule, decay=0.1, weight=0.7), items)
         update(checker, "sizes", Settings(rule, decay=0.1, overwrite=True, clip=0.3), items[::-1])
         rows = [(1, 1), (700, 3), (300, 4), (129, 64), (40, 257), (3, 5000), (0, 5), (4, 0)]
         items = [item(i, shape, rows=True) for i, shape in enumerate(2 * rows + rows)]
         update(checker, "rows", Settings(rule, decay=0.1), items)
-    for count in UPDATE_COUNTS:
+    for count in checker.some(UPDATE_COUNTS, [44, 353], []):
         items = [item(i, ((5, 1, 0, 17, 3)[i % 5],)) for i in range(count)]
         items[count // 2] = item(1, (65537,))
         update(checker, f"a list of {count}", Settings("adam"), items, together=True)
-    for dtype in TYPES:
-        for offset in (0, 1, 3):
+    for dtype in checker.some(TYPES, TYPES, ["bfloat16"]):
+        for offset in checker.some([0, 1, 3], [0, 1, 3], [1]):
             norms(checker, f"sizes, {dtype}", [checker.numbers(dtype, size) for size in NORM_SIZES], offset)
-    for count in NORM_COUNTS:
+    for count in checker.some(NORM_COUNTS, [161, 501], [161]):
         arrays = [checker.numbers(TYPES[i % 4], (5, 1, 0, 17, 3)[i % 5]) for i in range(count)]
         arrays[count // 2] = checker.numbers("bfloat16", 65537)
         norms(checker, f"a list of {count}", arrays, 0, together=True)

@@ -1,10 +1,12 @@
 """What the checks of the kernels share: buffers with guarded ends, and a record of failures."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from backend import Host
 from kernel_definitions import narrow
+
+T = TypeVar("T")
 
 
 class Arena:
@@ -49,13 +51,20 @@ class Placed:
 
 
 class Checker:
-    """A device, the random numbers of the cases, and a record of failures."""
+    """A device, the random numbers of the cases, and a record of failures. `cases` is "all", "few" or
+    "fewest": still every kernel, with few blocks.
+    """
 
-    def __init__(self, device: Host) -> None:
+    def __init__(self, device: Host, *, cases: str = "all") -> None:
         self.device = device
+        self.cases = cases
         self.rng = np.random.default_rng(0)
         self.calls = 0
         self.failures: list[str] = []
+
+    def some(self, all_cases: T, few: T, fewest: T) -> T:
+        """Returns one of three values, as `cases` says."""
+        return {"all": all_cases, "few": few, "fewest": fewest}[self.cases]
 
     def expect(self, what: str, equal: bool) -> None:
         """Records a failure unless the comparison succeeded."""

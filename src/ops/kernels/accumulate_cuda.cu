@@ -195,8 +195,7 @@ __device__ bool AccumulateChunk(void* accumulator, const void* gradient, std::in
 }
 
 template <typename Params>
-__global__ void __launch_bounds__(kThreads, 4)
-    AccumulateKernel(const __grid_constant__ Params params) {
+__global__ void __launch_bounds__(kThreads, 4) AccumulateKernel(ACCUMOPS_PARAMS(Params) params) {
   const bool overwrite = *params.overwrite;
   const double scale = cuda::ReadScale(params.scale);
   const int entry = cuda::FindEntry(params.first_chunk, params.count, blockIdx.x);
@@ -229,8 +228,9 @@ __global__ void __launch_bounds__(kThreads, 4)
       finite = accumulate(AccumulateChunk<double, cuda::BFloat16>);
       break;
   }
-  // Threads may race here, but all store the same value.
-  if (!finite && params.all_finite != nullptr) *params.all_finite = false;
+  if (!finite && params.all_finite != nullptr) {
+    cuda::SetFromAnyThread(params.all_finite, false);
+  }
 }
 
 template <typename Params>

@@ -95,8 +95,7 @@ class Scatter {
         listed_ = 0;
       }
     }
-    // Threads may race here, but all store the same value.
-    if (!finite_ && p_.all_finite != nullptr) *p_.all_finite = false;
+    if (!finite_ && p_.all_finite != nullptr) cuda::SetFromAnyThread(p_.all_finite, false);
   }
 
  private:
@@ -306,8 +305,8 @@ class Scatter {
 
 template <typename Acc, typename Grad>
 __global__ void __launch_bounds__(kThreads, 1)
-    ScatterKernel(const __grid_constant__ ScatterParams params) {
-  __shared__ typename Scatter<Acc, Grad>::Shared shared;
+    ScatterKernel(ACCUMOPS_PARAMS(ScatterParams) params) {
+  ACCUMOPS_SHARED(shared, typename Scatter<Acc, Grad>::Shared);
   Scatter<Acc, Grad>(params, shared).Run();
 }
 
@@ -336,8 +335,7 @@ __device__ void Clear(char* begin, std::int64_t bytes, std::int64_t thread, std:
   if (edge < bytes) *reinterpret_cast<unsigned*>(begin + edge) = 0;
 }
 
-__global__ void __launch_bounds__(kClearThreads)
-    ClearKernel(const __grid_constant__ ClearParams p) {
+__global__ void __launch_bounds__(kClearThreads) ClearKernel(ACCUMOPS_PARAMS(ClearParams) p) {
   if (!*p.overwrite) return;
   const std::int64_t thread = std::int64_t{blockIdx.x} * kClearThreads + threadIdx.x;
   const std::int64_t threads = std::int64_t{gridDim.x} * kClearThreads;

@@ -51,8 +51,7 @@ struct MomentsParams {
 };
 
 template <typename Traits>
-__global__ void __launch_bounds__(kThreads, 4)
-    MomentsKernel(const __grid_constant__ MomentsParams p) {
+__global__ void __launch_bounds__(kThreads, 4) MomentsKernel(ACCUMOPS_PARAMS(MomentsParams) p) {
   using T = typename Traits::T;
   using Pack = typename Traits::Pack;
   using Word = typename Traits::Word;
@@ -60,8 +59,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   constexpr int kPack = Traits::kPack;
   constexpr int kChannels = Traits::kChannels;
   constexpr int kBatch = Traits::kNarrow ? 12 : 4;  // loads in flight
-  __shared__ batch_norm::TileSums<Traits, 3> shared;
-  __shared__ int shared_count[kThreads];
+  ACCUMOPS_SHARED(shared, batch_norm::TileSums<Traits, 3>);
+  ACCUMOPS_SHARED(shared_count, int[kThreads]);
   const Tile<Traits> tile(p.tiling, blockIdx.x);
   const auto* x = static_cast<const T*>(p.x);
   const int lanes = tile.lanes();
@@ -156,8 +155,7 @@ struct StatisticsParams {
 };
 
 template <typename Stat>
-__global__ void __launch_bounds__(kThreads)
-    StatisticsKernel(const __grid_constant__ StatisticsParams p) {
+__global__ void __launch_bounds__(kThreads) StatisticsKernel(ACCUMOPS_PARAMS(StatisticsParams) p) {
   const std::int64_t channel = batch_norm::MergeChannel();
   const bool exists = channel < p.channels;
   const auto moments =
@@ -212,8 +210,7 @@ struct Factors {
 };
 
 template <typename Traits>
-__global__ void __launch_bounds__(kThreads, 4)
-    NormalizeKernel(const __grid_constant__ NormalizeParams p) {
+__global__ void __launch_bounds__(kThreads, 4) NormalizeKernel(ACCUMOPS_PARAMS(NormalizeParams) p) {
   using T = typename Traits::T;
   using Pack = typename Traits::Pack;
   using Word = typename Traits::Word;
@@ -221,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   constexpr int kPack = Traits::kPack;
   constexpr int kChannels = Traits::kChannels;
   constexpr int kBatch = Traits::kNarrow ? 8 : 4;  // loads in flight
-  __shared__ Factors<Stat> shared[batch_norm::kMaxSlots];
+  ACCUMOPS_SHARED(shared, Factors<Stat>[batch_norm::kMaxSlots]);
   const Tile<Traits> tile(p.tiling, gridDim.x - 1 - blockIdx.x);
   const auto* x = static_cast<const T*>(p.x);
   auto* y = static_cast<T*>(p.y);
@@ -306,7 +303,7 @@ struct CountParams {
 };
 
 // For an array without channels, of which nothing else is computed; one thread is enough.
-__global__ void CountKernel(const __grid_constant__ CountParams p) {
+__global__ void CountKernel(ACCUMOPS_PARAMS(CountParams) p) {
   std::int64_t rows = p.mask == nullptr ? p.rows : 0;
   for (std::int64_t r = 0; p.mask != nullptr && r < p.rows; ++r) rows += p.mask[r];
   *p.count = rows * p.inner;

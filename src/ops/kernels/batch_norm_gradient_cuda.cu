@@ -31,8 +31,7 @@ struct SumsParams {
 };
 
 template <typename Traits>
-__global__ void __launch_bounds__(kThreads, 3)
-    GradientSumsKernel(const __grid_constant__ SumsParams p) {
+__global__ void __launch_bounds__(kThreads, 3) GradientSumsKernel(ACCUMOPS_PARAMS(SumsParams) p) {
   using T = typename Traits::T;
   using Pack = typename Traits::Pack;
   using Word = typename Traits::Word;
@@ -40,7 +39,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   constexpr int kPack = Traits::kPack;
   constexpr int kChannels = Traits::kChannels;
   constexpr int kBatch = Traits::kNarrow ? 8 : 3;  // loads of each array in flight
-  __shared__ batch_norm::TileSums<Traits, 2> shared;
+  ACCUMOPS_SHARED(shared, batch_norm::TileSums<Traits, 2>);
   const Tile<Traits> tile(p.tiling, blockIdx.x);
   const auto* x = static_cast<const T*>(p.x);
   const auto* dy = static_cast<const T*>(p.dy);
@@ -111,8 +110,7 @@ struct ParametersParams {
 };
 
 template <typename Stat>
-__global__ void __launch_bounds__(kThreads)
-    ParametersKernel(const __grid_constant__ ParametersParams p) {
+__global__ void __launch_bounds__(kThreads) ParametersKernel(ACCUMOPS_PARAMS(ParametersParams) p) {
   const std::int64_t channel = batch_norm::MergeChannel();
   const bool exists = channel < p.channels;
   const auto sums =
@@ -166,8 +164,7 @@ struct Factors {
 };
 
 template <typename Traits>
-__global__ void __launch_bounds__(kThreads, 3)
-    InputGradientKernel(const __grid_constant__ InputParams p) {
+__global__ void __launch_bounds__(kThreads, 3) InputGradientKernel(ACCUMOPS_PARAMS(InputParams) p) {
   using T = typename Traits::T;
   using Pack = typename Traits::Pack;
   using Word = typename Traits::Word;
@@ -175,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   constexpr int kPack = Traits::kPack;
   constexpr int kChannels = Traits::kChannels;
   constexpr int kBatch = Traits::kNarrow ? 8 : 3;  // loads of each array in flight
-  __shared__ Factors<Stat> shared[batch_norm::kMaxSlots];
+  ACCUMOPS_SHARED(shared, Factors<Stat>[batch_norm::kMaxSlots]);
   const Tile<Traits> tile(p.tiling, gridDim.x - 1 - blockIdx.x);
   const auto* x = static_cast<const T*>(p.x);
   const auto* dy = static_cast<const T*>(p.dy);

@@ -249,9 +249,7 @@ __device__ typename Traits::Pack Unpack(const typename Traits::Word& word) {
 
 inline __device__ void Round(float x, float& to) { to = x; }
 inline __device__ void Round(double x, double& to) { to = x; }
-inline __device__ void Round(float x, cuda::Float16& to) {
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
-}
+inline __device__ void Round(float x, cuda::Float16& to) { to.bits = cuda::FloatToHalf(x); }
 inline __device__ void Round(float x, cuda::BFloat16& to) {
 #if __CUDA_ARCH__ >= 800
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
@@ -342,7 +340,7 @@ __device__ Sums MergeSplits(std::uint32_t splits, Read read) {
   constexpr int kMergeBatch = 4;
   constexpr int kWarps = kThreads / kWarp;
   constexpr unsigned kMergers = kThreads / kBlockChannels;
-  __shared__ Sums shared[kWarps][kBlockChannels];
+  ACCUMOPS_SHARED(shared, Sums[kWarps][kBlockChannels]);
   Sums sums = {};
   for (std::uint32_t first = threadIdx.x / kBlockChannels; first < splits;
        first += kMergeBatch * kMergers) {

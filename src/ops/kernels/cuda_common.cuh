@@ -1,5 +1,5 @@
 // What the CUDA kernels share: element types, the rounding that accumulate.h promises, packs of
-// elements that move in one access, launching.
+// elements that move in one access.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cuda_dialect.cuh"
 #include "dtype.h"
 
 namespace accumops {
@@ -20,11 +21,7 @@ struct BFloat16 {
   std::uint16_t bits;
 };
 
-inline __device__ float ToFloat(Float16 x) {
-  float result;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
-  return result;
-}
+inline __device__ float ToFloat(Float16 x) { return HalfToFloat(x.bits); }
 inline __device__ float ToFloat(BFloat16 x) {
   return __uint_as_float(static_cast<unsigned>(x.bits) << 16);
 }
@@ -108,19 +105,6 @@ __device__ void StorePack(P* to, const P& pack) {
   WordOf<P> word;
   std::memcpy(&word, &pack, sizeof(P));
   *reinterpret_cast<WordOf<P>*>(to) = word;
-}
-
-// Unlike <<<>>> followed by cudaGetLastError, never reports an error that an earlier call left
-// behind; and it clears the error that it reports.
-template <typename Params>
-cudaError_t Launch(void (*kernel)(Params), std::int64_t blocks, int threads, const Params& params,
-                   cudaStream_t stream) {
-  void* arguments[] = {const_cast<Params*>(&params)};
-  const cudaError_t error =
-      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
-                       dim3(static_cast<unsigned>(threads)), arguments, 0, stream);
-  if (error != cudaSuccess) cudaGetLastError();
-  return error;
 }
 
 inline const char* ErrorText(cudaError_t error) {

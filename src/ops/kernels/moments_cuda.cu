@@ -8,8 +8,7 @@ namespace {
 constexpr int kThreads = 1024;
 
 template <typename Batch, typename Moving>
-__global__ void __launch_bounds__(kThreads)
-    MergeMomentsKernel(const __grid_constant__ MomentsMerge args) {
+__global__ void __launch_bounds__(kThreads) MergeMomentsKernel(ACCUMOPS_PARAMS(MomentsMerge) args) {
   const MergePlan plan(args);
   for (std::int64_t c = threadIdx.x; c < args.channels; c += kThreads) {
     MergeChannel<Batch, Moving>(args, plan, c);

@@ -51,7 +51,7 @@ using LargeParams = ChunkParams<cuda::LargeCapacity(1280, kSmallCapacity)>;
 
 // All threads' sum, in thread 0.
 __device__ double SumOfBlock(double sum) {
-  __shared__ double shared[kWarps];
+  ACCUMOPS_SHARED(shared, double[kWarps]);
   const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
@@ -137,7 +137,7 @@ __device__ double SumOfThread(const void* values, std::int64_t size, std::int64_
 }
 
 template <typename Params>
-__global__ void __launch_bounds__(kThreads, 3) ChunksKernel(const __grid_constant__ Params params) {
+__global__ void __launch_bounds__(kThreads, 3) ChunksKernel(ACCUMOPS_PARAMS(Params) params) {
   const std::int64_t block = blockIdx.x;
   const int entry = cuda::FindEntry(params.first_chunk, params.count, block);
   const auto add = [&](auto* function) {
@@ -172,8 +172,7 @@ struct TensorParams {
 };
 static_assert(sizeof(TensorParams) <= cuda::kSmallParamBytes, "too large for a kernel parameter");
 
-__global__ void __launch_bounds__(kThreads)
-    TensorsKernel(const __grid_constant__ TensorParams params) {
+__global__ void __launch_bounds__(kThreads) TensorsKernel(ACCUMOPS_PARAMS(TensorParams) params) {
   const unsigned tensor = blockIdx.x;
   const std::int64_t begin = tensor == 0 ? 0 : params.end[tensor - 1];
   const std::int64_t end = params.end[tensor];

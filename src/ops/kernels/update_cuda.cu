@@ -332,7 +332,7 @@ class ChunkUpdater {
 
 template <typename Rule, typename Params>
 __global__ void __launch_bounds__(kThreads, Rule::kBlocks)
-    UpdateKernel(const __grid_constant__ Params params) {
+    UpdateKernel(ACCUMOPS_PARAMS(Params) params) {
   const UpdateScalars& scalars = params.scalars;
   const std::int64_t block = blockIdx.x;
   const int entry = cuda::FindEntry(params.first_chunk, params.count, block);

@@ -37,7 +37,7 @@ void SquaredNorms(py::handle arrays, py::handle sums, py::handle workspace, py::
       });
 }
 
-std::int64_t WorkspaceBytes(py::handle arrays) {
+std::int64_t NormsWorkspaceBytes(py::handle arrays) {
   const std::vector<SquaredNormItem> items = ToItems(ToArrays(arrays, "arrays"));
 #if defined(ACCUMOPS_CUDA)
   return static_cast<std::int64_t>(SquaredNormsWorkspace(items.data(), items.size()));
@@ -66,7 +66,7 @@ Args:
 Raises:
     TypeError, ValueError, RuntimeError: As accumulate().)";
 
-constexpr char kWorkspaceDoc[] = R"(squared_norms_workspace(arrays)
+constexpr char kNormsWorkspaceDoc[] = R"(squared_norms_workspace(arrays)
 --
 
 The bytes of CUDA memory that squared_norms() of these arrays works in; 0 in a build without CUDA.)";
@@ -78,7 +78,7 @@ void BindSquaredNorms(py::module_& module) {
   const py::none none;
   module.def("squared_norms", SquaredNorms, kSquaredNormsDoc, "arrays"_a, "sums"_a, py::kw_only(),
              "workspace"_a = none, "threads"_a = none, "stream"_a = 0);
-  module.def("squared_norms_workspace", WorkspaceBytes, kWorkspaceDoc, "arrays"_a);
+  module.def("squared_norms_workspace", NormsWorkspaceBytes, kNormsWorkspaceDoc, "arrays"_a);
 }
 
 }  // namespace accumops
