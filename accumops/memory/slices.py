@@ -98,7 +98,7 @@ def _count(leaves: Sequence[tf.Tensor], empty: bool) -> tf.Tensor:
         raise ValueError(f"{different} Received: {sizes} samples.")
     count = tf.shape(leaves[0])[0]
     checks = [
-        tf.debugging.assert_equal(tf.cast(tf.shape(leaf)[0], count.dtype), count, message=different)
+        _check(tf.equal(tf.cast(tf.shape(leaf)[0], count.dtype), count), different)
         for leaf in leaves[1:]
         if leaf.shape[0] is None or leaves[0].shape[0] is None
     ]
@@ -106,6 +106,12 @@ def _count(leaves: Sequence[tf.Tensor], empty: bool) -> tf.Tensor:
         message = "A batch without samples makes no update."
         if leaves[0].shape[0] == 0:
             raise ValueError(message)
-        checks.append(tf.debugging.assert_positive(count, message=message))
+        if leaves[0].shape[0] is None:
+            checks.append(_check(tf.greater(count, 0), message))
     with tf.control_dependencies([check for check in checks if check is not None]):
         return tf.maximum(count, 1) if empty else tf.identity(count)
+
+
+def _check(condition: tf.Tensor, message: str) -> tf.Operation | None:
+    """An assertion on sizes. `tf.debugging.assert_equal` would reduce the condition on a GPU, and wait for it."""
+    return tf.raw_ops.Assert(condition=condition, data=[message])

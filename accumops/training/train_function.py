@@ -8,9 +8,10 @@ False      the window still needs more than one micro-batch  no update
 True       this step ends the window                         the update, without condition; an assertion comes first
 None       this is not known                                 the update, in a condition
 
-Each False step returns how many micro-batches the window still needs. If something else used the window since, that
-count is stale: the True function then refuses to run, before it has fetched any data, and the counters are read again.
-If a False step turns out to have filled the window, the update runs right after it.
+After each False step the host reads how many micro-batches the window still needs: the counters are in its memory, so
+it waits for no GPU. If something else uses the window after that, the count is stale: the True function then refuses to
+run, before it has fetched any data, and the counters are read again. If a False step turns out to have filled the
+window, the update runs right after it.
 """
 
 import functools
@@ -60,19 +61,17 @@ def train_function(model: TrainedModel, for_other_iterators: Callable[[Any], Log
     """
     strategy = replicas.mirroring(model.distribute_strategy)
 
-    def step(ends: bool | None, iterator: Any) -> tuple[Logs, list[tf.Tensor]]:
-        accumulator = model.optimizer.accumulator
+    def step(ends: bool | None, iterator: Any) -> Logs:
         checks = []
         if ends:
-            last = tf.less_equal(accumulator.remaining, 1)
+            last = model.optimizer.accumulator.state.counters.last
             checks.append(tf.raw_ops.Assert(condition=last, data=[_NOT_THE_END]))
         with tf.control_dependencies(checks):
             data = iterator.get_next()
         data, tensors = (data, _tensors(data)) if strategy is not None else _together(data)
         # All operations wait for the data, so that at the data's end none of them has run.
         with tf.control_dependencies(tensors), model.window_ends(ends):
-            logs = _run(model.train_step, strategy, data)
-            return logs, [accumulator.remaining] if ends is False else []
+            return _run(model.train_step, strategy, data)
 
     functions = {
         ends: _FunctionOfIterators(functools.partial(step, ends), fixed=strategy is None)
@@ -93,22 +92,22 @@ def train_function(model: TrainedModel, for_other_iterators: Callable[[Any], Log
         ends = None if known is None else known <= 1
         try:
             try:
-                logs, remaining = functions[ends](iterator)
+                logs = functions[ends](iterator)
             except tf.errors.InvalidArgumentError as error:
                 if not ends or _NOT_THE_END not in str(error):
                     raise
                 # Nothing has run, and no data is lost.
                 ends = False if (accumulator.missing() or 0) > 1 else None
-                logs, remaining = functions[ends](iterator)
+                logs = functions[ends](iterator)
         except tf.errors.OutOfRangeError as error:
             raise StopIteration from error
         steps = accumulator.accum_steps
         of_next = steps if isinstance(steps, int) else None
         if ends:
             missing = of_next
-        elif remaining:
-            missing = int(remaining[0])
-            if missing < 1:
+        elif ends is False:
+            missing = accumulator.missing()
+            if missing is not None and missing < 1:
                 model.flush()
                 missing = of_next
         return logs

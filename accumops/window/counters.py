@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from accumops.adapters.untracked import Untracked
 from accumops.arguments import Schedule, check_accum_steps
+from accumops.ops.variables import tf_variable
 from accumops.window.state_variables import counter_device, new_variable
 
 
@@ -92,6 +93,13 @@ class Counters(tf.Module):
             return tf.greater_equal(self.step, self.limit)
 
     @property
+    def last(self) -> tf.Tensor:
+        """Whether the next micro-batch makes the window full: a bool scalar. Before a window of unknown size, True."""
+        remaining = self.remaining
+        with self.place():
+            return tf.less_equal(remaining, 1)
+
+    @property
     def remaining(self) -> tf.Tensor:
         """How many micro-batches are missing; before a window of unknown size 1, the least there can be."""
         with self.place():
@@ -103,8 +111,8 @@ class Counters(tf.Module):
         """As `remaining`, read now. None where the variables alone do not say it."""
         if not isinstance(self._accum_steps, int):
             return None
-        step = int(self.step.numpy())
-        return self._accum_steps if step == 0 else int(self.limit.numpy()) - step
+        step = int(tf_variable(self.step).numpy())
+        return self._accum_steps if step == 0 else int(tf_variable(self.limit).numpy()) - step
 
     def with_next(self, starts: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """What one more micro-batch does.
@@ -113,12 +121,14 @@ class Counters(tf.Module):
             starts: Whether it is the first of its window.
 
         Returns:
-            The window's limit, and whether the micro-batch makes the window full.
+            The window's limit, and whether the micro-batch makes the window full. The limit is an int32, the one type
+            that TensorFlow leaves on the host where it goes through a condition.
         """
         with self.place():
             limit = self._limit_of_window(starts)
             never = self._accum_steps is None
-            return limit, tf.constant(False) if never else tf.greater_equal(self.step + 1, limit)
+            fills = tf.constant(False) if never else tf.greater_equal(self.step + 1, limit)
+            return tf.cast(limit, tf.int32), fills
 
     def _limit_of_window(self, starts: tf.Tensor) -> tf.Tensor:
         schedule = self._schedule
@@ -136,11 +146,30 @@ class Counters(tf.Module):
         # A condition, as the count of updates may have to come from a GPU.
         return tf.cond(starts, scheduled, lambda: tf.identity(self.limit))
 
+    # Keras computes what it assigns: where the counters are, as elsewhere it would take them to a GPU and back.
+
+    def add(self, limit: tf.Tensor) -> None:
+        """Counts a micro-batch, of a window with this limit."""
+        with self.place():
+            self.limit.assign(tf.cast(limit, tf.int64))
+            self.step.assign_add(1)
+
+    def fill(self, steps: int | tf.Tensor) -> None:
+        """Opens a window that has this many micro-batches."""
+        with self.place():
+            self.step.assign(tf.cast(steps, tf.int64))
+
+    def drop(self) -> None:
+        """Empties the window."""
+        with self.place():
+            self.step.assign(0)
+
     def close(self) -> None:
         """Counts a closed window; the next one is empty."""
-        self.step.assign(0)
+        self.drop()
         if self.closed is not None:
-            self.closed.assign_add(1)
+            with self.place():
+                self.closed.assign_add(1)
 
 
 def _choose(condition: tf.Tensor, chosen: tf.Tensor, other: tf.Tensor) -> tf.Tensor:

@@ -162,8 +162,7 @@ class WindowState(tf.Module):
         # The counters wait: a micro-batch that fails does not count.
         with tf.control_dependencies(accumulation.operations):
             self.weight.assign(batch.total)
-            self.counters.limit.assign(batch.limit)
-            self.counters.step.assign_add(1)
+            self.counters.add(batch.limit)
 
     def add_slice(self, batch: MicroBatch) -> None:
         """Adds a micro-batch to the window without counting it; `count` counts all of a window at once."""
@@ -186,7 +185,7 @@ class WindowState(tf.Module):
         """Opens a window that `add_slice` has filled: with this many micro-batches, and this sum of shares."""
         self.connections.count_slices()
         self.weight.assign(tf.cast(weight, self.weight.dtype))
-        self.counters.step.assign(tf.cast(steps, tf.int64))
+        self.counters.fill(steps)
 
     def _sum(self, batch: MicroBatch, positions: Iterable[int]) -> tf.Tensor | None:
         """Adds the gradients at some positions to their accumulators.
@@ -396,7 +395,7 @@ class WindowState(tf.Module):
         self._discard()
 
     def _discard(self) -> None:
-        self.counters.step.assign(0)
+        self.counters.drop()
         self.connections.clear()
         self.members.drop()
 

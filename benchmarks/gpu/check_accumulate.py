@@ -130,10 +130,10 @@ def check_dense(checker: AccumulateChecker) -> None:
     for overwrite in (False, True):
         for pair in some(PAIRS, PAIRS, PAIRS[1:2]):
             checker.dense(f"sizes, {'+'.join(pair)}", [Tensor(pair, size) for size in SIZES], overwrite=overwrite)
-            views = [Tensor(pair, size, a, g) for a in range(4) for g in range(4) for size in (1, 17, 4097)]
+            views = [Tensor(pair, size, a, g) for a in range(4) for g in range(4) for size in (1, 17, 300, 4097)]
             checker.dense(f"views, {'+'.join(pair)}", views, overwrite=overwrite)
         for count in some(COUNTS, [137, 417, 1121], []):
-            tensors = [Tensor(PAIRS[i % 7], (5, 1, 0, 17, 3)[i % 5], i % 3, i % 4) for i in range(count)]
+            tensors = [Tensor(PAIRS[i % 7], (5, 1, 4, 17, 3)[i % 5], i % 3, i % 4) for i in range(count)]
             tensors[count // 2] = Tensor(("float32", "bfloat16"), 65537, 1, 1)
             checker.dense(f"a list of {count}", tensors, overwrite=overwrite, together=True)
 

@@ -120,13 +120,13 @@ def check(checker: Checker) -> None:
         items = [item(i, shape, rows=True) for i, shape in enumerate(2 * rows + rows)]
         update(checker, "rows", Settings(rule, decay=0.1), items)
     for count in checker.some(UPDATE_COUNTS, [44, 353], []):
-        items = [item(i, ((5, 1, 0, 17, 3)[i % 5],)) for i in range(count)]
+        items = [item(i, ((5, 1, 4, 17, 3)[i % 5],)) for i in range(count)]
         items[count // 2] = item(1, (65537,))
         update(checker, f"a list of {count}", Settings("adam"), items, together=True)
     for dtype in checker.some(TYPES, TYPES, ["bfloat16"]):
         for offset in checker.some([0, 1, 3], [0, 1, 3], [1]):
             norms(checker, f"sizes, {dtype}", [checker.numbers(dtype, size) for size in NORM_SIZES], offset)
-    for count in checker.some(NORM_COUNTS, [161, 501], [161]):
-        arrays = [checker.numbers(TYPES[i % 4], (5, 1, 0, 17, 3)[i % 5]) for i in range(count)]
+    for count in checker.some(NORM_COUNTS, [161, 501, 1281], [161]):
+        arrays = [checker.numbers(TYPES[i % 4], (5, 1, 4, 17, 3)[i % 5]) for i in range(count)]
         arrays[count // 2] = checker.numbers("bfloat16", 65537)
         norms(checker, f"a list of {count}", arrays, 0, together=True)

@@ -1,0 +1,51 @@
+"""What a step makes a GPU do, as TensorFlow would place its operations. No GPU is needed; two logical CPUs are."""
+
+import pathlib
+import sys
+
+import keras
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks" / "gpu"))
+
+# The most launches beside plain Keras's forward and backward pass, and scalars that go to the GPU.
+BUDGET = {
+    "accum_steps, micro-batch": (21, 4),
+    "accum_steps, ends the window": (36, 4),
+    "micro_batch_size": (44, 5),
+    "micro_batch_size, clipped": (59, 5),
+    "a loop of one's own": (23, 5),
+}
+
+
+@pytest.fixture(scope="module")
+def steps(logical_devices):
+    import count_launches
+    import placement
+    import tensorflow as tf
+
+    import accumops
+    from accumops import ops
+
+    if not ops.build_info()["cuda"]:
+        pytest.skip("the kernels for a GPU, which say where their arguments are, are not built")
+
+    def model():
+        layers = [keras.layers.Dense(4), accumops.AccumBatchNormalization(), keras.layers.Dense(3)]
+        return keras.Sequential([keras.Input((5,)), *layers])
+
+    with tf.device(placement.GPU):
+        return {name: placement.placed(function) for name, function in count_launches.steps(model)}
+
+
+@pytest.mark.parametrize("step", BUDGET)
+def test_nothing_waits_for_the_gpu(steps, step):
+    assert steps[step].waits == []
+
+
+@pytest.mark.parametrize("step", BUDGET)
+def test_few_launches_and_copies(steps, step):
+    launches, uploads = BUDGET[step]
+    beside = steps[step].launches - steps["forward and backward"].launches
+    assert beside.total() <= launches, beside
+    assert len(steps[step].uploads) <= uploads, steps[step].uploads
