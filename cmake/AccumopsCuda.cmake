@@ -16,9 +16,23 @@ if(ACCUMOPS_CUDA STREQUAL "EMULATED")
   return()
 endif()
 
+# As with CMake's own languages, CUDACXX names the compiler, and no other one will do.
+if(NOT CMAKE_CUDA_COMPILER AND NOT "$ENV{CUDACXX}" STREQUAL "")
+  separate_arguments(named UNIX_COMMAND "$ENV{CUDACXX}")
+  list(POP_FRONT named program)
+  find_program(ACCUMOPS_CUDACXX "${program}" NO_CACHE)
+  if(NOT ACCUMOPS_CUDACXX)
+    message(FATAL_ERROR "CUDACXX is \"$ENV{CUDACXX}\", which is no program. Give it the path of nvcc, or unset it to build "
+      "with the nvcc on PATH. ACCUMOPS_CUDA=OFF builds without CUDA kernels.")
+  endif()
+  set(CMAKE_CUDA_COMPILER "${ACCUMOPS_CUDACXX}")
+  list(JOIN named " " flags)
+  string(STRIP "${flags} $ENV{CUDAFLAGS}" flags)
+  set(ENV{CUDAFLAGS} "${flags}")
+endif()
+
 if(NOT CMAKE_CUDA_COMPILER)
-  find_program(ACCUMOPS_NVCC nvcc HINTS ENV CUDACXX ENV CUDA_HOME ENV CUDA_PATH
-    PATHS /usr/local/cuda PATH_SUFFIXES bin)
+  find_program(ACCUMOPS_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES bin)
   if(NOT ACCUMOPS_NVCC)
     if(NOT ACCUMOPS_CUDA STREQUAL "AUTO")
       message(FATAL_ERROR "ACCUMOPS_CUDA=ON, but nvcc was not found. Put it on PATH or set CUDACXX.")
@@ -30,7 +44,7 @@ if(NOT CMAKE_CUDA_COMPILER)
 endif()
 
 # ACCUMOPS_CUDA_MACHINES=ALL, for a wheel, builds machine code for each architecture from sm_70 on that this compiler
-# knows, and PTX of the newest one for later GPUs. LOCAL, for a checkout, builds for the GPUs of this machine; without a
+# knows (CUDA 13 begins with sm_75), and PTX of the newest one for later GPUs. LOCAL, for a checkout, builds for the GPUs of this machine; without a
 # GPU it builds for the oldest and the newest architecture.
 if(NOT CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
   execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch

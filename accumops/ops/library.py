@@ -17,6 +17,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from accumops.adapters.tensorflow import xla_compiles_this
+
 _DIRECTORY = pathlib.Path(__file__).resolve().parent
 _REBUILD = "`pip install --no-build-isolation .` in accumops' source tree builds them for the installed one"
 _BACKENDS = ("auto", "fused", "reference")
@@ -206,7 +208,9 @@ def fused_ops(operands: Iterable[tf.Variable | tf.Tensor]) -> types.ModuleType |
         return None
     ops, problem = load()
     if ops is not None:
-        problem = gpu_problem() if any(_may_be_on_gpu(operand) for operand in operands) else None
+        # What XLA compiles has a lowering of its own, which needs no CUDA kernels.
+        needs_kernels = not xla_compiles_this(unknown=False) and any(_may_be_on_gpu(operand) for operand in operands)
+        problem = gpu_problem() if needs_kernels else None
         if problem is None:
             return ops
     if backend == "fused":

@@ -148,9 +148,9 @@ def row_cases(checker: Checker) -> Iterator[tuple[str, tuple[int, int], np.ndarr
         indices = rng.integers(-9, 59, 300).astype(dtype)
         indices[[0, 150, 299]] = np.iinfo(dtype).min, np.iinfo(dtype).max, -1
         yield f"out of range, {dtype.__name__}", (50, 64), indices
-    # More entries than a block lists at once; half of them are of one row.
-    hot = checker.some(15000, 7000, 4500)
-    yield "hot row", (300, 36), np.where(rng.random(hot) < 0.5, 123, rng.integers(0, 300, hot)).astype(np.int32)
+    # More entries of one row than a block lists at once.
+    hot = checker.some(15000, 8200, 4500)
+    yield "hot row", (300, 36), np.where(rng.random(hot) < 0.8, 123, rng.integers(0, 300, hot)).astype(np.int32)
 
 
 def check_rows(checker: AccumulateChecker) -> None:

@@ -118,6 +118,10 @@ def test_gpu_variables_without_usable_cuda_kernels(installation, monkeypatch):
     with pytest.warns(RuntimeWarning, match=r"12040.*insufficient.*update the driver"):
         assert library.fused_ops([Variable()]) is None
     assert library.fused_ops([tf.Variable(1.0)]) is not None
+    # What XLA compiles runs none of our kernels.
+    found = []
+    tf.function(lambda: found.append(library.fused_ops([Variable()])), jit_compile=True, autograph=False)()
+    assert found[0] is not None
     accumops.set_backend("fused")
     with pytest.raises(accumops.LibraryError, match="insufficient"):
         library.fused_ops([Variable()])

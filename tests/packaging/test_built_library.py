@@ -90,3 +90,19 @@ print(a.numpy().tolist(), accumops.build_info()["cuda"])
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == f"[7.0, 8.0] {accumops.build_info()['cuda']}"
+
+
+def test_the_compiler_that_cudacxx_names_and_no_other(tmp_path):
+    """CMake stops where there is none of that name, also where another nvcc is on PATH."""
+    source = pathlib.Path(__file__).parents[2]
+    if not (source / "CMakeLists.txt").is_file() or shutil.which("cmake") is None:
+        pytest.skip("needs the source tree and CMake")
+    arguments = ["-S", source, "-B", tmp_path, "-DACCUMOPS_TENSORFLOW=OFF", f"-DPython_EXECUTABLE={sys.executable}"]
+    done = subprocess.run(
+        ["cmake", *map(str, arguments)],
+        env=os.environ | {"CUDACXX": "another-cuda/bin/nvcc"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert 'CUDACXX is "another-cuda/bin/nvcc", which is no program' in done.stderr
