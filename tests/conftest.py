@@ -1,6 +1,7 @@
 """Fixtures that run a test over both backends and the ways TensorFlow executes. TensorFlow is imported when used.
 
-XLA takes long to compile, so by default it compiles some cases of each test, and all with `-m exhaustive`.
+XLA takes long to compile, and TensorFlow to trace the many operations of the reference. So by default these run in some
+cases of each test, and in all with `-m exhaustive`.
 """
 
 import collections
@@ -12,8 +13,9 @@ import pytest
 
 BACKENDS = ("fused", "reference")
 MODES = ("eager", "graph", "xla")
-# By default XLA compiles a test's first case, and of the others one in so many.
-XLA_CASES = {"fused": 4, "reference": 12}
+# Of a test's cases with these backends and modes one in so many runs by default, and the first one, unless XLA would
+# compile the reference.
+SOME_OF_MANY = {("fused", "xla"): 12, ("reference", "xla"): 48, ("reference", "graph"): 4}
 
 
 @pytest.fixture(params=BACKENDS)
@@ -72,19 +74,21 @@ def resident_bytes():
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
 def pytest_collection_modifyitems(items):
-    mark_cases_of_xla(items)
+    mark_some_of_many(items)
     skip_without_a_gpu(items)
 
 
-def mark_cases_of_xla(items):
+def mark_some_of_many(items):
     seen = collections.Counter()
     for item in items:
         case = item.callspec.params if hasattr(item, "callspec") else {}
-        if case.get("mode") != "xla" or "backend" not in case:
+        way = case.get("backend"), str(case.get("mode"))
+        if way not in SOME_OF_MANY or item.get_closest_marker("exhaustive"):
             continue
-        test = (item.parent, item.originalname, case["backend"])
+        test = (item.parent, item.originalname, way)
+        first = not seen[test] and way != ("reference", "xla")
         # By name, so that the cases are the same ones in each run, and spread over all arguments.
-        if seen[test] and zlib.crc32(item.name.encode()) % XLA_CASES[case["backend"]]:
+        if not first and zlib.crc32(item.name.encode()) % SOME_OF_MANY[way]:
             item.add_marker(pytest.mark.exhaustive)
         seen[test] += 1
 

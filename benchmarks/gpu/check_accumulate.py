@@ -161,7 +161,7 @@ def check_rows(checker: AccumulateChecker) -> None:
     for name, shape, indices in row_cases(checker.checker):
         pairs = PAIRS if len(indices) < 4000 else PAIRS[1:4:2]
         for pair in some(pairs, pairs[offset::4], pairs[1:2]):
-            for overwrite, touched in some(modes, modes, modes[3:]):
+            for overwrite, touched in some(modes, modes[offset::2], modes[3:]):
                 checker.rows(name, pair, shape, indices, overwrite=overwrite, touched=touched, offset=offset)
             offset ^= 1
 

@@ -72,7 +72,7 @@ def test_what_is_repeated(subject):
 
 
 @pytest.mark.skipif(bool(tf.config.list_physical_devices("GPU")), reason="there is a GPU")
-@pytest.mark.parametrize("script", ["tensorflow.sh", "kernels.sh"])
+@pytest.mark.parametrize("script", [pytest.param("tensorflow.sh", marks=pytest.mark.exhaustive), "kernels.sh"])
 def test_without_a_gpu_there_is_nothing_to_check(script, tmp_path):
     environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "PYTHON": sys.executable}
     run = subprocess.run([str(HERE / script), str(tmp_path)], env=environment, capture_output=True, text=True)

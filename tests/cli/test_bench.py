@@ -176,8 +176,12 @@ def small(monkeypatch):
     monkeypatch.setattr(find_micro_batch_size, "measurer_of", lambda traced, device: Measured())
 
 
-# The contenders of the suite "window" take longest to be made; test_window_suite.py makes them, too.
-@pytest.mark.parametrize("suite", cross(SUITES, default=lambda suite: suite != "window"))
+# The contenders of the suite "window" take longest to be made; test_window_suite.py makes them, too. Tests below run
+# three other suites.
+ELSEWHERE = ("window", "accumulate", "update", "memory")
+
+
+@pytest.mark.parametrize("suite", cross(SUITES, default=lambda suite: suite not in ELSEWHERE))
 @pytest.mark.usefixtures("small")
 def test_suites(suite, tmp_path):
     numbers, picture = tmp_path / "results.json", tmp_path / "results.png"

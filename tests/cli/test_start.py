@@ -117,6 +117,7 @@ def test_crash_in_the_import_is_located(tmp_path):
     assert "tensorflow.py" in imported.stderr
 
 
+@pytest.mark.exhaustive
 def test_demo_is_quiet(tmp_path):
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")

@@ -40,7 +40,9 @@ TILING, TABLE = "batch_norm_tiling.cuh", "tensor_table.cuh"
 MUTATIONS = [
     Mutation("accumulate: tail", DENSE, "if (i < size) {", "if (i <= size) {"),
     Mutation("accumulate: edge", DENSE, "edge + parts.packs * kPackSize<Acc>", "edge + parts.packs"),
-    Mutation("accumulate: last chunk", DENSE, "left < kChunkSize<Acc> ? left : kChunkSize<Acc>", "kChunkSize<Acc>"),
+    Mutation(
+        "accumulate: last chunk", DENSE, "left < kChunkSize<Acc> ? left : kChunkSize<Acc>", "left * 0 + kChunkSize<Acc>"
+    ),
     Mutation("accumulate: alignment", DENSE, "sizeof(Grad)) == 0}", "sizeof(Grad)) >= 0}"),
     Mutation("accumulate: negative zero", DENSE, "static_cast<Acc>(-0.0)", "static_cast<Acc>(0.0)"),
     Mutation(
@@ -102,7 +104,7 @@ MUTATIONS = [
         "batch norm: tile's end",
         TILING,
         "left < t_.tile_packs ? static_cast<int>(left) : t_.tile_packs",
-        "t_.tile_packs",
+        "static_cast<int>(left * 0) + t_.tile_packs",
     ),
     Mutation("batch norm: lane", TILING, "if (lane_ >= lanes() ||", "if ("),
     Mutation("batch norm: merge width", TILING, "if (exists && merger == 0)", "if (merger == 0)"),

@@ -59,7 +59,7 @@ def test_training_evaluation_and_prediction(verb, jit_compile):
         call(*arguments, batch_size=5, verbose=0)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_under_accumulation_it_sees_micro_batches(jit_compile):
     model = wrapped(4)
     model.compile("sgd", "mse", jit_compile=jit_compile)

@@ -138,7 +138,9 @@ def test_bad_arguments_are_named(kind):
         accumops.losses.LearnedTemperature(minimum=-1)
 
 
-@pytest.mark.parametrize("size", [5, 4])
+@pytest.mark.parametrize(
+    ("kind", "size"), cross(LOSSES, [5, 4], default=lambda *each: each in turns(LOSSES, [5, 4])), indirect=["kind"]
+)
 def test_windows_train_as_one_batch(kind, size):
     def net():
         keras.utils.set_random_seed(0)

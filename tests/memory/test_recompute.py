@@ -53,7 +53,7 @@ BLOCKS = {
 }
 
 
-def model_of(block, x, wrap=lambda part: part, blocks=3):
+def model_of(block, x, wrap=lambda part: part, blocks=2):
     """Blocks, each a model of its own that may be wrapped, and a head."""
     keras.utils.set_random_seed(0)
     inputs = hidden = keras.Input(x.shape[1:])
@@ -100,9 +100,9 @@ def assert_same(one, other, tolerance=0.0):
 
 
 WAYS = ["layer", "function", "segments", "cheap"]
-# Each kind and each way once eagerly, and once in a graph. XLA compiles for long.
-EAGER = list(zip(BLOCKS, WAYS, strict=True))
-GRAPHS = [("attention", "layer"), ("convolutional", "segments"), ("recurrent", "cheap"), ("accumulating", "function")]
+# Each kind and each way once. XLA compiles for long.
+EAGER = [("attention", "cheap"), ("recurrent", "segments")]
+GRAPHS = [("accumulating", "function"), ("convolutional", "layer")]
 CASES = cross(
     BLOCKS,
     WAYS,
@@ -134,7 +134,7 @@ def test_gradients_and_state_are_those_without(kind, how, mode):
     assert np.abs(want[1][0]).max() > 0
 
 
-@pytest.mark.parametrize("kind", ["attention", *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in BLOCKS)])
+@pytest.mark.parametrize("kind", cross(BLOCKS, default=lambda kind: kind == "convolutional"))
 def test_as_the_graph_optimizer_leaves_it(kind):
     tf.config.optimizer.set_experimental_options({"arithmetic_optimization": True})
     block, x = BLOCKS[kind]
@@ -162,7 +162,7 @@ class Block(L.Layer):
 
 
 ARGUMENTS = {"none": {}, "plain ones": {"scale": 3, "flip": True}, "tensors": {"other": True}}
-IN_TURN = turns(ARGUMENTS, ["xla", "eager", "graph"])
+IN_TURN = turns(ARGUMENTS, ["eager", "graph"])
 
 
 @pytest.mark.parametrize(
@@ -207,6 +207,7 @@ def test_functions_with_arguments_of_all_kinds(arguments, mode):
     assert_same(state, want_state, tolerance=1e-7 if mode.name == "xla" else 0.0)
 
 
+@pytest.mark.parametrize("mode", cross(["eager", "graph", "xla"], default=lambda mode: mode == "graph"), indirect=True)
 def test_masks_go_in_and_out(mode):
     tokens = np.array([[1, 2, 0, 0], [3, 0, 0, 0], [4, 5, 6, 0]])
 
@@ -241,9 +242,9 @@ def test_mixed_precision(policy):
     keras.mixed_precision.set_global_policy(policy)
     try:
         block, x = BLOCKS["attention"]
-        want = results(model_of(block, x), x, tf.function)
-        assert_same(results(model_of(block, x, accumops.Recompute), x, tf.function), want)
-        model = accumops.recompute_layers(model_of(block, x), policy="cheap")
+        want = results(model_of(block, x, blocks=1), x, tf.function)
+        assert_same(results(model_of(block, x, accumops.Recompute, blocks=1), x, tf.function), want)
+        model = accumops.recompute_layers(model_of(block, x, blocks=1), policy="cheap")
         assert_same(results(model, x, tf.function), want, tolerance=2**-8)
     finally:
         keras.mixed_precision.set_global_policy("float32")

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from crosses import cross
 
 import accumops
 from accumops.memory.replay import Stretch
@@ -22,6 +23,7 @@ def network():
     return keras.Model(inputs, keras.layers.GaussianNoise(0.1, seed=4)(hidden))
 
 
+@pytest.mark.parametrize("mode", cross(["eager", "graph", "xla"], default=lambda mode: mode != "xla"), indirect=True)
 def test_a_second_run_has_the_bits_of_the_first(mode):
     model = network()
     stretch = Stretch(model)
@@ -36,7 +38,7 @@ def test_a_second_run_has_the_bits_of_the_first(mode):
     assert len(first.losses) == 1
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_a_run_is_a_call_and_assigns_nothing(jit_compile):
     model, twin = network(), network()
     stretch = Stretch(model)

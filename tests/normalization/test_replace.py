@@ -554,14 +554,9 @@ def test_same_model(structure, rng, recwarn, request):
         assert structure.get_config() == config
 
 
-# The kinds of layers and joins of the other networks are in EfficientNetV2B0 and in `test_same_model`.
-@pytest.mark.parametrize(
-    "make",
-    [
-        pytest.param(make, id=name, marks=() if name == "MobileNetV2" else pytest.mark.exhaustive)
-        for name, make in NETWORKS.items()
-    ],
-)
+# Their kinds of layers and joins are in `test_same_model`.
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in NETWORKS.items()])
 def test_same_network(make, rng, tmp_path):
     keras.utils.set_random_seed(0)
     model = make()

@@ -102,6 +102,7 @@ def test_sizes_cover_each_number_of_micro_batches(effective):
     assert {-(-effective // size) for size in sizes} == {-(-effective // size) for size in range(1, effective + 1)}
 
 
+@pytest.mark.exhaustive
 def test_plan_of_a_model():
     model = compiled()
     plan = accumops.find_micro_batch_size(model, batch(), memory_limit="8GiB", verbose=0)
@@ -289,6 +290,7 @@ def test_plain_keras_model():
     assert plan.apply(net) is net
 
 
+@pytest.mark.exhaustive
 def test_xla():
     plan = accumops.find_micro_batch_size(compiled(jit_compile=True), batch(4), memory_limit="8GiB", verbose=0)
     assert plan.measured[0].memory is not None

@@ -71,7 +71,7 @@ def test_parts_of_different_sizes_are_refused(parts, unknown, run_eagerly):
         (True, {"run_eagerly": True}, False),
         (False, {"jit_compile": False}, False),
         (True, {"jit_compile": False}, True),
-        (True, {"jit_compile": True}, False),
+        pytest.param(True, {"jit_compile": True}, False, marks=pytest.mark.exhaustive),
         (False, {"jit_compile": True}, True),
     ],
 )

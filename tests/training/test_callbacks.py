@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from crosses import cross, turns
 from problems import Problem, largest_difference
 
 from accumops import (
@@ -36,22 +37,25 @@ def fit(model, problem, epochs, **arguments):
 def by_hand(problem, windows):
     """Plain Keras on whole windows, given by their micro-batches' numbers."""
     model = problem.model()
-    model.compile(keras.optimizers.SGD(0.1), loss="mse")
+    model.compile(keras.optimizers.SGD(0.1), loss="mse", run_eagerly=True)
     for window in windows:
         samples = np.concatenate([np.arange(i * MICRO, (i + 1) * MICRO) for i in window])
         model.train_on_batch(problem.x[samples], problem.y[samples])
     return model
 
 
+MAKERS = [with_model, with_optimizer]
+SCHEDULES = {"dict": {0: 1, 1: 5, 3: 2}, "callable": lambda epoch, steps: {0: 1, 3: 2}.get(epoch, 5)}
+
+
 class TestAccumStepsScheduler:
     @pytest.mark.parametrize(
-        "schedule", [{0: 1, 1: 5, 3: 2}, lambda epoch, steps: {0: 1, 3: 2}.get(epoch, 5)], ids=["dict", "callable"]
+        ("make", "schedule"), cross(MAKERS, SCHEDULES, default=lambda *each: each in turns(MAKERS, SCHEDULES))
     )
-    @pytest.mark.parametrize("make", [with_model, with_optimizer])
     def test_sets_the_number_of_micro_batches(self, rng, make, schedule):
         problem = Problem(rng, SAMPLES)
         model, net, optimizer = make(problem, 1)
-        callbacks = [PartialWindow(), AccumStepsScheduler(schedule)]
+        callbacks = [PartialWindow(), AccumStepsScheduler(SCHEDULES[schedule])]
         history = fit(model, problem, 4, callbacks=callbacks).history
         assert history["accum_steps"] == [1, 5, 5, 2]
         windows = [[0], [1], [2], [3], [4], [*range(5)], [*range(5)], [0, 1], [2, 3], [4]]
@@ -134,19 +138,23 @@ class TestAccumStepsScheduler:
             fit(model, problem, 1, callbacks=[AccumStepsScheduler({0: 2})])
 
 
+# What each policy makes of two epochs of 5 micro-batches.
+WINDOWS = {
+    "flush": [[0, 1, 2, 3], [4], [0, 1, 2, 3], [4]],
+    "drop": [[0, 1, 2, 3], [0, 1, 2, 3]],
+    "carry": [[0, 1, 2, 3], [4, 0, 1, 2]],
+}
+
+
 class TestPartialWindow:
     """Windows of 4, so that an epoch's last micro-batch is left over."""
 
     @pytest.mark.parametrize(
-        ("policy", "windows"),
-        [
-            ("flush", [[0, 1, 2, 3], [4], [0, 1, 2, 3], [4]]),
-            ("drop", [[0, 1, 2, 3], [0, 1, 2, 3]]),
-            ("carry", [[0, 1, 2, 3], [4, 0, 1, 2]]),
-        ],
+        ("policy", "run_eagerly"),
+        cross(WINDOWS, [True, False], default=lambda policy, run_eagerly: run_eagerly == (policy != "flush")),
     )
-    @pytest.mark.parametrize("run_eagerly", [True, False])
-    def test_policies(self, rng, policy, windows, run_eagerly):
+    def test_policies(self, rng, policy, run_eagerly):
+        windows = WINDOWS[policy]
         problem = Problem(rng, SAMPLES)
         model, net, optimizer = with_optimizer(problem, 4)
         model.run_eagerly = run_eagerly
@@ -183,8 +191,9 @@ class TestPartialWindow:
 
 
 class TestEffectiveBatchSize:
-    @pytest.mark.parametrize("validation", [True, False])
-    @pytest.mark.parametrize("make", [with_model, with_optimizer])
+    @pytest.mark.parametrize(
+        ("make", "validation"), cross(MAKERS, [True, False], default=lambda *each: each in turns(MAKERS, [True, False]))
+    )
     def test_in_the_logs(self, rng, make, validation):
         problem = Problem(rng, SAMPLES)
         model, _, _ = make(problem, 1)

@@ -39,7 +39,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize(
     ("optimizer", "mode"),
-    cross(OPTIMIZERS, MODES, default=lambda *each: each in turns(OPTIMIZERS, MODES) or each[0] == "sgd"),
+    cross(OPTIMIZERS, MODES, default=lambda *each: each in turns(OPTIMIZERS, MODES)),
 )
 def test_the_models_update_is_the_large_batchs(rng, mode, optimizer):
     x, y = data(rng)
@@ -58,8 +58,12 @@ def test_the_models_update_is_the_large_batchs(rng, mode, optimizer):
         np.testing.assert_allclose(logged, losses, rtol=1e-5)
 
 
-@pytest.mark.parametrize("run", [{"run_eagerly": True}, {"jit_compile": True}], ids=["eager", "xla"])
-@pytest.mark.parametrize("mode", MODES)
+RUNS = {"eager": {"run_eagerly": True}, "xla": {"jit_compile": True}}
+
+
+@pytest.mark.parametrize(
+    ("mode", "run"), cross(MODES, RUNS, default=lambda *each: each in turns(MODES, ["xla", "eager"]))
+)
 def test_in_other_runs_and_with_two_outputs(rng, mode, run):
     x, y = data(rng)
 
@@ -71,7 +75,7 @@ def test_in_other_runs_and_with_two_outputs(rng, mode, run):
         model.fit(x, [y, -y], batch_size=batch_size, shuffle=False, verbose=0)
         return net.get_weights()
 
-    for a, b in zip(train(None, SAMPLES), train(*MODES[mode], **run), strict=True):
+    for a, b in zip(train(None, SAMPLES), train(*MODES[mode], **RUNS[run]), strict=True):
         np.testing.assert_allclose(b, a, rtol=2e-5, atol=2e-6)
 
 

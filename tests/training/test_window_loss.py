@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from crosses import cross, turns
 
 import accumops
 
@@ -134,8 +135,11 @@ def train(model, loss, how, data=None, rate=0.1):
     return model.train_on_batch(x, y)
 
 
-@pytest.mark.parametrize("size", [5, 8])
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize(
+    ("loss", "size"),
+    cross(LOSSES, [5, 8], default=lambda *each: each in turns(LOSSES, [5, 8])),
+    ids=lambda value: getattr(value, "__name__", value),
+)
 def test_losses_are_those_of_one_batch_in_float64(loss, size):
     net = towers("float64")
     start = net.get_weights()

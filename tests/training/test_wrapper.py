@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from crosses import cross, turns
 
 import accumops
 
@@ -46,10 +47,14 @@ class Subclassed(keras.Model):
 MODES = ({"accum_steps": 2}, {"micro_batch_size": 4})
 
 
-@pytest.fixture(params=[sequential, functional], ids=["sequential", "functional"])
+NETS = {"sequential": sequential, "functional": functional}
+IN_TURN = cross(NETS, MODES, default=lambda *each: each in turns(NETS, MODES))
+
+
+@pytest.fixture(params=NETS)
 def net(request):
     keras.utils.set_random_seed(0)
-    return request.param()
+    return NETS[request.param]()
 
 
 def wrap(net, mode=MODES[0], *, trained=False):
@@ -138,7 +143,7 @@ def test_tensorflows_checkpoints_of_functional_models_go_both_ways(tmp_path):
     assert_same_weights(model, again)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("net", "mode"), IN_TURN, indirect=["net"])
 def test_saved_models_go_on(net, mode, tmp_path):
     model = wrap(net, mode, trained=True)
     model.save(tmp_path / "model.keras")
@@ -164,7 +169,7 @@ def test_the_legacy_format_keeps_layers_and_weights(net, tmp_path):
     assert isinstance(compiled.optimizer.inner_optimizer, keras.optimizers.Adam)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("net", "mode"), IN_TURN, indirect=["net"])
 def test_clones_accumulate(net, mode):
     model = wrap(net, mode)
     clones = [keras.models.clone_model(model)]

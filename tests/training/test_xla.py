@@ -23,6 +23,10 @@ def convolutional(inputs):
     return keras.layers.Dense(3)(keras.layers.Flatten()(keras.layers.ReLU()(x)))
 
 
+def table(inputs):
+    return keras.layers.Dense(3)(keras.layers.Embedding(9, 2)(inputs)[:, 0])
+
+
 class Untouchable(keras.layers.Layer):
     """A layer that XLA has no kernel for."""
 
@@ -58,10 +62,12 @@ def fit(model, mode, samples=32 * 5 + 9, **arguments):
 
 
 # test_full_batch.py compiles dense layers.
-@pytest.mark.parametrize("mode", list(MODES))
-@pytest.mark.parametrize("network", [pytest.param(dense, marks=pytest.mark.exhaustive), convolutional])
+@pytest.mark.parametrize(
+    ("network", "mode"),
+    cross([dense, convolutional], MODES, default=lambda *each: each == (convolutional, "micro_batch_size")),
+)
 def test_equals_training_without(network, mode):
-    plain, compiled = (fit(make(network, mode, jit_compile), mode) for jit_compile in (False, True))
+    plain, compiled = fit(make(network, mode, False, run_eagerly=True), mode), fit(make(network, mode), mode)
     for mine, theirs in zip(compiled, plain, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
@@ -73,7 +79,7 @@ def test_equals_training_without(network, mode):
         pytest.param(convolutional, "accum_steps", True, marks=pytest.mark.exhaustive),  # as the one before
         (dense, "micro_batch_size", False),
         (convolutional, "micro_batch_size", not tf.config.list_physical_devices("GPU")),
-        (lambda x: keras.layers.Dense(3)(keras.layers.Embedding(9, 2)(x)[:, 0]), "micro_batch_size", True),
+        pytest.param(table, "micro_batch_size", True, marks=pytest.mark.exhaustive),
     ],
 )
 def test_what_is_compiled(network, mode, passes):
@@ -95,24 +101,24 @@ def test_what_is_compiled(network, mode, passes):
     assert set(compiled) == {not passes}
 
 
-def test_nothing_calls_back_to_the_host():
+@pytest.mark.parametrize("mode", cross(MODES, default=lambda mode: mode == "accum_steps"))
+def test_nothing_calls_back_to_the_host(mode):
     """Neither in the passes nor in a whole step: no host callback, no transfer, in what XLA has made."""
-    for mode in MODES:
-        model = make(dense, mode)
-        fit(model, mode, 32)
-        batch = tuple(tf.constant(each[: 8 if mode == "accum_steps" else 32]) for each in data())
-        step = (
-            model._untracked.step.compiled_pass
-            if mode == "accum_steps"
-            else tf.function(model.train_step, jit_compile=True)
-        )
-        text = step.experimental_get_compiler_ir(batch)(stage="optimized_hlo")
-        assert "ENTRY" in text
-        for word in ("callback", "infeed", "outfeed", "send(", "recv(", "HostCompute", "TfCallback"):
-            assert word not in text
+    model = make(dense, mode)
+    fit(model, mode, 32)
+    batch = tuple(tf.constant(each[: 8 if mode == "accum_steps" else 32]) for each in data())
+    step = (
+        model._untracked.step.compiled_pass
+        if mode == "accum_steps"
+        else tf.function(model.train_step, jit_compile=True)
+    )
+    text = step.experimental_get_compiler_ir(batch)(stage="optimized_hlo")
+    assert "ENTRY" in text
+    for word in ("callback", "infeed", "outfeed", "send(", "recv(", "HostCompute", "TfCallback"):
+        assert word not in text
 
 
-@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("mode", cross(MODES, default=lambda mode: mode == "micro_batch_size"))
 def test_a_layer_that_xla_cannot_compile(mode):
     with pytest.warns(UserWarning, match="doesn't support `jit_compile=True`"):
         model = make(lambda x: keras.layers.Dense(3)(Untouchable()(x)), mode)
@@ -124,7 +130,8 @@ def test_a_layer_that_xla_cannot_compile(mode):
 
 @pytest.mark.parametrize(
     ("mode", "way"),
-    cross(MODES, ["several", "one"], default=lambda mode, way: (mode == "accum_steps") == (way == "several")),
+    # test_full_batch.py has several steps in one call in a graph.
+    cross(MODES, ["several", "one"], default=lambda *each: each == ("micro_batch_size", "one")),
 )
 def test_other_ways_to_run_steps(mode, way):
     """`train_on_batch`, and several steps in one call, which Keras's functions run."""

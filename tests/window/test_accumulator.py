@@ -686,6 +686,7 @@ class TestErrors:
             tf.function(accumulator.close)()
 
 
+@pytest.mark.parametrize("backend", ["fused", pytest.param("reference", marks=pytest.mark.exhaustive)], indirect=True)
 def test_keras_model_in_a_custom_loop(backend):
     """The loop of the class's docstring against the full batch."""
     rng = np.random.default_rng(0)
@@ -696,7 +697,7 @@ def test_keras_model_in_a_custom_loop(backend):
         return keras.Sequential([keras.Input((3,)), keras.layers.Dense(8, activation="tanh"), keras.layers.Dense(1)])
 
     full, accumulated = make(), make()
-    full.compile(keras.optimizers.Adam(0.01), loss="mse")
+    full.compile(keras.optimizers.Adam(0.01), loss="mse", run_eagerly=True)
     for _ in range(10):
         full.train_on_batch(x, y)
 

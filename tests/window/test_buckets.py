@@ -22,7 +22,7 @@ def small(monkeypatch):
     monkeypatch.setattr(buckets, "SMALL_BYTES", 8 << 10)
 
 
-def network(layers=3, width=32):
+def network(layers=2, width=32):
     keras.utils.set_random_seed(0)
     inputs = hidden = keras.Input((4,))
     hidden = L.Embedding(50, width)(L.Lambda(lambda x: keras.ops.cast(keras.ops.abs(x), "int32"))(hidden))
@@ -42,11 +42,7 @@ def trained(how, nonfinite="propagate", jit_compile=False):
 
 
 WAYS = {"accum_steps": {"accum_steps": 2}, "micro_batch_size": {"micro_batch_size": 3}}
-DEFAULT = [
-    ("accum_steps", "propagate", "fused"),
-    ("micro_batch_size", "drop", "fused"),
-    ("micro_batch_size", "skip", "reference"),
-]
+DEFAULT = [("accum_steps", "propagate", "fused"), ("micro_batch_size", "skip", "reference")]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +111,7 @@ def process():
         yield process
 
 
-@pytest.mark.parametrize("how", ["accum_steps", "micro_batch_size"])
+@pytest.mark.parametrize("how", [pytest.param("accum_steps", marks=pytest.mark.exhaustive), "micro_batch_size"])
 def test_the_peak_of_a_wide_model_is_a_bucket_and_not_all_gradients(how, process):
     together = process.call(bucket_peaks.peak, how=how)
     in_buckets = process.call(bucket_peaks.peak, how=how, bucket_bytes=4 << 20, small_bytes=8 << 20)

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from crosses import cross, turns
 
 import accumops
 
@@ -22,38 +23,41 @@ class Notes(keras.layers.Layer):
         return inputs
 
 
-WAYS = [{}, {"run_eagerly": True}, {"jit_compile": True}]
+WAYS = {"graph": {}, "eager": {"run_eagerly": True}, "xla": {"jit_compile": True}}
+BATCHES = {8: [8, 4, 2], 12: [4, 2, 2], 13: [5, 3, 1]}
 
 
 def trained(samples, batch_size, compiled, layers=(), **mode):
     net = keras.Sequential([keras.Input((4,)), notes := Notes(), *layers, keras.layers.Dense(1)])
     model = accumops.GradientAccumulateModel(net, **mode)
-    model.compile("sgd", "mse", **({"jit_compile": False} | compiled))
+    model.compile("sgd", "mse", **({"jit_compile": False} | WAYS[compiled]))
     model.fit(np.ones((samples, 4), "float32"), np.ones((samples, 1)), batch_size=batch_size, verbose=0)
     return model, list(notes.noted.numpy())
 
 
-@pytest.mark.parametrize("compiled", WAYS)
-@pytest.mark.parametrize(("samples", "expected"), [(8, [8, 4, 2]), (12, [4, 2, 2]), (13, [5, 3, 1])])
-def test_batch_of_fit(compiled, samples, expected):
+@pytest.mark.parametrize(
+    ("samples", "compiled"),
+    cross(BATCHES, WAYS, default=lambda *each: each in turns(BATCHES, ["xla", "eager", "graph"])),
+)
+def test_batch_of_fit(compiled, samples):
     """The last batch of an epoch is smaller, and its last micro-batch again."""
     _, noted = trained(samples, 8, compiled, micro_batch_size=2)
-    assert noted == expected
+    assert noted == BATCHES[samples]
 
 
-@pytest.mark.parametrize("compiled", WAYS)
+@pytest.mark.parametrize("compiled", cross(WAYS, default=lambda compiled: compiled == "xla"))
 def test_passes_that_xla_compiles(compiled):
     """On a CPU XLA compiles the passes of convolutions by themselves."""
     layers = [keras.layers.Reshape((2, 2, 1)), keras.layers.Conv2D(1, 1), keras.layers.Flatten()]
     assert trained(13, 8, compiled, layers, micro_batch_size=2)[1] == [5, 3, 1]
 
 
-@pytest.mark.parametrize("compiled", WAYS)
+@pytest.mark.parametrize("compiled", cross(WAYS, default=lambda compiled: compiled != "xla"))
 def test_micro_batches_of_fit(compiled):
     assert trained(16, 2, compiled, accum_steps=4)[1] == [8, 4, 2]
 
 
-@pytest.mark.parametrize("compiled", WAYS)
+@pytest.mark.parametrize("compiled", cross(WAYS, default=lambda compiled: compiled != "xla"))
 def test_number_of_micro_batches_changes(compiled):
     model, noted = trained(16, 2, compiled, accum_steps=lambda updates: 2 + 2 * updates)
     assert noted == [12, 6, 2]  # the third window is open
@@ -61,7 +65,7 @@ def test_number_of_micro_batches_changes(compiled):
 
 
 def test_loss_over_the_window():
-    assert trained(8, 8, {}, micro_batch_size=2, loss_over="window")[1][:2] == [8, 4]
+    assert trained(8, 8, "graph", micro_batch_size=2, loss_over="window")[1][:2] == [8, 4]
 
 
 def test_recomputed_layers():
@@ -74,7 +78,7 @@ def test_recomputed_layers():
 
 
 def test_none_outside_of_training():
-    model, before = trained(8, 8, {}, micro_batch_size=2)
+    model, before = trained(8, 8, "graph", micro_batch_size=2)
     x, y = np.ones((4, 4), "float32"), np.ones((4, 1))
     model.evaluate(x, y, verbose=0)
     model.predict(x, verbose=0)
