@@ -4,14 +4,13 @@ A call of a `tf.function` takes microseconds for each variable that it uses, and
 ends a window uses all variables of the update. So there are three functions of one step:
 
 function   used when                                         contains
-False      the window still needs more than one micro-batch  no update
+False      the window still needs more than one micro-batch  no update; an assertion comes first
 True       this step ends the window                         the update, without condition; an assertion comes first
 None       this is not known                                 the update, in a condition
 
-After each False step the host reads how many micro-batches the window still needs: the counters are in its memory, so
-it waits for no GPU. If something else uses the window after that, the count is stale: the True function then refuses to
-run, before it has fetched any data, and the counters are read again. If a False step turns out to have filled the
-window, the update runs right after it.
+The host counts along how many micro-batches the window still needs, and reads nothing. If something else uses the
+window, that count is stale: the function then refuses to run, before it has fetched any data, and the counters are
+read again.
 """
 
 import functools
@@ -30,7 +29,7 @@ from accumops.window import replicas
 Logs = dict[str, Any]
 
 _ITERATORS = (tf.data.Iterator, tf.distribute.DistributedIterator)
-_NOT_THE_END = "The window does not end with this step."
+_STALE = "The window does not need as many micro-batches as it should."
 
 
 class TrainedModel(Protocol):
@@ -48,9 +47,6 @@ class TrainedModel(Protocol):
     def window_ends(self, ends: bool | None) -> AbstractContextManager[None]:
         """Says whether the steps of a block end their window."""
 
-    def flush(self) -> None:
-        """Ends the open window."""
-
 
 def train_function(model: TrainedModel, for_other_iterators: Callable[[Any], Logs]) -> Callable[[Any], Logs]:
     """Makes a model's train function.
@@ -63,9 +59,9 @@ def train_function(model: TrainedModel, for_other_iterators: Callable[[Any], Log
 
     def step(ends: bool | None, iterator: Any) -> Logs:
         checks = []
-        if ends:
-            last = model.optimizer.accumulator.state.counters.last
-            checks.append(tf.raw_ops.Assert(condition=last, data=[_NOT_THE_END]))
+        if ends is not None:
+            as_known = model.optimizer.accumulator.state.counters.next_ends(ends)
+            checks.append(tf.raw_ops.Assert(condition=as_known, data=[_STALE]))
         with tf.control_dependencies(checks):
             data = iterator.get_next()
         data, tensors = (data, _tensors(data)) if strategy is not None else _together(data)
@@ -87,32 +83,30 @@ def train_function(model: TrainedModel, for_other_iterators: Callable[[Any], Log
         if model.model.built and not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
         accumulator = model.optimizer.accumulator
-        if known is None:
-            known = None if model.micro_batch_size is not None else accumulator.missing()
-        ends = None if known is None else known <= 1
+        if known is None and model.micro_batch_size is None:
+            known = accumulator.missing()
         try:
             try:
-                logs = functions[ends](iterator)
+                logs = functions[_ends(known)](iterator)
             except tf.errors.InvalidArgumentError as error:
-                if not ends or _NOT_THE_END not in str(error):
+                if known is None or _STALE not in str(error):
                     raise
                 # Nothing has run, and no data is lost.
-                ends = False if (accumulator.missing() or 0) > 1 else None
-                logs = functions[ends](iterator)
+                known = accumulator.missing()
+                logs = functions[_ends(known)](iterator)
         except tf.errors.OutOfRangeError as error:
             raise StopIteration from error
-        steps = accumulator.accum_steps
-        of_next = steps if isinstance(steps, int) else None
-        if ends:
-            missing = of_next
-        elif ends is False:
-            missing = accumulator.missing()
-            if missing is not None and missing < 1:
-                model.flush()
-                missing = of_next
+        if known is not None:
+            steps = accumulator.accum_steps
+            missing = known - 1 if known > 1 else steps if isinstance(steps, int) else None
         return logs
 
     return function
+
+
+def _ends(missing: int | None) -> bool | None:
+    """Whether a step ends a window that needs so many micro-batches."""
+    return None if missing is None else missing <= 1
 
 
 class _FunctionOfIterators:

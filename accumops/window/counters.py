@@ -92,12 +92,11 @@ class Counters(tf.Module):
         with self.place():
             return tf.greater_equal(self.step, self.limit)
 
-    @property
-    def last(self) -> tf.Tensor:
-        """Whether the next micro-batch makes the window full: a bool scalar. Before a window of unknown size, True."""
+    def next_ends(self, ends: bool) -> tf.Tensor:
+        """Whether the next micro-batch makes the window full, or does not, as `ends` says: a bool scalar."""
         remaining = self.remaining
         with self.place():
-            return tf.less_equal(remaining, 1)
+            return tf.less_equal(remaining, 1) if ends else tf.greater(remaining, 1)
 
     @property
     def remaining(self) -> tf.Tensor:

@@ -33,7 +33,8 @@ def train(model, weights):
 
 
 @pytest.mark.parametrize(
-    ("replicas", "weighted"), [(2, True), (4, False), pytest.param(4, True, marks=pytest.mark.exhaustive)]
+    ("replicas", "weighted"),
+    [(4, True), *(pytest.param(*each, marks=pytest.mark.exhaustive) for each in [(2, True), (4, False)])],
 )
 def test_replicas_see_the_outputs_of_all(replicas, weighted):
     weights = np.linspace(0.5, 1.5, 50) if weighted else None
