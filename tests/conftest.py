@@ -13,8 +13,8 @@ import pytest
 
 BACKENDS = ("fused", "reference")
 MODES = ("eager", "graph", "xla")
-# Of a test's cases with these backends and modes one in so many runs by default, and the first one, unless XLA would
-# compile the reference.
+# By default these backends and modes run one in so many of a test's cases, and the first one besides. The first one is
+# left out where XLA would compile the reference.
 SOME_OF_MANY = {("fused", "xla"): 12, ("reference", "xla"): 48, ("reference", "graph"): 4}
 
 

@@ -8,7 +8,6 @@ takes about an hour on two cores. A mutation that nobody notices is a gap in the
 
 import argparse
 import dataclasses
-import os
 import re
 import shutil
 import subprocess
@@ -16,8 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import sanitized
+
 ROOT = Path(__file__).parents[2]
-SHARED = {"address": "libasan.so", "thread": "libtsan.so"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,22 +148,12 @@ def build(sources: Path, tree: Path, sanitizer: str) -> None:
 
 def verdict(tree: Path, sanitizer: str) -> str | None:
     """Runs the cases. Returns what was noticed, or None."""
-    library = subprocess.run(
-        ["g++", f"-print-file-name={SHARED[sanitizer]}"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    environment = os.environ | {
-        "LD_PRELOAD": library,
-        "ACCUMOPS_KERNELS_DIR": str(tree / sanitizer),
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "TSAN_OPTIONS": "halt_on_error=1",
-        "PYTHONMALLOC": "malloc",
-    }
-    script = [sys.executable, str(ROOT / "benchmarks" / "gpu" / "sanitize.py"), "--device", "emulated", "--seed", "1"]
-    script += ["--cases", {"address": "few", "thread": "fewest"}[sanitizer]]
-    done = subprocess.run(
-        ["setarch", "-R", *script], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    cases = {"address": "few", "thread": "fewest"}[sanitizer]
+    script = ROOT / "benchmarks" / "gpu" / "sanitize.py"
+    status, output = sanitized.run(
+        sanitizer, tree / sanitizer, script, "--device", "emulated", "--seed", 1, "--cases", cases
     )
-    if done.returncode == 0:
+    if status == 0:
         return None
     for pattern, name in (
         (r"WRONG: ([^,:]*)", "results: {}"),
@@ -172,9 +162,9 @@ def verdict(tree: Path, sanitizer: str) -> str | None:
         (r"WARNING: ThreadSanitizer: ([\w ]+)", "thread sanitizer: {}"),
         (r"emulated CUDA: ([^,]+)", "emulated GPU: {}"),
     ):
-        if match := re.search(pattern, done.stdout):
+        if match := re.search(pattern, output):
             return name.format(match[1].strip())
-    return f"exit status {done.returncode}"
+    return f"exit status {status}"
 
 
 def main() -> None:
@@ -206,7 +196,7 @@ def main() -> None:
                 continue
             mutate(sources, mutation)
             noticed = None
-            for sanitizer in SHARED:
+            for sanitizer in sanitized.LIBRARIES:
                 build(sources, tree, sanitizer)
                 noticed = noticed or verdict(tree, sanitizer)
                 if noticed:

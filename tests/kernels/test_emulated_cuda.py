@@ -1,12 +1,10 @@
 """The CUDA kernels on a GPU that is emulated on the CPU, under sanitizers. `make emulated` builds them."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import sanitized
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "emulated"
@@ -15,7 +13,6 @@ pytestmark = pytest.mark.skipif(
     not BUILD.is_dir(), reason="the emulated kernels are not built: `make emulated` builds them, from a checkout"
 )
 
-LIBRARIES = {"address": "libasan.so", "thread": "libtsan.so"}
 DEFECTS = {
     "no barrier": (1, "thread", "data race"),
     "a barrier that a thread does not reach": (2, "address", r"some threads wait at __syncthreads\(\), others"),
@@ -45,27 +42,10 @@ for seed in range(4):
 
 
 def run(sanitizer, *arguments):
-    """Runs Python with a sanitizer in it, and returns the exit status and the output."""
-    library = subprocess.run(
-        ["g++", f"-print-file-name={LIBRARIES[sanitizer]}"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    environment = os.environ | {
-        "LD_PRELOAD": library,
-        "ACCUMOPS_KERNELS_DIR": str(BUILD / sanitizer),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-        "TSAN_OPTIONS": "halt_on_error=1",
-        "PYTHONMALLOC": "malloc",
-    }
-    # The thread sanitizer of GCC 12 wants the addresses of a process where they always were.
-    done = subprocess.run(
-        ["setarch", "-R", sys.executable, *map(str, arguments)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600,
-    )  # fmt: skip
-    return done.returncode, done.stdout
+    return sanitized.run(sanitizer, BUILD / sanitizer, *arguments)
 
 
-@pytest.mark.parametrize("sanitizer", LIBRARIES)
+@pytest.mark.parametrize("sanitizer", sanitized.LIBRARIES)
 def test_a_sound_kernel(sanitizer):
     status, output = run(sanitizer, "-c", RUN_BROKEN_KERNEL, BUILD / sanitizer / "broken_kernels.so", 0)
     assert status == 0, output
