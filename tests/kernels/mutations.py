@@ -64,7 +64,7 @@ MUTATIONS = [
         "rows: column tail", ROWS, "if (column < p_.columns) row[column]", "if (column <= p_.columns) row[column]"
     ),
     Mutation("rows: owner", ROWS, "GroupOfRow(row, p_.groups) == group_", "p_.groups > group_"),
-    Mutation("rows: first entry", ROWS, "bit <= 0 ? 0u :", "bit < 0 ? 0u :"),
+    Mutation("rows: first entry", ROWS, "bit >= kWarp ?", "bit > kWarp ?"),
     Mutation(
         "rows: ballot mask",
         ROWS,
@@ -158,13 +158,13 @@ def verdict(tree: Path, sanitizer: str) -> str | None:
     for pattern, name in (
         (r"WRONG: ([^,:]*)", "results: {}"),
         (r"ERROR: AddressSanitizer: ([\w-]+)", "address sanitizer: {}"),
-        (r"runtime error: (\w+ \w+)", "undefined behaviour: {}"),
+        (r"runtime error: ([\w-]+ [\w-]+)", "undefined behaviour: {}"),
         (r"WARNING: ThreadSanitizer: ([\w ]+)", "thread sanitizer: {}"),
         (r"emulated CUDA: ([^,]+)", "emulated GPU: {}"),
     ):
         if match := re.search(pattern, output):
             return name.format(match[1].strip())
-    return f"exit status {status}"
+    return f"exit status {status}: {output.strip().splitlines()[-1]}"
 
 
 def main() -> None:
