@@ -31,20 +31,21 @@ class AccumulationLogger(WindowCallback):
     """Writes for TensorBoard what accumulation does: effective batch size, updates, gradient norm, speed, memory.
 
     Use it beside `keras.callbacks.TensorBoard`, with the same `log_dir` and `update_freq`. The scalars go to
-    `log_dir/train`, with the steps of Keras's: epochs, counted from 0, or batches of `fit`, counted from 1. Give it after
-    a `PartialWindow`, and before a `BackupAndRestore`. These are the tags:
+    `log_dir/train`, with the steps of Keras's: epochs, counted from 0, or batches of `fit`, counted from 1. Give it
+    after a `PartialWindow`, and before a `BackupAndRestore`. These are the tags:
 
     - `accumulation/effective_batch_size`: samples an update, on average. With `"epoch"` over the epoch, as
       `EffectiveBatchSize` logs it. Otherwise over the windows since it was last written, and only where none is open.
     - `accumulation/updates`: updates of the optimizer so far.
-    - `accumulation/accum_steps`: micro-batches a window: K, or with `micro_batch_size` the average since it was last written.
+    - `accumulation/accum_steps`: micro-batches a window: K, or with `micro_batch_size` the average since it was last
+      written.
     - `accumulation/gradient_norm`: the norm of the last window's gradient: of the mean over its micro-batches, without
       the factor of a scaled loss, before any clipping. It is NaN for a window that `nonfinite` keeps from an update.
       Without a new window it is not written.
-    - `accumulation/nonfinite_windows`: the optimizer's `nonfinite_count`: windows that `nonfinite="drop"` has dropped, or
-      micro-batches that `nonfinite="skip"` has skipped. Not written with `"propagate"`.
-    - `accumulation/samples_per_second`: the samples trained on since the last write, over the seconds. Validation and the
-      time between epochs do not count.
+    - `accumulation/nonfinite_windows`: the optimizer's `nonfinite_count`: windows that `nonfinite="drop"` has dropped,
+      or micro-batches that `nonfinite="skip"` has skipped. Not written with `"propagate"`.
+    - `accumulation/samples_per_second`: the samples trained on since the last write, over the seconds. Validation and
+      the time between epochs do not count.
     - `accumulation/memory_peak`: the most bytes that TensorFlow has had in use on the model's device, since the process
       started or its memory statistics were last reset. Not written if TensorFlow does not count there, as on most CPUs.
 
@@ -311,7 +312,7 @@ def _nonfinite(optimizer: GradientAccumulateOptimizer) -> int | None:
 
 
 def _memory_of(device: str) -> AllocatorMemory | None:
-    """What counts the memory of a device, such as `"/job:localhost/replica:0/task:0/device:GPU:0"`, if anything does."""
+    """What counts the memory of a device, by its full name; None if nothing does."""
     try:
         return AllocatorMemory(device.rpartition("device:")[2] or "CPU:0")
     except ValueError:

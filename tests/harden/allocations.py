@@ -1,5 +1,5 @@
-"""Has allocations of a training step fail, one at a time, in random order: the step is made again, and ends with the bits
-of a step in which none has failed.
+"""Has allocations of a training step fail, one at a time, in random order: the step is made again, and ends with the
+bits of a step in which none has failed.
 
     python tests/harden/allocations.py --seconds 60
 """

@@ -1,4 +1,4 @@
-"""Forks a process again and again while its threads run kernels: each child computes, with threads of its own, and ends.
+"""Forks a process again and again while its threads run kernels: each child computes, with threads of its own.
 
     python tests/harden/forks.py --seconds 60
 """

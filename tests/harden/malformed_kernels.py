@@ -214,7 +214,8 @@ def recursive():
 ANYTHING = (
     *(lambda each=each: each for each in (None, True, False, 0, 1, -1, 2, 7, 1 << 31, 1 << 63, -(1 << 63), 10**400)),
     *(lambda each=each: each for each in (0.5, -0.0, float("nan"), float("inf"), 1j, "", "adam", "sgd", "lion", b"x")),
-    *(lambda each=each: each for each in (np.float32(1), np.True_, np.int64(3), np.array(True), np.array([True, False]))),
+    *(lambda each=each: each for each in (np.float32(1), np.True_, np.int64(3))),
+    *(lambda each=each: np.array(each) for each in (True, [True, False])),
     *(lambda kind=kind: kind() for kind in (list, tuple, dict, object, set, Failing, recursive)),
     lambda: [[]],
     lambda: [None, None],

@@ -1,4 +1,5 @@
-"""Runs the work of a part in processes of their own, one after another until its time is out, and notices one that dies.
+"""Runs the work of a part in processes of their own, one after another until its time is out, and notices one that
+dies.
 
 A part is a script with `--seconds`. Its last line is a report in JSON; its exit code is 0 if it found nothing wrong.
 """
