@@ -47,7 +47,8 @@ class AccumulationLogger(WindowCallback):
     - `accumulation/samples_per_second`: the samples trained on since the last write, over the seconds. Validation and
       the time between epochs do not count.
     - `accumulation/memory_peak`: the most bytes that TensorFlow has had in use on the model's device, since the process
-      started or its memory statistics were last reset. Not written if TensorFlow does not count there, as on most CPUs.
+      started or its memory statistics were last reset. Not written if TensorFlow does not count there, as on most CPUs,
+      nor on a CPU where XLA compiles the step.
 
     A model with a `train_step` of its own does not tell how many samples it sees: without `effective_batch_size` and
     `samples_per_second` then.
@@ -238,7 +239,10 @@ class AccumulationLogger(WindowCallback):
     def _memory_peak(self, optimizer: GradientAccumulateOptimizer) -> float | None:
         if not self._asked_for_memory and optimizer.accumulator.built:
             self._asked_for_memory = True
-            self._memory = _memory_of(tf_variable(optimizer.accumulator.accumulators[0]).device)
+            device = tf_variable(optimizer.accumulator.accumulators[0]).device.rpartition("device:")[2]
+            # What XLA takes on a CPU does not come from the allocator.
+            if device.startswith("GPU") or not getattr(self.model, "jit_compile", False):
+                self._memory = _memory_of(device or "CPU:0")
         return None if self._memory is None else self._memory.peak()
 
 
@@ -312,9 +316,9 @@ def _nonfinite(optimizer: GradientAccumulateOptimizer) -> int | None:
 
 
 def _memory_of(device: str) -> AllocatorMemory | None:
-    """What counts the memory of a device, by its full name; None if nothing does."""
+    """What counts the memory of a device; None if its allocator does not."""
     try:
-        return AllocatorMemory(device.rpartition("device:")[2] or "CPU:0")
+        return AllocatorMemory(device)
     except ValueError:
         return None
 
