@@ -272,7 +272,7 @@ def damage(random_, arena, arguments):
     if isinstance(value, np.ndarray) and kind < 6:
         holder[path[-1]] = other_array(random_, arena, value)
     elif isinstance(value, np.ndarray) and kind == 6:  # memory that another argument has
-        others = [each for each in map(lambda p: at(arguments, p), places(arguments)) if isinstance(each, np.ndarray)]
+        others = [each for each in (at(arguments, p) for p in places(arguments)) if isinstance(each, np.ndarray)]
         holder[path[-1]] = random_.choice(others)
     elif isinstance(value, list) and value and kind < 6:
         change = random_.randrange(4)

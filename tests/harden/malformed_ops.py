@@ -34,29 +34,30 @@ REFUSALS = (
 MODES = {"eager": (100_000, 0.45), "graph": (5_000, 0.35), "xla": (500, 0.2)}
 
 
+VALUES = {
+    "a": np.ones((2, 3), np.float32),
+    "b": np.ones((2, 3), np.float32),
+    "c": np.ones(4, np.float32),
+    "table": np.ones((5, 3), np.float32),
+    "scalar": np.float32(1),
+    "empty": np.ones((0, 3), np.float32),
+    "wide": np.ones((2, 3), np.float64),
+    "half": np.ones((2, 3), np.float16),
+    "integers": np.ones(3, np.int64),
+    "counters": np.array([0, 0, 3], np.int64),
+    "sums": np.zeros((2, 3), np.float64),
+    "mean": np.zeros(3, np.float32),
+    "variance": np.ones(3, np.float32),
+    "flags": np.array([True, False]),
+    "flags of table": np.ones(5, np.bool_),
+}
+
+
 class State:
     """The variables that calls are given, right and wrong ones."""
 
-    VALUES = {
-        "a": np.ones((2, 3), np.float32),
-        "b": np.ones((2, 3), np.float32),
-        "c": np.ones(4, np.float32),
-        "table": np.ones((5, 3), np.float32),
-        "scalar": np.float32(1),
-        "empty": np.ones((0, 3), np.float32),
-        "wide": np.ones((2, 3), np.float64),
-        "half": np.ones((2, 3), np.float16),
-        "integers": np.ones(3, np.int64),
-        "counters": np.array([0, 0, 3], np.int64),
-        "sums": np.zeros((2, 3), np.float64),
-        "mean": np.zeros(3, np.float32),
-        "variance": np.ones(3, np.float32),
-        "flags": np.array([True, False]),
-        "flags of table": np.ones(5, np.bool_),
-    }
-
     def __init__(self):
-        self.variables = {name: tf.Variable(value) for name, value in self.VALUES.items()}
+        self.variables = {name: tf.Variable(value) for name, value in VALUES.items()}
         self.handles = {name: variable.handle for name, variable in self.variables.items()}
         for name, dtype in (("gone", tf.float32), ("gone flags", tf.bool)):
             self.handles[name] = tf.raw_ops.VarHandleOp(dtype=dtype, shape=[2, 3], shared_name=name)
@@ -68,10 +69,10 @@ class State:
     def changed(self):
         """The names of variables that have another value, which get their own back."""
         names = [
-            name for name, variable in self.variables.items() if not np.array_equal(variable.numpy(), self.VALUES[name])
+            name for name, variable in self.variables.items() if not np.array_equal(variable.numpy(), VALUES[name])
         ]
         for name in names:
-            self.variables[name].assign(self.VALUES[name])
+            self.variables[name].assign(VALUES[name])
         return names
 
 
