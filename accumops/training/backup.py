@@ -10,10 +10,12 @@ That one is trained on, since Keras builds metrics and functions in a step. The 
 made: at the end of this batch, between the same callbacks.
 """
 
+import contextlib
 import numbers
 import os
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -223,7 +225,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         self._newest = self._files.write(record, self._write_files, keep)
 
     def _write_files(self, directory: str) -> None:
-        self.model.save_weights(os.path.join(directory, _WEIGHTS))
+        with _errors_of_the_disk():
+            self.model.save_weights(os.path.join(directory, _WEIGHTS))
         arrays: dict[str, Any] = {f"seed_{i}": _array(variable) for i, variable in enumerate(self._seeds())}
         seed = global_seed(create=False)
         if seed is not None:
@@ -367,6 +370,18 @@ class _Passing:
             raise _too_short(self._backup, self._passed) from error
         self._passed += steps
         return dict(self._backup.record["logs"])
+
+
+@contextlib.contextmanager
+def _errors_of_the_disk() -> Iterator[None]:
+    """Has an error of the disk be an OSError: h5py raises a RuntimeError where a file cannot be closed."""
+    try:
+        yield
+    except RuntimeError as error:
+        number = re.search(r"errno = (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def _too_short(backup: Backup, batches: int) -> ValueError:

@@ -1,6 +1,7 @@
 """BackupAndRestore: a training that dies anywhere goes on bit for bit."""
 
 import inspect
+import errno
 import json
 import os
 import subprocess
@@ -247,6 +248,20 @@ class TestDamage:
             fit(model, BackupAndRestore(tmp_path))
         check_same(state(model), before)
         assert path.exists()
+
+    def test_a_full_disk_that_a_closed_file_finds(self, tmp_path, monkeypatch):
+        """h5py keeps a file's end in memory until the file is closed. What fails then is a RuntimeError of its own."""
+        path = self.backed_up(tmp_path)
+        model = make("eager")
+
+        def save_weights(path):
+            raise RuntimeError("Can't close file (errno = 28, error message = 'No space left on device')")
+
+        monkeypatch.setattr(model, "save_weights", save_weights)
+        with pytest.raises(OSError, match="No space left on device") as raised:
+            fit(model, BackupAndRestore(tmp_path, delete_checkpoint=False), epochs=3)
+        assert raised.value.errno == errno.ENOSPC
+        assert sorted(tmp_path.iterdir()) == [path]
 
     def test_a_backup_of_another_model(self, tmp_path):
         self.backed_up(tmp_path)
