@@ -1,5 +1,5 @@
-"""Lets the disk run full at random bytes of a backup: `fit` raises an OSError, the last backup stays whole, and a
-training that goes on from it ends with the bits of an undisturbed one.
+"""Leaves a random number of bytes free on the disk before a backup: `fit` raises an OSError or goes on, the last backup
+stays whole, and a training that goes on from it ends with the bits of an undisturbed one.
 
 The disk is a small tmpfs, where this process may mount one, or a limit on the size of files.
 
