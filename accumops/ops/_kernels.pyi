@@ -56,6 +56,7 @@ def update(
     decays: Sequence[bool] | None = None,
     weight: SupportsFloat | SupportsIndex | _Array = 1.0,
     overwrite: bool | _Array = False,
+    applies: bool | _Array = True,
     touched_rows: Sequence[_Array | None] | None = None,
     beta_1: SupportsFloat | SupportsIndex = 0.0,
     beta_2: SupportsFloat | SupportsIndex = 0.0,

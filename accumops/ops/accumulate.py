@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from accumops.ops import library, reference
-from accumops.ops.variables import check_variable
+from accumops.ops.variables import as_flag, check_variable
 
 _GRADIENT_DTYPES = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 _ACCUMULATOR_DTYPES = (tf.float32, tf.float64)
@@ -72,7 +72,7 @@ def accumulate(
         flags = [None if v is None else check_variable("touched_rows", v) for v in touched_rows]
     _check_lists(variables, checked, flags)
     factor = _as_scale(scale, variables)
-    start = _as_overwrite(overwrite)
+    start = as_flag("overwrite", overwrite)
     fused = library.fused_ops(variables)
     if fused is None:
         return reference.accumulate(
@@ -193,10 +193,3 @@ def _as_scale(scale: float | tf.Tensor, variables: list[tf.Variable]) -> tf.Tens
     if not tensor.dtype.is_floating or tensor.shape.rank not in (0, None):
         raise ValueError(f"`scale` must be a number or a floating-point scalar tensor. Received: {scale!r}")
     return tensor if tensor.dtype in (tf.float32, tf.float64) else tf.cast(tensor, tf.float32)
-
-
-def _as_overwrite(overwrite: bool | tf.Tensor) -> tf.Tensor:
-    tensor = tf.convert_to_tensor(overwrite)
-    if tensor.dtype != tf.bool or tensor.shape.rank not in (0, None):
-        raise ValueError(f"`overwrite` must be a bool or a scalar bool tensor. Received: {overwrite!r}")
-    return tensor

@@ -100,6 +100,7 @@ def update(
     decays: Sequence[bool],
     weight: tf.Tensor,
     overwrite: tf.Tensor,
+    applies: tf.Tensor,
     touched_rows: Sequence[tf.Variable | None],
     beta_1: float,
     beta_2: float,
@@ -127,7 +128,7 @@ def update(
         for target, old, new in zip((variable, *(slot[i] for slot in slots)), before, after, strict=True):
             if rows is not None:
                 new = tf.where(tf.reshape(rows, [-1] + [1] * (new.shape.rank - 1)), new, old)
-            target.assign(new)
+            target.assign(tf.where(applies, new, old))
 
 
 def step(

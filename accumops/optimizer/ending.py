@@ -30,7 +30,7 @@ from accumops.arguments import name_of
 from accumops.optimizer import fused_update, row_update
 from accumops.optimizer.checks import check_goes_with_lazy_rows, check_no_constraints
 from accumops.optimizer.fused_update import FusedUpdate, warn_of_missing
-from accumops.optimizer.nonfinite import scale_of_loss, update_if_it_applies
+from accumops.optimizer.nonfinite import decides_on_device, scale_of_loss, update_if_it_applies
 from accumops.window import replicas
 from accumops.window.connected_variables import Connected
 from accumops.window.micro_batch import CountedMicroBatch, Window
@@ -119,7 +119,10 @@ class Ending:
 
     def _update(self, window: Window, update: Callable[[], None]) -> None:
         """Makes the update of a window, unless gradients that are not finite keep it from making one."""
-        update_if_it_applies(self.optimizer, window.verdict, update)
+        if self.fused_update and decides_on_device(self.optimizer, self.variables):
+            update()  # with the verdict for a flag of the op
+        else:
+            update_if_it_applies(self.optimizer, window.verdict, update)
 
     def _end_with_sums(self, window: Window) -> None:
         clip = self.gradient_clipping

@@ -14,12 +14,12 @@ namespace {
 // The arguments that accumulate() and accumulate_rows() share.
 struct Options {
   Scalar scale;
-  Overwrite overwrite;
+  Flag overwrite;
   std::optional<Array> all_finite;
 
   Options(py::handle scale_object, py::handle overwrite_object, py::handle all_finite_object)
       : scale(scale_object, "scale", {Element::kFloat32, Element::kFloat64}, "float32 or float64"),
-        overwrite(overwrite_object),
+        overwrite(overwrite_object, "overwrite"),
         all_finite(ToAllFinite(all_finite_object)) {}
 
   void AddTo(Call& call) const {

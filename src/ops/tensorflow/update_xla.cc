@@ -144,6 +144,19 @@ class UpdateXlaOp : public XlaOpKernel {
       x = xla::Sub(x, xla::Mul(x, ctx->Input("decay")));
     }
     *step = Apply(ctx, x, gradient, slots);
+    // Whether each value is written: all alike, or by the flags of its row. XLA writes all of them.
+    xla::XlaOp written = xla::Broadcast(ctx->Input("applies"), shape.dim_sizes());
+    TF_RETURN_IF_ERROR(WithTouchedRows(ctx, i, shape, &written));
+    step->value = xla::Select(written, step->value, value);
+    for (std::size_t s = 0; s < slots.size(); ++s) {
+      step->slots[s] = xla::Select(written, step->slots[s], slots[s]);
+    }
+    return absl::OkStatus();
+  }
+
+  // Takes the rows whose flag is false out of what is written.
+  absl::Status WithTouchedRows(XlaOpKernelContext* ctx, int i, const TensorShape& shape,
+                               xla::XlaOp* written) const {
     const int flags_input = FlagsInput(i);
     if (flags_input < 0) return absl::OkStatus();
     TensorShape flags_shape;
@@ -155,11 +168,7 @@ class UpdateXlaOp : public XlaOpKernel {
           absl::StrCat("touched_rows for variables[", i, "] of shape ", shape.DebugString(),
                        " have shape ", flags_shape.DebugString(), "."));
     }
-    const xla::XlaOp touched = xla::BroadcastInDim(flags, shape.dim_sizes(), {0});
-    step->value = xla::Select(touched, step->value, value);
-    for (std::size_t s = 0; s < slots.size(); ++s) {
-      step->slots[s] = xla::Select(touched, step->slots[s], slots[s]);
-    }
+    *written = xla::And(*written, xla::BroadcastInDim(flags, shape.dim_sizes(), {0}));
     return absl::OkStatus();
   }
 
