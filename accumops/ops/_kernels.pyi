@@ -28,6 +28,7 @@ def accumulate(
     scale: SupportsFloat | SupportsIndex | _Array = 1.0,
     overwrite: bool | _Array = False,
     all_finite: _Array | None = None,
+    squared_norms: _Array | None = None,
     threads: SupportsIndex | None = None,
     stream: int = 0,
 ) -> None: ...

@@ -21,7 +21,8 @@ def accumulate(
     overwrite: bool | tf.Tensor = False,
     touched_rows: Sequence[tf.Variable | None] | None = None,
     check_finite: bool = False,
-) -> tf.Tensor | None:
+    squared_norms: bool = False,
+) -> tf.Tensor | tuple[tf.Tensor, tf.Tensor] | None:
     """Adds scaled gradients to accumulators in place: `acc <- (overwrite ? 0 : acc) + scale * gradient`.
 
     One op updates the whole list. Gradient and scale are converted to the accumulator's dtype; then the product and the
@@ -44,9 +45,13 @@ def accumulate(
             shape `[rows]`. The op sets the flag of each row that it adds to. `overwrite` then clears the flagged rows
             only, so all other rows must already be zero. With None, `overwrite` clears all rows.
         check_finite: Whether to report if all gradients are finite. The check is part of the same pass.
+        squared_norms: Whether to report the sums of squares of gradients and accumulators, from the same pass.
 
     Returns:
-        None; with `check_finite` a scalar bool tensor, true if all gradients are finite, whatever `scale` is.
+        None; with `check_finite` a scalar bool tensor, true if all gradients are finite, whatever `scale` is. With
+        `squared_norms` a float64 tensor of shape `[2, len(accumulators)]`: the sum of squares of each gradient, as it
+        is given, and of each accumulator, as the op leaves it. They are NaN where the gradient is `tf.IndexedSlices`.
+        With both, a tuple of the two.
 
     Raises:
         ValueError: If lengths, shapes or dtypes do not fit, or a variable is given twice.
@@ -76,9 +81,15 @@ def accumulate(
     fused = library.fused_ops(variables)
     if fused is None:
         return reference.accumulate(
-            variables, checked, scale=factor, overwrite=start, touched_rows=flags, check_finite=check_finite
+            variables,
+            checked,
+            scale=factor,
+            overwrite=start,
+            touched_rows=flags,
+            check_finite=check_finite,
+            squared_norms=squared_norms,
         )
-    return _accumulate_fused(fused, variables, checked, factor, start, flags, check_finite)
+    return _accumulate_fused(fused, variables, checked, factor, start, flags, check_finite, squared_norms)
 
 
 def _accumulate_fused(
@@ -89,14 +100,15 @@ def _accumulate_fused(
     overwrite: tf.Tensor,
     touched_rows: list[tf.Variable | None] | None,
     check_finite: bool,
-) -> tf.Tensor | None:
+    squared_norms: bool,
+) -> tf.Tensor | tuple[tf.Tensor, tf.Tensor] | None:
     flags = touched_rows or [None] * len(variables)
     sparse = [i for i, g in enumerate(gradients) if isinstance(g, tf.IndexedSlices)]
     sparse.sort(key=lambda i: flags[i] is not None)
     tracked = [i for i in sparse if flags[i] is not None]
     # The op takes dense gradients first, and the sparse ones with touched rows last.
     order = [i for i in range(len(variables)) if i not in set(sparse)] + sparse
-    finite = ops.accum_ops_accumulate(
+    reports = ops.accum_ops_accumulate(
         accumulators=[variables[i].handle for i in order],
         gradients=[g.values if isinstance(g, tf.IndexedSlices) else g for g in (gradients[i] for i in order)],
         indices=[gradients[i].indices for i in sparse],
@@ -104,8 +116,19 @@ def _accumulate_fused(
         scale=scale,
         overwrite=overwrite,
         check_finite=int(check_finite),
+        squared_norms=int(squared_norms),
     )
-    return finite[0] if check_finite else None
+    if not check_finite and not squared_norms:
+        return None
+    finite, norms = reports
+    found = finite[0] if check_finite else None
+    if not squared_norms:
+        return found
+    (sums,) = norms
+    if sparse:
+        unknown = tf.fill([2, len(sparse)], tf.constant(float("nan"), tf.float64))
+        sums = tf.gather(tf.concat([sums, unknown], 1), [order.index(i) for i in range(len(variables))], axis=1)
+    return (found, sums) if check_finite else sums
 
 
 def _as_gradient(value: tf.Tensor | tf.IndexedSlices, i: int) -> tf.Tensor | tf.IndexedSlices:

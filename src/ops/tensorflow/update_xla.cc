@@ -227,12 +227,7 @@ class SquaredNormsXlaOp : public XlaOpKernel {
   void Compile(XlaOpKernelContext* ctx) override {
     xla::XlaBuilder* builder = ctx->builder();
     std::vector<xla::XlaOp> sums;
-    for (int i = 0; i < ctx->num_inputs(); ++i) {
-      const xla::XlaOp values = xla::ConvertElementType(ctx->Input(i), xla::F64);
-      sums.push_back(xla::Reshape(
-          xla::ReduceAll(xla::Mul(values, values), xla::Zero(builder, xla::F64), Sum(xla::F64)),
-          {1}));
-    }
+    for (int i = 0; i < ctx->num_inputs(); ++i) sums.push_back(SquaredNorm(ctx->Input(i)));
     ctx->SetOutput(0, sums.empty() ? xla::Broadcast(xla::Zero(builder, xla::F64), {0})
                                    : xla::ConcatInDim(builder, sums, 0));
   }
