@@ -2,7 +2,8 @@
 # make test    runs all checks
 # make emulated   compiles the CUDA kernels for a GPU that is emulated on the CPU, for the tests
 # make build   compiles the files that have changed
-# make wheel   builds a wheel in dist/
+# make wheel   builds a wheel for this machine in dist/, and tests it
+# make wheels  builds the wheels to publish, for older systems, CUDA 12 and each TensorFlow, and tests them
 # Each target first sets up .venv if needed. PYTHON chooses the interpreter; CMAKE_ARGS and CMAKE_CUDA_ARCHITECTURES are
 # passed on.
 
@@ -13,7 +14,7 @@ CPP := $(shell find src -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test emulated build check wheel format clean
+.PHONY: demo test emulated build check wheel wheels format clean
 
 demo: build
 	$(BIN)/accumops demo
@@ -50,8 +51,11 @@ emulated: $(VENV)/installed
 	  -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
 	$(BIN)/cmake --build build/emulated -- --quiet
 
-wheel: $(VENV)/installed
-	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+wheel:
+	$(PYTHON) tools/build_wheels.py
+
+wheels:
+	$(PYTHON) tools/build_wheels.py --release
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

@@ -103,15 +103,28 @@ _SUBMODULES = (
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        value = getattr(importlib.import_module(_MODULES[name]), name)
+        value = getattr(_import(_MODULES[name]), name)
     elif name in _SUBMODULES:
-        value = importlib.import_module(f"accumops.{name}")
+        value = _import(f"accumops.{name}")
     elif name == "__version__":
         value = _version()
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+def _import(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != "tensorflow":
+            raise
+        raise ModuleNotFoundError(
+            "accumops needs TensorFlow, and does not choose one for you: `pip install tensorflow`, `pip install "
+            "tensorflow[and-cuda]` for NVIDIA GPUs, or `pip install tensorflow-cpu`.",
+            name="tensorflow",
+        ) from error
 
 
 def __dir__() -> list[str]:

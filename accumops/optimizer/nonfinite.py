@@ -112,6 +112,7 @@ def apply_if_finite(
         variables: The variables that are updated.
         outside_replicas: Whether this runs once for all replicas of a strategy.
     """
+
     def apply(gradients: Sequence[None], trainable_variables: Sequence[keras.Variable] | None = None) -> None:
         update()
 

@@ -202,10 +202,11 @@ def test_a_loss_scale_inside_backs_off_whatever_is_left_of_the_window(policy, fu
 
 
 def test_a_loss_scale_inside_follows_as_keras_does(mode):
-    """Where the op decides, the scale, its counter and the count of updates move as Keras's own conditions move them."""
+    """Where the op decides, the scale, its counter and the count of updates are those of Keras's own conditions."""
 
     def new(wrap):
-        inner = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.1), initial_scale=8.0, dynamic_growth_steps=2)
+        adam = keras.optimizers.Adam(0.1)
+        inner = keras.optimizers.LossScaleOptimizer(adam, initial_scale=8.0, dynamic_growth_steps=2)
         optimizer, variable = wrap(inner), keras.Variable([1.0, 1.0])
         optimizer.build([variable])
         return optimizer, inner, variable
