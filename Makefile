@@ -1,5 +1,6 @@
 # make demo    trains a small CNN both ways and prints the difference
 # make test    runs all checks
+# make harden  runs the long versions of the tests behind docs/promises.md, each for MINUTES; PARTS chooses some
 # make emulated   compiles the CUDA kernels for a GPU that is emulated on the CPU, for the tests
 # make build   compiles the files that have changed
 # make wheel   builds a wheel for this machine in dist/, and tests it
@@ -14,7 +15,10 @@ CPP := $(shell find src -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test emulated build check wheel wheels format clean
+MINUTES ?= 10
+PARTS ?=
+
+.PHONY: demo test harden emulated build check wheel wheels format clean
 
 demo: build
 	$(BIN)/accumops demo
@@ -27,6 +31,9 @@ test: check emulated
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=20 \
 	  tests/distribute/test_workers.py tests/distribute || status=1; \
 	exit $$status
+
+harden: build
+	$(BIN)/python tools/harden.py --minutes $(MINUTES) $(PARTS)
 
 check: build
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from accumops.optimizer.optimizer import GradientAccumulateOptimizer
     from accumops.planning.find_micro_batch_size import find_micro_batch_size
     from accumops.planning.micro_batch_plan import MicroBatchPlan
+    from accumops.training.accumulation_logger import AccumulationLogger
     from accumops.training.backup import BackupAndRestore
     from accumops.training.callbacks import AccumStepsScheduler, EffectiveBatchSize, NonfiniteCount
     from accumops.training.model import GradientAccumulateModel
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AccumBatchNormalization",
     "AccumStepsScheduler",
+    "AccumulationLogger",
     "AdaptiveGradientClipping",
     "BackupAndRestore",
     "EffectiveBatchSize",
@@ -63,6 +65,7 @@ __all__ = [
 _MODULES = {
     "AccumBatchNormalization": "accumops.normalization.layer",
     "AccumStepsScheduler": "accumops.training.callbacks",
+    "AccumulationLogger": "accumops.training.accumulation_logger",
     "AdaptiveGradientClipping": "accumops.optimizer.clipping",
     "BackupAndRestore": "accumops.training.backup",
     "EffectiveBatchSize": "accumops.training.callbacks",

@@ -104,7 +104,7 @@ def apply(
     if needs_norms(optimizer):
         for each, window in enumerate(windows):
             with window.place(variables[0]):
-                squared_norms[each] = _squared_norms(window)
+                squared_norms[each] = window.squared_norms
 
     def update(applies: Sequence[tf.Tensor | bool]) -> None:
         warn_of_missing(_unscaled(optimizer), variables, connected)
@@ -269,18 +269,6 @@ def _scales(
     scale = tf.cast(unscale, tf.float32) * tf.math.divide_no_nan(1.0, window.weight)
     clips = None if squares is None else _clipping(optimizer, tf.cast(scale, tf.float64) ** 2 * squares)
     return scale if clips is None else scale * clips
-
-
-def _squared_norms(window: Window) -> tf.Tensor:
-    """The squared norms of the window's sums; zero for a variable without gradient.
-
-    The sums are in the accumulators or, where the last micro-batch makes the whole window, in `latest`.
-    """
-    held = [i for i, accumulator in enumerate(window.accumulators) if accumulator is not None]
-    norms = ops.squared_norms([tf.convert_to_tensor(window.latest.get(i, window.accumulators[i])) for i in held])
-    if len(held) == len(window.accumulators):
-        return norms
-    return tf.scatter_nd([[i] for i in held], norms, [len(window.accumulators)])
 
 
 def _clipping(optimizer: keras.optimizers.Optimizer, squares: tf.Tensor) -> tf.Tensor | None:
