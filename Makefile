@@ -3,6 +3,7 @@
 # make emulated   compiles the CUDA kernels for a GPU that is emulated on the CPU, for the tests
 # make build   compiles the files that have changed
 # make wheel   builds a wheel in dist/
+# make docs    builds the site of docs/ in build/site; warnings are errors. It compiles nothing
 # Each target first sets up .venv if needed. PYTHON chooses the interpreter; CMAKE_ARGS and CMAKE_CUDA_ARCHITECTURES are
 # passed on.
 
@@ -13,7 +14,7 @@ CPP := $(shell find src -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test emulated build check wheel format clean
+.PHONY: demo test emulated build check wheel docs format clean
 
 demo: build
 	$(BIN)/accumops demo
@@ -40,7 +41,7 @@ build: $(VENV)/installed
 $(VENV)/installed: pyproject.toml setup.py tools/make_venv.sh
 	tools/make_venv.sh $(PYTHON) $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python tools/build_requirements.py > $(VENV)/build_requirements.txt
+	$(BIN)/python tools/requirements.py build > $(VENV)/build_requirements.txt
 	$(BIN)/python -m pip install --quiet -r $(VENV)/build_requirements.txt
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
 	touch $@
@@ -52,6 +53,17 @@ emulated: $(VENV)/installed
 
 wheel: $(VENV)/installed
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+docs: $(VENV)/docs_installed
+	$(BIN)/mkdocs build --strict --quiet
+
+# The site's reference is read from the sources, so neither TensorFlow nor accumops has to be installed.
+$(VENV)/docs_installed: pyproject.toml tools/make_venv.sh tools/requirements.py
+	tools/make_venv.sh $(PYTHON) $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python tools/requirements.py docs > $(VENV)/docs_requirements.txt
+	$(BIN)/python -m pip install --quiet -r $(VENV)/docs_requirements.txt
+	touch $@
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

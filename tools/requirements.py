@@ -1,4 +1,7 @@
-"""Prints the build requirements in pyproject.toml, for an environment that builds without isolation."""
+"""Prints requirements in pyproject.toml: `requirements.py build`, or `requirements.py EXTRA`.
+
+Those of the build are for an environment that builds without isolation.
+"""
 
 import pathlib
 import sys
@@ -8,5 +11,6 @@ if sys.version_info >= (3, 11):
 else:
     from pip._vendor import tomli as tomllib
 
-project = pathlib.Path(__file__).resolve().parent.parent / "pyproject.toml"
-print("\n".join(tomllib.loads(project.read_text())["build-system"]["requires"]))
+project = tomllib.loads((pathlib.Path(__file__).resolve().parent.parent / "pyproject.toml").read_text())
+name = sys.argv[1]
+print("\n".join(project["build-system"]["requires"] if name == "build" else project["project"]["optional-dependencies"][name]))
