@@ -1,6 +1,8 @@
 """Builds the compiled libraries with CMake; everything else is in pyproject.toml."""
 
 import os
+import posixpath
+import re
 import shlex
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).resolve().parent
 
@@ -69,7 +72,34 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--install", str(self.tree), "--prefix", str(directory.resolve())], check=True)
 
 
+class EggInfo(egg_info):
+    """Has README's links lead to the repository where the package's page shows it.
+
+    README has links relative to itself. They become absolute if ``[project.urls]`` in pyproject.toml has a
+    ``Repository``, and stay as they are otherwise.
+    """
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        repository = (self.distribution.metadata.project_urls or {}).get("Repository")
+        if repository and self.distribution.metadata.long_description:
+            self.distribution.metadata.long_description = with_absolute_links(
+                self.distribution.metadata.long_description, repository.rstrip("/")
+            )
+
+
+def with_absolute_links(readme: str, repository: str) -> str:
+    def absolute(link: re.Match) -> str:
+        kind = "raw" if link["picture"] else "blob"
+        return f"{link['picture']}{link['text']}({repository}/{kind}/HEAD/{posixpath.normpath(link['target'])})"
+
+    # A link's text may go over lines. Targets with a scheme, or within the page, stay.
+    return re.sub(
+        r"(?P<picture>!?)(?P<text>\[[^\]]*\])\((?P<target>(?!#|[a-z]+:)[^)\s]+)\)", absolute, readme
+    )
+
+
 setup(
     ext_modules=[Extension("accumops.ops._kernels", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "egg_info": EggInfo},
 )

