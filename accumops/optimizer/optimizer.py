@@ -29,6 +29,7 @@ from accumops.optimizer.ending import Clipping, Ending, Gradients
 from accumops.optimizer.fused_update import FusedUpdate
 from accumops.optimizer.known_variables import KnownVariables
 from accumops.optimizer.loading import LoadsState
+from accumops.renamed import explains_renamed
 from accumops.window import replicas
 from accumops.window.accumulator import GradientAccumulator
 from accumops.window.micro_batch import CountedMicroBatch
@@ -94,6 +95,7 @@ class GradientAccumulateOptimizer(LoadsState):
     2
     """
 
+    @explains_renamed
     def __init__(
         self,
         inner_optimizer: keras.optimizers.Optimizer | str | dict[str, Any],
