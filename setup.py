@@ -94,9 +94,7 @@ def with_absolute_links(readme: str, repository: str) -> str:
         return f"{link['picture']}{link['text']}({repository}/{kind}/HEAD/{posixpath.normpath(link['target'])})"
 
     # A link's text may go over lines. Targets with a scheme, or within the page, stay.
-    return re.sub(
-        r"(?P<picture>!?)(?P<text>\[[^\]]*\])\((?P<target>(?!#|[a-z]+:)[^)\s]+)\)", absolute, readme
-    )
+    return re.sub(r"(?P<picture>!?)(?P<text>\[[^\]]*\])\((?P<target>(?!#|[a-z]+:)[^)\s]+)\)", absolute, readme)
 
 
 setup(

@@ -112,7 +112,9 @@ def __getattr__(name: str) -> Any:
     elif name == "__version__":
         value = _version()
     else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from accumops.renamed import missing_name
+
+        raise missing_name(__name__, name)
     globals()[name] = value
     return value
 

@@ -1,6 +1,6 @@
 """Forks a process again and again while its threads run kernels: each child computes, with threads of its own.
 
-    python tests/harden/forks.py --seconds 60
+python tests/harden/forks.py --seconds 60
 """
 
 import os

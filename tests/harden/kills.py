@@ -1,6 +1,6 @@
 """Kills trainings by SIGKILL at random moments of `fit`, restarts them, and compares the bits that they end with.
 
-    python tests/harden/kills.py --seconds 60
+python tests/harden/kills.py --seconds 60
 """
 
 import json

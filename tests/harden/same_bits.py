@@ -1,7 +1,7 @@
 """Random calls of the kernels with each instruction set and many numbers of threads: all give the same bits.
 
-    python tests/harden/same_bits.py --seconds 60
-    python tests/harden/same_bits.py --case SEED NUMBER     runs one case, to look into it
+python tests/harden/same_bits.py --seconds 60
+python tests/harden/same_bits.py --case SEED NUMBER     runs one case, to look into it
 """
 
 import random

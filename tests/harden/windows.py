@@ -1,6 +1,6 @@
 """100,000 windows of a small model in each mode, or as many as there is time for, in flat memory and without retracing.
 
-    python tests/harden/windows.py --seconds 60
+python tests/harden/windows.py --seconds 60
 """
 
 import gc

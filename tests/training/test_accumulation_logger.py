@@ -193,14 +193,16 @@ class TestGradientNorm:
             OPTIMIZERS,
             MODES,
             RUNS,
-            default=lambda optimizer, mode, run: (optimizer, mode, run)
-            in [
-                ("clipped", "accum_steps", "graph"),
-                ("clipped together", "micro_batch_size", "graph"),
-                ("unfused", "accum_steps", "graph"),
-                ("momentum", "micro_batch_size", "xla"),
-                ("momentum", "accum_steps", "eager"),
-            ],
+            default=lambda optimizer, mode, run: (
+                (optimizer, mode, run)
+                in [
+                    ("clipped", "accum_steps", "graph"),
+                    ("clipped together", "micro_batch_size", "graph"),
+                    ("unfused", "accum_steps", "graph"),
+                    ("momentum", "micro_batch_size", "xla"),
+                    ("momentum", "accum_steps", "eager"),
+                ]
+            ),
         ),
     )
     def test_optimizers(self, rng, tmp_path, optimizer, mode, run):
@@ -230,7 +232,9 @@ class TestGradientNorm:
 
     def test_clipping_comes_after(self, rng, tmp_path):
         problem = Problem(rng, SAMPLES)
-        model = with_model(problem, keras.optimizers.SGD(0.0), gradient_clipping=accumops.AdaptiveGradientClipping(1e-3))
+        model = with_model(
+            problem, keras.optimizers.SGD(0.0), gradient_clipping=accumops.AdaptiveGradientClipping(1e-3)
+        )
         self.check(problem, model, tmp_path, keras.optimizers.SGD(0.0))
 
     @pytest.mark.parametrize("lazy_sparse", [False, True])
