@@ -167,9 +167,7 @@ def explains_renamed(function: Callable[Parameters, Result]) -> Callable[Paramet
             if name in instead:
                 given.setdefault(instead[name], []).append(f"`{name}`")
         if given:
-            raise TypeError(
-                " ".join(f"{called} takes no {', '.join(names)}: {what}." for what, names in given.items())
-            )
+            raise TypeError(" ".join(f"{called} takes no {', '.join(names)}: {what}." for what, names in given.items()))
         return function(*args, **kwargs)
 
     call.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]  # Keras does not look behind it
