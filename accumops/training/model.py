@@ -313,6 +313,7 @@ class GradientAccumulateModel(ConfiguredWrapper):
             checks.check_steps_per_execution(self.mirroring, self.steps_per_execution, self.finds_micro_batch)
             for layer in self.normalizations():  # those that were made since `compile`
                 self._adopt(layer)
+            self._untracked.flush = None
             jit_compile, passes = bool(self.jit_compile), self.compiles_passes and not self.run_eagerly
             self._untracked.step.compile_passes(passes)
             if passes:
