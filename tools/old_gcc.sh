@@ -15,7 +15,7 @@ cat >"$directory/g++" <<SCRIPT
 #!/bin/sh
 exec g++ --sysroot="$root" -nostdinc++ -isystem "$root/usr/include/c++/10" \\
   -isystem "$root/usr/include/x86_64-linux-gnu/c++/10" -isystem "$root/usr/include/c++/10/backward" \\
-  -B "$root/usr/lib/gcc/x86_64-linux-gnu/10" -B "$root/usr/lib/x86_64-linux-gnu" \\
+  -B "$root/usr/lib/x86_64-linux-gnu" \\
   -L "$root/usr/lib/gcc/x86_64-linux-gnu/10" -L "$root/usr/lib/x86_64-linux-gnu" -L "$root/lib/x86_64-linux-gnu" \\
   "\$@" -lpthread
 SCRIPT
