@@ -63,16 +63,15 @@ def _run(part: str, seconds: float) -> dict[str, int] | None:
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, SCRIPTS / f"{part}.py", "--seconds", str(seconds)],
-        env={**os.environ, "PYTHONPATH": paths},
-        stdout=subprocess.PIPE,
+        env={"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ, "PYTHONPATH": paths},
+        capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode == 0:
         report: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
         return report
-    print(done.stdout, end="")
-    print(f"{part}: ended with {done.returncode}", file=sys.stderr)
+    print(f"{done.stdout}{done.stderr}{part}: ended with {done.returncode}", file=sys.stderr)
     return None
 
 

@@ -243,7 +243,7 @@ class AccumulationLogger(WindowCallback):
             # What XLA takes on a CPU does not come from the allocator.
             if device.startswith("GPU") or not getattr(self.model, "jit_compile", False):
                 self._memory = _memory_of(device or "CPU:0")
-        return None if self._memory is None else self._memory.peak()
+        return None if self._memory is None else self._memory.peak() or None  # it does not count small tensors
 
 
 class _Meter:

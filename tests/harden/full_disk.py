@@ -19,7 +19,6 @@ import time
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
-import numpy as np
 from supervised import ROOT, Found, main, repeat
 
 sys.path.append(str(ROOT / "tests" / "training"))
@@ -117,10 +116,10 @@ def trial(random_, wanted, size, mounts):
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             (pathlib.Path(top) / "filling").unlink(missing_ok=True)
         check(directory)
-        got = train(directory)
-        for name, value in wanted.items():
-            if not np.array_equal(got[name], value):
-                raise Found(f"'{name}' differs by {np.abs(got[name] - value).max()} from an undisturbed training")
+        try:
+            backed_up.check_same(train(directory), wanted)
+        except AssertionError as error:
+            raise Found(f"not the bits of an undisturbed training: {error}") from error
     return full
 
 

@@ -29,34 +29,36 @@ REFUSALS = (
     TypeError,
     ValueError,
     OverflowError,
+    AssertionError,  # TensorFlow's own, for attributes of a wrong type in a graph
 )
 # The calls of a process, in which graphs and compiled functions pile up; and the part of the time.
 MODES = {"eager": (100_000, 0.45), "graph": (5_000, 0.35), "xla": (500, 0.2)}
 
 
+VALUES = {
+    "a": np.ones((2, 3), np.float32),
+    "b": np.ones((2, 3), np.float32),
+    "c": np.ones(4, np.float32),
+    "table": np.ones((5, 3), np.float32),
+    "scalar": np.float32(1),
+    "empty": np.ones((0, 3), np.float32),
+    "wide": np.ones((2, 3), np.float64),
+    "half": np.ones((2, 3), np.float16),
+    "integers": np.ones(3, np.int64),
+    "counters": np.array([0, 0, 3], np.int64),
+    "sums": np.zeros((2, 3), np.float64),
+    "mean": np.zeros(3, np.float32),
+    "variance": np.ones(3, np.float32),
+    "flags": np.array([True, False]),
+    "flags of table": np.ones(5, np.bool_),
+}
+
+
 class State:
     """The variables that calls are given, right and wrong ones."""
 
-    VALUES = {
-        "a": np.ones((2, 3), np.float32),
-        "b": np.ones((2, 3), np.float32),
-        "c": np.ones(4, np.float32),
-        "table": np.ones((5, 3), np.float32),
-        "scalar": np.float32(1),
-        "empty": np.ones((0, 3), np.float32),
-        "wide": np.ones((2, 3), np.float64),
-        "half": np.ones((2, 3), np.float16),
-        "integers": np.ones(3, np.int64),
-        "counters": np.array([0, 0, 3], np.int64),
-        "sums": np.zeros((2, 3), np.float64),
-        "mean": np.zeros(3, np.float32),
-        "variance": np.ones(3, np.float32),
-        "flags": np.array([True, False]),
-        "flags of table": np.ones(5, np.bool_),
-    }
-
     def __init__(self):
-        self.variables = {name: tf.Variable(value) for name, value in self.VALUES.items()}
+        self.variables = {name: tf.Variable(value) for name, value in VALUES.items()}
         self.handles = {name: variable.handle for name, variable in self.variables.items()}
         for name, dtype in (("gone", tf.float32), ("gone flags", tf.bool)):
             self.handles[name] = tf.raw_ops.VarHandleOp(dtype=dtype, shape=[2, 3], shared_name=name)
@@ -68,10 +70,10 @@ class State:
     def changed(self):
         """The names of variables that have another value, which get their own back."""
         names = [
-            name for name, variable in self.variables.items() if not np.array_equal(variable.numpy(), self.VALUES[name])
+            name for name, variable in self.variables.items() if not np.array_equal(variable.numpy(), VALUES[name])
         ]
         for name in names:
-            self.variables[name].assign(self.VALUES[name])
+            self.variables[name].assign(VALUES[name])
         return names
 
 
@@ -223,7 +225,7 @@ def damaged(random_, state, call):
         elif tf.is_tensor(value):
             holder[key] = like(random_, value) if random_.random() < 0.6 else something(random_, state)
         else:
-            holder[key] = random_.choice(ATTRIBUTES)
+            holder[key] = attribute(random_)
     return call
 
 
@@ -231,14 +233,20 @@ def like(random_, tensor):
     """A tensor of another dtype or another shape."""
     if random_.random() < 0.3:
         return tf.ones(tensor.shape, random_.choice(DTYPES))
-    return tf.ones(random_.choice(SHAPES), tensor.dtype)
+    make = tf.zeros if tensor.dtype == tf.string else tf.ones
+    return make(random_.choice(SHAPES), tensor.dtype)
 
 
 def something(random_, state):
     kind = random_.randrange(4)
     if kind == 0:
         return Handle(random_.choice(tuple(state.handles)))
-    return random_.choice(ATTRIBUTES) if kind == 1 else random_.choice(TENSORS)
+    return attribute(random_) if kind == 1 else random_.choice(TENSORS)
+
+
+def attribute(random_):
+    value = random_.choice(ATTRIBUTES)
+    return list(value) if isinstance(value, list) else value
 
 
 def run(state, op, call, mode, known):
@@ -258,7 +266,8 @@ def run(state, op, call, mode, known):
             name: [real(each) for each in value] if isinstance(value, list) else real(value)
             for name, value in call.items()
         }
-        return getattr(library.load()[0], f"accum_ops_{op}")(**arguments)
+        result = getattr(library.load()[0], f"accum_ops_{op}")(**arguments)
+        return None if isinstance(result, tf.Operation) else result
 
     if mode == "eager":
         return apply(*tensors)

@@ -1,8 +1,9 @@
 """Trains a step again and again, and has another allocation fail each time.
 
-Usage: allocation_failures.py LIBRARY OPTIMIZER STRIDE [SECONDS], with the library of `failing_allocations.cc` preloaded.
-Prints how often a step ended with which micro-batch, and "wrong" for a step whose variables are not, to the bit, those
-of a step with that micro-batch in which nothing fails. With SECONDS allocations come in random order, for so long.
+Usage: allocation_failures.py LIBRARY OPTIMIZER STRIDE [SECONDS], with the library of `failing_allocations.cc`
+preloaded. Prints how often a step ended with which micro-batch, and "wrong" for a step whose variables are not, to the
+bit, those of a step with that micro-batch in which nothing fails. With SECONDS allocations come in random order, for so
+long.
 """
 
 import collections
