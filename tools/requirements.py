@@ -13,4 +13,8 @@ else:
 
 project = tomllib.loads((pathlib.Path(__file__).resolve().parent.parent / "pyproject.toml").read_text())
 name = sys.argv[1]
-print("\n".join(project["build-system"]["requires"] if name == "build" else project["project"]["optional-dependencies"][name]))
+print(
+    "\n".join(
+        project["build-system"]["requires"] if name == "build" else project["project"]["optional-dependencies"][name]
+    )
+)
