@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from accumops.training.backup import BackupAndRestore
     from accumops.training.callbacks import AccumStepsScheduler, EffectiveBatchSize, NonfiniteCount
     from accumops.training.model import GradientAccumulateModel
+    from accumops.training.noise_scale import GradientNoiseScale
     from accumops.training.partial_window import PartialWindow
     from accumops.window.accumulator import GradientAccumulator
     from accumops.window.current_window import current_window
@@ -39,6 +40,7 @@ __all__ = [
     "GradientAccumulateModel",
     "GradientAccumulateOptimizer",
     "GradientAccumulator",
+    "GradientNoiseScale",
     "LibraryError",
     "MicroBatchPlan",
     "NonfiniteCount",
@@ -72,6 +74,7 @@ _MODULES = {
     "GradientAccumulateModel": "accumops.training.model",
     "GradientAccumulateOptimizer": "accumops.optimizer.optimizer",
     "GradientAccumulator": "accumops.window.accumulator",
+    "GradientNoiseScale": "accumops.training.noise_scale",
     "LibraryError": "accumops.ops",
     "MicroBatchPlan": "accumops.planning.micro_batch_plan",
     "NonfiniteCount": "accumops.training.callbacks",
@@ -123,7 +126,7 @@ def _import(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != "tensorflow":
+        if str(error.name).split(".")[0] != "tensorflow":
             raise
         raise ModuleNotFoundError(
             "accumops needs TensorFlow, and does not choose one for you: `pip install tensorflow`, `pip install "

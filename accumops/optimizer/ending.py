@@ -3,7 +3,7 @@
     way           function              when
     folded        `_fold`               the last micro-batch is at hand, the update is fused, and nothing needs the
                                         window's whole gradient before it (no `gradient_clipping`, no clipping by norm,
-                                        no LossScaleOptimizer, no record): the op adds the last gradients while it
+                                        no LossScaleOptimizer, nothing tracked): the op adds the last gradients while it
                                         updates
     on replicas   `_end_across`         under a mirroring strategy: outside of the replicas, once for all of them
     unfused       `_unfused`            the op cannot make the update: the optimizer's own `apply` gets the mean
@@ -69,8 +69,8 @@ class Ending:
         """Whether a window's last gradients can go straight into the update."""
         if self.state.strategy is not None:
             return False  # they are summed over the replicas first
-        if self.record is not None:
-            return False  # it looks at the sums
+        if self.record is not None or self.state.noise is not None:
+            return False  # they look at the sums
         needs_all = self.gradient_clipping is not None or fused_update.needs_norms(self.optimizer)
         return not needs_all and bool(self.fused_update)
 
@@ -132,7 +132,11 @@ class Ending:
             update_if_it_applies(self.optimizer, window.verdict, update)
 
     def _note(self, window: Window) -> None:
-        """Has the record note a window, if there is one."""
+        """Has what is tracked take a window in: the noise of its gradients, and the record."""
+        noise = self.state.noise
+        if noise is not None and window.groups is not None:
+            with window.place(self.variables[0]):
+                noise.end(window.groups, window.verdict.applies, scale_of_loss(self.optimizer))
         if self.record is None:
             return
         clips = self.gradient_clipping is not None
