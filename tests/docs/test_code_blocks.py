@@ -3,6 +3,7 @@
 A page's blocks of Python run from top to bottom in one namespace. A block behind `<!-- not run: why -->` is left out.
 """
 
+import itertools
 import shlex
 from pathlib import Path
 
@@ -119,6 +120,6 @@ def test_commands_exist(words):
     assert set(given) <= {*options, "--help"}
     if words[0] == "bench" and len(words) > 1 and not words[1].isupper():
         assert words[1] in SUITES
-    for name, value in zip(words[1:], words[2:], strict=False):
+    for name, value in itertools.pairwise(words):
         if name in options and isinstance(options[name].type, click.Choice):
             assert value.lower() in [choice.lower() for choice in options[name].type.choices]
