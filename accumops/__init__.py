@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from accumops.training.partial_window import PartialWindow
     from accumops.window.accumulator import GradientAccumulator
     from accumops.window.current_window import current_window
+    from accumops.window.noise_schedule import NoiseScaleSchedule
 
     __version__: str
 
@@ -43,6 +44,7 @@ __all__ = [
     "GradientNoiseScale",
     "LibraryError",
     "MicroBatchPlan",
+    "NoiseScaleSchedule",
     "NonfiniteCount",
     "PartialWindow",
     "Recompute",
@@ -77,6 +79,7 @@ _MODULES = {
     "GradientNoiseScale": "accumops.training.noise_scale",
     "LibraryError": "accumops.ops",
     "MicroBatchPlan": "accumops.planning.micro_batch_plan",
+    "NoiseScaleSchedule": "accumops.window.noise_schedule",
     "NonfiniteCount": "accumops.training.callbacks",
     "PartialWindow": "accumops.training.partial_window",
     "Recompute": "accumops.memory.recompute_layer",

@@ -72,7 +72,8 @@ def build(python: str, interpreters: Sequence[pathlib.Path], variables: Mapping[
     environment = os.environ | dict(variables) | {"PATH": path}
     environment["ACCUMOPS_TENSORFLOWS"] = os.pathsep.join(map(str, interpreters))
     raw, dist = BUILD / "wheels", ROOT / "dist"
-    shutil.rmtree(raw, ignore_errors=True)
+    for old in (raw, *BUILD.glob("lib.*")):  # setuptools would take files in that are gone
+        shutil.rmtree(old, ignore_errors=True)
     run([builder, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", raw, "."], environment)
     (wheel,) = raw.glob("*.whl")
     excluded = [argument for name in EXCLUDED for argument in ("--exclude", name)]

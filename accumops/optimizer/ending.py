@@ -25,7 +25,7 @@ import keras
 import tensorflow as tf
 
 from accumops.adapters.conditional_steps import stepping_if, steps_singly
-from accumops.adapters.keras_optimizer import index_of, innermost, without_reduction
+from accumops.adapters.keras_optimizer import index_of, innermost, scaling_learning_rate, without_reduction
 from accumops.adapters.overriding import LOCK
 from accumops.arguments import name_of
 from accumops.optimizer import fused_update, row_update
@@ -36,6 +36,7 @@ from accumops.optimizer.window_record import WindowRecord
 from accumops.window import replicas
 from accumops.window.connected_variables import Connected
 from accumops.window.micro_batch import CountedMicroBatch, Window
+from accumops.window.noise_schedule import NoiseScaleSchedule
 from accumops.window.state import WindowState
 
 Gradients = Sequence[tf.Tensor | tf.IndexedSlices | None]
@@ -126,17 +127,26 @@ class Ending:
     def _update(self, window: Window, update: Callable[[], None]) -> None:
         """Makes the update of a window, unless gradients that are not finite keep it from making one."""
         self._note(window)
-        if self.fused_update and decides_on_device(self.optimizer, self.variables):
-            update()  # with the verdict for a flag of the op
-        else:
-            update_if_it_applies(self.optimizer, window.verdict, update)
+        with self._rate_of_window():
+            if self.fused_update and decides_on_device(self.optimizer, self.variables):
+                update()  # with the verdict for a flag of the op
+            else:
+                update_if_it_applies(self.optimizer, window.verdict, update)
+
+    def _rate_of_window(self) -> contextlib.AbstractContextManager[None]:
+        """Has the learning rate follow the window's size, if a schedule says so."""
+        schedule = self.state.counters.accum_steps
+        if not isinstance(schedule, NoiseScaleSchedule) or schedule.learning_rate == "none":
+            return contextlib.nullcontext()
+        return scaling_learning_rate(innermost(self.optimizer), schedule.factor(self.state.counters.step))
 
     def _note(self, window: Window) -> None:
         """Has what is tracked take a window in: the noise of its gradients, and the record."""
         noise = self.state.noise
         if noise is not None and window.groups is not None:
             with window.place(self.variables[0]):
-                noise.end(window.groups, window.verdict.applies, scale_of_loss(self.optimizer))
+                steps = tf.convert_to_tensor(self.state.counters.step)
+                noise.end(window.groups, window.verdict.applies, scale_of_loss(self.optimizer), steps)
         if self.record is None:
             return
         clips = self.gradient_clipping is not None

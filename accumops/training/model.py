@@ -75,9 +75,8 @@ class GradientAccumulateModel(ConfiguredWrapper):
         loss_over: With `micro_batch_size`, what the loss sees: `"micro_batch"` (each micro-batch by itself, which is
             exact for means and sums over samples) or `"window"` (the outputs of all its micro-batches at once, which
             is exact for every loss, such as contrastive ones; it costs one more forward pass).
-        check_loss: What becomes of a loss that micro-batches cannot compute, such as a contrastive loss or one that
-            divides by a count of its own: `"error"` (before the first training step of `fit` and `train_on_batch`, a
-            ValueError that names the loss), `"warn"`, or False for no check. See `docs/loss_check.md`.
+        check_loss: What becomes of a loss that micro-batches cannot compute, such as a contrastive one: `"error"` (a
+            ValueError before the first training step), `"warn"`, or False for no check. See `docs/loss_check.md`.
         normalization: What a micro-batch counts for in the mean over its window: `"auto"` (what its loss has divided
             by: samples, valid positions of a mask, labels that `ignore_class` leaves, or the sum of sample weights if
             the loss's reduction is `"mean_with_sample_weight"`; an error if the losses of several outputs divide by

@@ -24,8 +24,7 @@ class GradientNoiseScale(EffectiveBatchSize):
     Windows need at least two micro-batches; micro-batches may have any sizes. The estimate contains all noise that
     micro-batches do not share: that of dropout too, and with batch normalization the micro-batches' own statistics.
     Variables with sparse gradients are left out. Nothing waits for a GPU within an epoch. While it is tracked, a
-    window's last gradients pass through the accumulators. The averages are not saved: they start anew with each `fit` of
-    a new process.
+    window's last gradients pass through the accumulators. The averages are not saved: they start anew in a new process.
 
     Args:
         decay: What is left of the averages after one more window, at least 0 and less than 1.

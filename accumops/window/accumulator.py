@@ -246,8 +246,8 @@ class GradientAccumulator(tf.Module):
     def noise_scale(self) -> tf.Tensor:
         """The gradient noise scale, in the unit of the weights: a float64 scalar; see `GradientNoiseScale`.
 
-        It needs `track_noise`, windows of two micro-batches at least, and weights that are their numbers of samples: with
-        the default weight it is in micro-batches. It is NaN before such a window has been closed, and infinite where no
+        It needs `track_noise`, windows of two micro-batches at least, and weights that are their numbers of samples:
+        with the default weight it is in micro-batches. It is NaN before such a window has been closed, and infinite where no
         gradient is seen for noise. Under a strategy `close(reduce=True)` or an optimizer's update tell of it; `close()`
         does not.
 
@@ -325,7 +325,8 @@ class GradientAccumulator(tf.Module):
             return self._close_on_replica(state.strategy, keep_sparse, reduce)
         with state.ending(by_trace=True) as window:
             if state.noise is not None and window.groups is not None:
-                state.noise.end(window.groups, window.verdict.applies, None)
+                steps = tf.convert_to_tensor(state.counters.step)
+                state.noise.end(window.groups, window.verdict.applies, None, steps)
             return window.or_zero().means(sparse=keep_sparse)
 
     def _close_on_replica(

@@ -12,15 +12,17 @@ noise and gradient are equally large.
 |g_i|², and |g|² of the sums after the last micro-batch, are reports of the op that accumulates: no gradient is read
 once more. Variables with sparse gradients are left out, since the rows of such a gradient can occur several times.
 
-Under a strategy each replica's micro-batches are groups of their own. The sums of all replicas exist only where a window
-ends, where they are read once more.
+Under a strategy each replica's micro-batches are groups of their own. The sums of all replicas exist only where a
+window ends, where they are read once more.
 """
 
 import dataclasses
+from typing import Any
 
 import keras
 import tensorflow as tf
 
+from accumops.window.noise_schedule import FollowedSteps, NoiseScaleSchedule
 from accumops.window.state_variables import PER_REPLICA, new_variable
 
 
@@ -53,11 +55,14 @@ class GradientNoise(tf.Module):
 
     Args:
         decay: What is left of an average after one more window.
+        schedule: What the number of micro-batches follows, or None.
     """
 
-    def __init__(self, decay: float) -> None:
+    def __init__(self, decay: float, schedule: NoiseScaleSchedule | None = None) -> None:
         super().__init__(name="gradient_noise")
         self.decay = decay
+        self.followed: FollowedSteps | None = None
+        self._schedule = schedule
         self.positions: set[int] = set()
         """The positions of the variables that count: those with dense gradients."""
         self.built = False
@@ -74,6 +79,9 @@ class GradientNoise(tf.Module):
         def new(name: str, **distribution: str) -> keras.Variable:
             return new_variable(f"noise_{name}", (), "float64", beside=beside, **distribution)
 
+        def new_count(name: str, dtype: str, initializer: Any) -> keras.Variable:
+            return new_variable(name, (), dtype, initializer, beside=beside, **same)
+
         # Of the open window.
         self._squares, self._count, self._sums = (new(name, **summed) for name in ("squares", "count", "sums"))
         # Averages over windows, each without the division by `known`, which all share.
@@ -81,7 +89,18 @@ class GradientNoise(tf.Module):
             new(name, **same) for name in ("trace", "square", "shares", "known")
         )
         self._norm = new("norm", **same)
+        if self._schedule is not None:
+            self.followed = FollowedSteps(self._schedule, new_count)
         self.built = True
+
+    @property
+    def saved_variables(self) -> list[keras.Variable]:
+        """What is saved with the window: all, if the number of micro-batches follows, and else nothing."""
+        if self.followed is None:
+            return []
+        window = [self._squares, self._count, self._sums]
+        averages = [self._trace, self._square, self._shares, self._known, self._norm]
+        return [*window, *averages, self.followed.steps, self.followed.waited]
 
     # A micro-batch
 
@@ -112,7 +131,7 @@ class GradientNoise(tf.Module):
         squares, count = self.parts()
         return Groups(squares, count, tf.cast(shares, tf.float64), tf.convert_to_tensor(self._sums))
 
-    def end(self, groups: Groups, applies: tf.Tensor | bool, scale: float | tf.Tensor | None) -> None:
+    def end(self, groups: Groups, applies: tf.Tensor | bool, scale: float | tf.Tensor | None, steps: tf.Tensor) -> None:
         """Takes a window that ends into the averages.
 
         Windows of one micro-batch tell nothing of the noise, and windows that make no update, or whose gradient is not
@@ -122,6 +141,7 @@ class GradientNoise(tf.Module):
             groups: What is known of it.
             applies: Whether it makes an update.
             scale: The factor that its gradients have, as those of a scaled loss; None if they have none.
+            steps: How many micro-batches it has, on each replica.
         """
         unscaled = tf.constant(1.0, tf.float64) if scale is None else tf.cast(scale, tf.float64) ** -2
         mean = unscaled * tf.math.divide_no_nan(groups.sums, groups.shares**2)
@@ -139,12 +159,15 @@ class GradientNoise(tf.Module):
             before = tf.convert_to_tensor(average)
             average.assign(tf.where(tells, self.decay * before + (1 - self.decay) * value, before))
         self._norm.assign(tf.where(makes_update, tf.sqrt(mean), tf.constant(float("nan"), tf.float64)))
+        if self.followed is not None:
+            step = tf.math.divide_no_nan(groups.shares, tf.cast(steps, tf.float64))
+            self.followed.follow(self.scale, step * tf.cast(self.followed.steps, tf.float64))
 
     # What is known
 
     @property
     def scale(self) -> tf.Tensor:
-        """The noise scale, in shares; NaN before two micro-batches have made a window, Inf where the noise hides all."""
+        """The noise scale, in shares; NaN before windows have told of it, and Inf where the noise hides all."""
         trace, square = tf.convert_to_tensor(self._trace), tf.convert_to_tensor(self._square)
         infinite = tf.constant(float("inf"), tf.float64)
         found = tf.where(square > 0, tf.maximum(trace, 0) / square, infinite)

@@ -32,6 +32,7 @@ from accumops.window.counters import Counters
 from accumops.window.members import Members
 from accumops.window.micro_batch import CountedMicroBatch, MicroBatch, Window
 from accumops.window.noise import GradientNoise, Groups, Norms
+from accumops.window.noise_schedule import NoiseScaleSchedule
 from accumops.window.nonfinite import MAKES_UPDATE, NonfiniteGradients, Share, Verdict
 from accumops.window.parts import Parts
 from accumops.window.recorded_operations import Recording
@@ -58,7 +59,8 @@ class WindowState(tf.Module):
         self.counters = Counters(accum_steps)
         self.reduction = check_reduction(reduction)
         self.nonfinite = NonfiniteGradients(nonfinite)
-        self.noise: GradientNoise | None = None
+        followed = accum_steps if isinstance(accum_steps, NoiseScaleSchedule) else None
+        self.noise: GradientNoise | None = None if followed is None else GradientNoise(followed.decay, followed)
         """What is known of the gradients' noise, where somebody has asked for it."""
         self.built = False
         self._owner = owner
@@ -96,7 +98,7 @@ class WindowState(tf.Module):
         """Has functions that are traced from now on note the noise of gradients.
 
         Args:
-            decay: See `GradientNoise`. What has been noted before goes on with it.
+            decay: See `GradientNoise`. What has been noted before goes on with it; a schedule keeps its own.
 
         Raises:
             ValueError: If windows are sums.
@@ -110,7 +112,8 @@ class WindowState(tf.Module):
             self.noise = GradientNoise(decay)
             if self.built:
                 self._build_noise()
-        self.noise.decay = decay
+        if self.noise.followed is None:
+            self.noise.decay = decay
         return self.noise
 
     def _build_noise(self) -> None:
@@ -118,6 +121,8 @@ class WindowState(tf.Module):
         strategy = self.strategy
         with tf.init_scope(), contextlib.nullcontext() if strategy is None else strategy.scope():
             self.noise.build(self.accumulators[0], mirrored=strategy is not None)
+        if self.noise.followed is not None:
+            self.counters.follow(self.noise.followed.steps)
 
     @property
     def strategy(self) -> tf.distribute.Strategy | None:
@@ -137,7 +142,8 @@ class WindowState(tf.Module):
         limits = [counters.limit] if counters.closed is None else [counters.limit, counters.closed]
         nonfinite = [self.nonfinite.count, self.nonfinite.in_window]
         flags = [self.connections.gaps, *self.touched_rows.flags]
-        return [counters.step, self.weight, *limits, *nonfinite, *flags, *self.accumulators]
+        noise = [] if self.noise is None else self.noise.saved_variables
+        return [counters.step, self.weight, *limits, *nonfinite, *flags, *self.accumulators, *noise]
 
     # A micro-batch on its way in
 

@@ -64,10 +64,3 @@ def test_all_warnings_are_on_the_page():
     assert len(warned) > 10
     patterns = [re.compile(pattern_of(quote), re.DOTALL) for quote in QUOTES]
     assert [text for text in warned if not any(pattern.search(text) for pattern in patterns)] == []
-
-
-def test_links_within_the_page():
-    text = _PAGE.read_text()
-    titles = [re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in text.splitlines()]
-    for anchor in re.findall(r"\]\(#([^)]+)\)", text):
-        assert anchor in titles

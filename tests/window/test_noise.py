@@ -157,7 +157,7 @@ def test_what_is_wrong():
     accumulator.build(variables())
     with pytest.raises(ValueError, match="does not track noise: call `track_noise"):
         _ = accumulator.noise_scale
-    with pytest.raises(ValueError, match="`decay` must be at least 0 and less than 1. Received: 1"):
+    with pytest.raises(ValueError, match=r"`decay` must be at least 0 and less than 1\. Received: 1"):
         accumulator.track_noise(1.0)
     with pytest.raises(TypeError, match="`decay` must be a number"):
         accumulator.track_noise("0.9")
