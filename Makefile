@@ -66,7 +66,7 @@ wheels:
 	$(PYTHON) tools/build_wheels.py --release
 
 docs: $(VENV)/docs_installed
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The site's reference is read from the sources, so neither TensorFlow nor accumops has to be installed.
 $(VENV)/docs_installed: pyproject.toml tools/make_venv.sh tools/requirements.py

@@ -1,6 +1,7 @@
 """The pages of the documentation, parsed: their blocks of code, their links and their headings."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,7 +61,7 @@ def links(page: Path) -> Iterator[tuple[int, str]]:
 def anchors(page: Path) -> set[str]:
     """What links can name behind a `#`: the headings, as GitHub and the site write them, and anchors in HTML."""
     tokens = _tokens(page)
-    found = {slug(after) for token, after in zip(tokens, tokens[1:], strict=False) if token.type == "heading_open"}
+    found = {slug(after) for token, after in itertools.pairwise(tokens) if token.type == "heading_open"}
     return found | set(_ANCHOR.findall(page.read_text()))
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import importlib
+import inspect
 import re
 
 import pages
@@ -45,3 +46,13 @@ def test_public_names_are_shown_as_users_write_them():
     public = [name for name in shown() if resolve(name) in [getattr(accumops, each) for each in accumops.__all__]]
     assert public
     assert all(name.count(".") == 1 for name in public), "`accumops.Name`, not the module in which it is defined"
+
+
+def test_what_is_returned_is_read_as_text():
+    """griffe takes what stands before a colon in the first line below `Returns:` for a type."""
+    documented = [resolve(name) for name in shown()]
+    documented += [member for each in documented if inspect.isclass(each) for member in vars(each).values()]
+    texts = [inspect.getdoc(each) or "" for each in documented if callable(each) or isinstance(each, property)]
+    returned = [match[1] for text in texts if (match := re.search(r"^Returns:\n +(.+)$", text, re.MULTILINE))]
+    assert len(returned) > 10
+    assert [line for line in returned if ": " in line or line.endswith(":")] == []

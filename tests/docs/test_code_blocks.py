@@ -3,6 +3,7 @@
 A page's blocks of Python run from top to bottom in one namespace. A block behind `<!-- not run: why -->` is left out.
 """
 
+import itertools
 import shlex
 from pathlib import Path
 
@@ -26,10 +27,11 @@ def with_blocks():
             yield pytest.param(page, id=name, marks=[pytest.mark.exhaustive] if name in LONG else [])
 
 
-@pytest.mark.parametrize("page", with_blocks())
+@pytest.mark.parametrize("page", list(with_blocks()))
 def test_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = processes.run(Path(__file__).with_name("run_blocks.py"), page, timeout=600)
+    environment = {"ACCUMOPS_CACHE_DIR": str(tmp_path / "cache")}  # plans that were found before are not to be used
+    done = processes.run(Path(__file__).with_name("run_blocks.py"), page, environment=environment, timeout=600)
     assert done.returncode == 0, f"{pages.name_of(page)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
 
 
@@ -105,7 +107,7 @@ def commands():
                     yield pytest.param(words[1:], id=f"{pages.name_of(page)}:{number}")
 
 
-@pytest.mark.parametrize("words", commands())
+@pytest.mark.parametrize("words", list(commands()))
 def test_commands_exist(words):
     """Has click parse what stands behind `accumops`, up to the files that it names."""
     known = accumops_command.commands
@@ -118,6 +120,6 @@ def test_commands_exist(words):
     assert set(given) <= {*options, "--help"}
     if words[0] == "bench" and len(words) > 1 and not words[1].isupper():
         assert words[1] in SUITES
-    for name, value in zip(words[1:], words[2:], strict=False):
+    for name, value in itertools.pairwise(words):
         if name in options and isinstance(options[name].type, click.Choice):
             assert value.lower() in [choice.lower() for choice in options[name].type.choices]

@@ -18,10 +18,10 @@ two lines](./CHANGELOG.md); [elsewhere](https://example.org/a.md), [here](#accum
 """
 ABSOLUTE = """# accumops
 
-A [page](https://example.org/us/accumops/blob/HEAD/docs/page.md#part) and a [link over
-two lines](https://example.org/us/accumops/blob/HEAD/CHANGELOG.md); [elsewhere](https://example.org/a.md), [here](#accumops).
+A [page](https://example.org/us/it/blob/HEAD/docs/page.md#part) and a [link over
+two lines](https://example.org/us/it/blob/HEAD/CHANGELOG.md); [elsewhere](https://example.org/a.md), [here](#accumops).
 
-![A picture](https://example.org/us/accumops/raw/HEAD/docs/window.svg)
+![A picture](https://example.org/us/it/raw/HEAD/docs/window.svg)
 """
 
 
@@ -50,7 +50,7 @@ def description(directory, urls):
     [
         ("", README),
         ('\n[project.urls]\nDocumentation = "https://example.org/docs"\n', README),
-        ('\n[project.urls]\nRepository = "https://example.org/us/accumops/"\n', ABSOLUTE),
+        ('\n[project.urls]\nRepository = "https://example.org/us/it/"\n', ABSOLUTE),
     ],
     ids=["no address", "no repository", "repository"],
 )
