@@ -1,8 +1,11 @@
 # make demo    trains a small CNN both ways and prints the difference
 # make test    runs all checks
+# make harden  runs the long versions of the tests behind docs/promises.md, each for MINUTES; PARTS chooses some
 # make emulated   compiles the CUDA kernels for a GPU that is emulated on the CPU, for the tests
 # make build   compiles the files that have changed
-# make wheel   builds a wheel in dist/
+# make wheel   builds a wheel for this machine in dist/, and tests it
+# make wheels  builds the wheels to publish, for older systems, CUDA 12 and each TensorFlow, and tests them
+# make docs    builds the site of docs/ in build/site; warnings are errors. It compiles nothing
 # Each target first sets up .venv if needed. PYTHON chooses the interpreter; CMAKE_ARGS and CMAKE_CUDA_ARCHITECTURES are
 # passed on.
 
@@ -13,7 +16,10 @@ CPP := $(shell find src -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test emulated build check wheel format clean
+MINUTES ?= 10
+PARTS ?=
+
+.PHONY: demo test harden emulated build check wheel wheels docs format clean
 
 demo: build
 	$(BIN)/accumops demo
@@ -26,6 +32,9 @@ test: check emulated
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=20 \
 	  tests/distribute/test_workers.py tests/distribute || status=1; \
 	exit $$status
+
+harden: build
+	$(BIN)/python tools/harden.py --minutes $(MINUTES) $(PARTS)
 
 check: build
 	$(BIN)/ruff check .
@@ -40,7 +49,7 @@ build: $(VENV)/installed
 $(VENV)/installed: pyproject.toml setup.py tools/make_venv.sh
 	tools/make_venv.sh $(PYTHON) $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python tools/build_requirements.py > $(VENV)/build_requirements.txt
+	$(BIN)/python tools/requirements.py build > $(VENV)/build_requirements.txt
 	$(BIN)/python -m pip install --quiet -r $(VENV)/build_requirements.txt
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
 	touch $@
@@ -50,8 +59,22 @@ emulated: $(VENV)/installed
 	  -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
 	$(BIN)/cmake --build build/emulated -- --quiet
 
-wheel: $(VENV)/installed
-	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+wheel:
+	$(PYTHON) tools/build_wheels.py
+
+wheels:
+	$(PYTHON) tools/build_wheels.py --release
+
+docs: $(VENV)/docs_installed
+	$(BIN)/mkdocs build --strict --quiet
+
+# The site's reference is read from the sources, so neither TensorFlow nor accumops has to be installed.
+$(VENV)/docs_installed: pyproject.toml tools/make_venv.sh tools/requirements.py
+	tools/make_venv.sh $(PYTHON) $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python tools/requirements.py docs > $(VENV)/docs_requirements.txt
+	$(BIN)/python -m pip install --quiet -r $(VENV)/docs_requirements.txt
+	touch $@
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from accumops.optimizer.optimizer import GradientAccumulateOptimizer
     from accumops.planning.find_micro_batch_size import find_micro_batch_size
     from accumops.planning.micro_batch_plan import MicroBatchPlan
+    from accumops.training.accumulation_logger import AccumulationLogger
     from accumops.training.backup import BackupAndRestore
     from accumops.training.callbacks import AccumStepsScheduler, EffectiveBatchSize, NonfiniteCount
     from accumops.training.model import GradientAccumulateModel
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AccumBatchNormalization",
     "AccumStepsScheduler",
+    "AccumulationLogger",
     "AdaptiveGradientClipping",
     "BackupAndRestore",
     "EffectiveBatchSize",
@@ -63,6 +65,7 @@ __all__ = [
 _MODULES = {
     "AccumBatchNormalization": "accumops.normalization.layer",
     "AccumStepsScheduler": "accumops.training.callbacks",
+    "AccumulationLogger": "accumops.training.accumulation_logger",
     "AdaptiveGradientClipping": "accumops.optimizer.clipping",
     "BackupAndRestore": "accumops.training.backup",
     "EffectiveBatchSize": "accumops.training.callbacks",
@@ -103,15 +106,30 @@ _SUBMODULES = (
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        value = getattr(importlib.import_module(_MODULES[name]), name)
+        value = getattr(_import(_MODULES[name]), name)
     elif name in _SUBMODULES:
-        value = importlib.import_module(f"accumops.{name}")
+        value = _import(f"accumops.{name}")
     elif name == "__version__":
         value = _version()
     else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from accumops.renamed import missing_name
+
+        raise missing_name(__name__, name)
     globals()[name] = value
     return value
+
+
+def _import(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != "tensorflow":
+            raise
+        raise ModuleNotFoundError(
+            "accumops needs TensorFlow, and does not choose one for you: `pip install tensorflow`, `pip install "
+            "tensorflow[and-cuda]` for NVIDIA GPUs, or `pip install tensorflow-cpu`.",
+            name="tensorflow",
+        ) from error
 
 
 def __dir__() -> list[str]:

@@ -175,7 +175,7 @@ except ImportError as error:
 """
     errors = run(code).splitlines()
     assert len(errors) == 4
-    assert all("tensorflow" in error for error in errors)
+    assert all("`pip install tensorflow`" in error for error in errors)
 
 
 def test_keras_is_imported_where_accumops_cannot_be():

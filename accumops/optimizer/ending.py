@@ -3,7 +3,8 @@
     way           function              when
     folded        `_fold`               the last micro-batch is at hand, the update is fused, and nothing needs the
                                         window's whole gradient before it (no `gradient_clipping`, no clipping by norm,
-                                        no LossScaleOptimizer): the op adds the last gradients while it updates
+                                        no LossScaleOptimizer, no record): the op adds the last gradients while it
+                                        updates
     on replicas   `_end_across`         under a mirroring strategy: outside of the replicas, once for all of them
     unfused       `_unfused`            the op cannot make the update: the optimizer's own `apply` gets the mean
                                         gradients, clipped; of tables only the touched rows, if that is enough
@@ -30,7 +31,8 @@ from accumops.arguments import name_of
 from accumops.optimizer import fused_update, row_update
 from accumops.optimizer.checks import check_goes_with_lazy_rows, check_no_constraints
 from accumops.optimizer.fused_update import FusedUpdate, warn_of_missing
-from accumops.optimizer.nonfinite import scale_of_loss, update_if_it_applies
+from accumops.optimizer.nonfinite import decides_on_device, scale_of_loss, update_if_it_applies
+from accumops.optimizer.window_record import WindowRecord
 from accumops.window import replicas
 from accumops.window.connected_variables import Connected
 from accumops.window.micro_batch import CountedMicroBatch, Window
@@ -51,6 +53,8 @@ class Ending:
     """The variables that the state is built for, in its order."""
     gradient_clipping: Clipping | None
     lazy_sparse: bool
+    record: WindowRecord | None = None
+    """What notes each window that ends, or None."""
 
     @property
     def fused_update(self) -> FusedUpdate:
@@ -65,6 +69,8 @@ class Ending:
         """Whether a window's last gradients can go straight into the update."""
         if self.state.strategy is not None:
             return False  # they are summed over the replicas first
+        if self.record is not None:
+            return False  # it looks at the sums
         needs_all = self.gradient_clipping is not None or fused_update.needs_norms(self.optimizer)
         return not needs_all and bool(self.fused_update)
 
@@ -119,7 +125,20 @@ class Ending:
 
     def _update(self, window: Window, update: Callable[[], None]) -> None:
         """Makes the update of a window, unless gradients that are not finite keep it from making one."""
-        update_if_it_applies(self.optimizer, window.verdict, update)
+        self._note(window)
+        if self.fused_update and decides_on_device(self.optimizer, self.variables):
+            update()  # with the verdict for a flag of the op
+        else:
+            update_if_it_applies(self.optimizer, window.verdict, update)
+
+    def _note(self, window: Window) -> None:
+        """Has the record note a window, if there is one."""
+        if self.record is None:
+            return
+        clips = self.gradient_clipping is not None
+        shared = not clips and fused_update.needs_norms(self.optimizer) and bool(self.fused_update)
+        with window.place(self.variables[0]):
+            self.record.note(window, scale_of_loss(self.optimizer), shared=shared)
 
     def _end_with_sums(self, window: Window) -> None:
         clip = self.gradient_clipping

@@ -29,6 +29,8 @@ from accumops.optimizer.ending import Clipping, Ending, Gradients
 from accumops.optimizer.fused_update import FusedUpdate
 from accumops.optimizer.known_variables import KnownVariables
 from accumops.optimizer.loading import LoadsState
+from accumops.optimizer.window_record import WindowRecord
+from accumops.renamed import explains_renamed
 from accumops.window import replicas
 from accumops.window.accumulator import GradientAccumulator
 from accumops.window.micro_batch import CountedMicroBatch
@@ -94,6 +96,7 @@ class GradientAccumulateOptimizer(LoadsState):
     2
     """
 
+    @explains_renamed
     def __init__(
         self,
         inner_optimizer: keras.optimizers.Optimizer | str | dict[str, Any],
@@ -121,7 +124,7 @@ class GradientAccumulateOptimizer(LoadsState):
         self._accumulator = GradientAccumulator(
             accum_steps, f"{self.name}_accumulator", reduction=reduction, nonfinite=nonfinite
         )
-        self._untracked = Untracked(known=KnownVariables(()), scaled_around=False)
+        self._untracked = Untracked(known=KnownVariables(()), scaled_around=False, record=None)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A LossScaleOptimizer around this one announces itself in one way only: it sets `loss_scale_factor = None`. The
@@ -153,6 +156,21 @@ class GradientAccumulateOptimizer(LoadsState):
     def nonfinite_count(self) -> keras.Variable:
         """How many micro-batches have been skipped, or windows dropped; see `GradientAccumulator.nonfinite_count`."""
         return self._accumulator.nonfinite_count
+
+    @property
+    def record(self) -> WindowRecord | None:
+        """What notes the windows that end, for a callback that has asked for it; not public.
+
+        A function that is traced while there is one makes the notes, and one that was traced before makes none.
+        """
+        record: WindowRecord | None = self._untracked.record
+        return record
+
+    @record.setter
+    def record(self, record: WindowRecord | None) -> None:
+        if record is not None and self._accumulator.built:
+            record.build(self._accumulator.state)
+        self._untracked.record = record
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
         """Creates the accumulators and the wrapped optimizer's variables.
@@ -187,6 +205,8 @@ class GradientAccumulateOptimizer(LoadsState):
                     jit_compile=self.jit_compile,
                     track_all_rows=self.lazy_sparse,
                 )
+                if self.record is not None:
+                    self.record.build(self._accumulator.state)
         # Not the base class's `build`: it would make moving averages, which the wrapped optimizer has made.
         self._untracked.known = KnownVariables(variables)
         self.built = True
@@ -318,6 +338,7 @@ class GradientAccumulateOptimizer(LoadsState):
             self._known.variables,
             self.gradient_clipping,
             self.lazy_sparse,
+            self.record,
         )
 
     def _prepare(

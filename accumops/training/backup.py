@@ -322,6 +322,11 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         return whole[0] if whole else None
 
 
+def passes_batches(model: Any) -> bool:
+    """Whether the next batch of `fit` is one that a backup has seen, which is passed without training."""
+    return isinstance(getattr(model, "train_function", None), _Passing)
+
+
 class _Passing:
     """Stands for a model's train function while `fit` passes the batches that a backup has seen.
 

@@ -21,6 +21,7 @@ from accumops.normalization.layer_window import LayerWindow
 from accumops.optimizer.ending import Clipping
 from accumops.optimizer.optimizer import GradientAccumulateOptimizer
 from accumops.planning.micro_batch_plan import MicroBatchPlan
+from accumops.renamed import explains_renamed
 from accumops.training import checks
 from accumops.training.auto_micro_batch import AutoMicroBatch
 from accumops.training.callbacks import AccumStepsScheduler
@@ -41,8 +42,7 @@ class GradientAccumulateModel(ConfiguredWrapper):
     Give it the model, or the `inputs` and `outputs` of one. The wrapped model keeps its layers and weights: predict
     with either, and save `model.model` to have it without accumops. Around a functional or Sequential model this is a
     functional model with the same `inputs`, `outputs` and `layers`; layers of a subclassed model are those of
-    `model.model`. Exactly one of `accum_steps` and
-    `micro_batch_size` says how a window is run:
+    `model.model`. Exactly one of `accum_steps` and `micro_batch_size` says how a window is run:
 
     - `accum_steps=K`: each batch of `fit` is a micro-batch, and every K-th makes an update.
     - `micro_batch_size=b`: each batch of `fit` is a window. The step splits it into micro-batches of b samples, which
@@ -111,6 +111,7 @@ class GradientAccumulateModel(ConfiguredWrapper):
 
     jit_compile: bool  # Keras's property
 
+    @explains_renamed
     def __init__(
         self,
         model: keras.Model | None = None,
@@ -312,6 +313,7 @@ class GradientAccumulateModel(ConfiguredWrapper):
             checks.check_steps_per_execution(self.mirroring, self.steps_per_execution, self.finds_micro_batch)
             for layer in self.normalizations():  # those that were made since `compile`
                 self._adopt(layer)
+            self._untracked.flush = None
             jit_compile, passes = bool(self.jit_compile), self.compiles_passes and not self.run_eagerly
             self._untracked.step.compile_passes(passes)
             if passes:

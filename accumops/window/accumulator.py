@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from accumops.arguments import Schedule, check_bool, check_variables, is_variable
+from accumops.renamed import explains_renamed
 from accumops.window import replicas
 from accumops.window.members import members_of
 from accumops.window.state import WindowState
@@ -78,6 +79,7 @@ class GradientAccumulator(tf.Module):
     2
     """
 
+    @explains_renamed
     def __init__(
         self,
         accum_steps: int | Schedule | None,

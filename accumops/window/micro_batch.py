@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import keras
 import tensorflow as tf
 
+from accumops import ops
 from accumops.window import replicas
 from accumops.window.connected_variables import Connected
 from accumops.window.nonfinite import MAKES_UPDATE, Share, Verdict
@@ -73,6 +75,18 @@ class Window:
     """Under a strategy, the number of the window's replica among those of this process."""
     verdict: Verdict = MAKES_UPDATE
     """Whether it makes an update."""
+
+    @functools.cached_property
+    def squared_norms(self) -> tf.Tensor:
+        """The squared norms of the sums, computed where they are first asked for; zero for one without gradient.
+
+        The sums are in the accumulators or, where the last micro-batch makes the whole window, in `latest`.
+        """
+        held = [i for i, accumulator in enumerate(self.accumulators) if accumulator is not None]
+        norms = ops.squared_norms([tf.convert_to_tensor(self.latest.get(i, self.accumulators[i])) for i in held])
+        if len(held) == len(self.accumulators):
+            return norms
+        return tf.scatter_nd([[i] for i in held], norms, [len(self.accumulators)])
 
     def of(self, connected: Connected) -> "Window":
         """The same window, for some of its variables."""

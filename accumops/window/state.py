@@ -382,8 +382,7 @@ class WindowState(tf.Module):
         self.connections.clear()
         self.nonfinite.count_more(verdict.uncounted)
         if self.members and verdict.applies is not True:
-            # What they close then is empty.
-            keras.ops.cond(verdict.applies, lambda: None, self.members.drop)
+            self.members.drop(unless=verdict.applies)  # what they close then is empty
         if self.strategy is not None and tf.distribute.in_cross_replica_context() and self.members:
             replicas.on_each_replica(self.strategy, self.members.close)
         else:

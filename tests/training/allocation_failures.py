@@ -1,13 +1,16 @@
 """Trains a step again and again, and has another allocation fail each time.
 
-Usage: allocation_failures.py LIBRARY OPTIMIZER STRIDE, with the library of `failing_allocations.cc` preloaded. Prints
-how often a step ended with which micro-batch, and "wrong" for a step whose variables are not, to the bit, those of a
-step with that micro-batch in which nothing fails.
+Usage: allocation_failures.py LIBRARY OPTIMIZER STRIDE [SECONDS], with the library of `failing_allocations.cc` preloaded.
+Prints how often a step ended with which micro-batch, and "wrong" for a step whose variables are not, to the bit, those
+of a step with that micro-batch in which nothing fails. With SECONDS allocations come in random order, for so long.
 """
 
 import collections
 import ctypes
+import math
+import random
 import sys
+import time
 
 import keras
 import numpy as np
@@ -18,7 +21,7 @@ import accumops
 L = keras.layers
 
 
-def main(path, optimizer, stride):
+def main(path, optimizer, stride, seconds=None):
     library = ctypes.CDLL(path)
     library.fail_allocation.argtypes = [ctypes.c_long]
     library.allocations.restype = ctypes.c_long
@@ -61,7 +64,14 @@ def main(path, optimizer, stride):
     step()
     count = library.allocations()
     outcomes = collections.Counter()
-    for n in range(0, count, stride):
+    order = list(range(0, count, stride))
+    deadline = math.inf
+    if seconds is not None:
+        random.Random(0).shuffle(order)
+        deadline = time.monotonic() + seconds
+    for n in order:
+        if time.monotonic() > deadline:
+            break
         step_of(8)()  # traces
         step = step_of(8)
         library.fail_allocation(n)
@@ -76,4 +86,4 @@ def main(path, optimizer, stride):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), *map(float, sys.argv[4:]))

@@ -1,4 +1,6 @@
-"""Kills trainings by SIGKILL at random moments of `fit` and restarts them: `killed.py DIRECTORY KILLS`.
+"""Kills trainings by SIGKILL at random moments of `fit` and restarts them: `killed.py DIRECTORY KILLS [SECONDS]`.
+
+With SECONDS it makes fewer kills if it takes longer than that.
 
 TensorFlow is imported once: each life of a training is a fork of this process, which never uses TensorFlow itself. The
 last line of the output is a report in JSON.
@@ -7,6 +9,7 @@ last line of the output is a report in JSON.
 import functools
 import itertools
 import json
+import math
 import mmap
 import os
 import pathlib
@@ -111,12 +114,17 @@ def kill_later(process, phase, seconds):
     return found
 
 
-def run(directory, kills):
+def run(directory, kills, seconds=math.inf):
+    deadline = time.monotonic() + seconds
     accumops.build_info()  # loads the compiled ops, so that all lives have them, or none
     rng = np.random.default_rng(0)
     report = {"kills": 0, "kills within a backup": 0, "kills that left something unfinished": 0, "trainings": 0}
     report["trainings with the bits of an undisturbed one"] = 0
     references = {}
+
+    def enough():
+        return report["kills"] == kills or time.monotonic() > deadline
+
     for number in itertools.count():
         index = number % len(CASES)
         case = CASES[index]
@@ -127,7 +135,7 @@ def run(directory, kills):
         here.mkdir()
         while not (here / "end.npz").exists():
             process, phase = fork(case, here)
-            if report["kills"] == kills:
+            if enough():
                 wait(process)
                 break
             found = kill_later(process, phase, rng.uniform(0, seconds))
@@ -145,9 +153,9 @@ def run(directory, kills):
             print(f"{case}, training {number}: '{name}' differs by", np.abs(got[name] - wanted[name]).max(), flush=True)
         report["trainings"] += 1
         report["trainings with the bits of an undisturbed one"] += not different
-        if report["kills"] == kills:
+        if enough():
             return report
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(pathlib.Path(sys.argv[1]), int(sys.argv[2]))))
+    print(json.dumps(run(pathlib.Path(sys.argv[1]), int(sys.argv[2]), *map(float, sys.argv[3:]))))

@@ -6,15 +6,12 @@ import signal
 import subprocess
 import sys
 
-import keras
 import numpy as np
 import processes
 import pytest
 import resumed
-import tensorflow as tf
 from crosses import cross
-
-from accumops import GradientAccumulateModel
+from many_windows import ManyWindows
 
 
 def run(directory, *arguments):
@@ -50,24 +47,12 @@ def test_killed_in_the_middle_of_a_window_and_restarted(tmp_path):
     indirect=["backend"],
 )
 def test_many_windows_in_flat_memory_without_retracing(backend, resident_bytes, mode, windows):
-    arguments, traces = {mode: 2}, []
-
-    class Counted(keras.layers.Layer):
-        def call(self, x):
-            traces.append(1)
-            return x * 1.0
-
-    net = keras.Sequential([keras.Input((5,)), keras.layers.Dense(8, "tanh"), Counted(), keras.layers.Dense(1)])
-    model = GradientAccumulateModel(net, **arguments)
-    model.compile(keras.optimizers.Adam(0.01), loss="mse")
-    samples = 2 if "accum_steps" in arguments else 4
-    x = tf.data.Dataset.from_tensors((tf.ones([samples, 5]), tf.ones([samples, 1]))).repeat()
-    steps_a_window = arguments.get("accum_steps", 1)
-    model.fit(x, steps_per_epoch=200 * steps_a_window, verbose=0)
-    settled, before = len(traces), resident_bytes()
-    model.fit(x, steps_per_epoch=windows * steps_a_window, verbose=0)
-    assert len(traces) == settled
-    assert int(model.optimizer.iterations) == 200 + windows
+    training = ManyWindows(mode)
+    training.train(200)
+    settled, before = training.traces, resident_bytes()
+    training.train(windows)
+    assert training.traces == settled
+    assert training.updates == 200 + windows
     assert resident_bytes() - before < 8 << 20
 
 

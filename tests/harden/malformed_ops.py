@@ -1,0 +1,322 @@
+"""Malformed calls of the raw ops of TensorFlow, eagerly, in graphs and under XLA: each raises an error, and no variable
+changes.
+
+No wrapper of accumops checks these arguments: what reaches the ops here is what any program can give them.
+
+    python tests/harden/malformed_ops.py --seconds 60
+    python tests/harden/malformed_ops.py --call MODE SEED NUMBER     makes one call, to look into it
+"""
+
+import os
+import random
+import sys
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+import tensorflow as tf
+from supervised import Found, main, repeat
+
+from accumops.ops import library
+
+# Errors that say what is wrong with a call. Not tf.errors.InternalError or UnknownError, which say that nobody checked.
+REFUSALS = (
+    tf.errors.InvalidArgumentError,
+    tf.errors.FailedPreconditionError,
+    tf.errors.NotFoundError,
+    tf.errors.UnimplementedError,
+    TypeError,
+    ValueError,
+    OverflowError,
+)
+# The calls of a process, in which graphs and compiled functions pile up; and the part of the time.
+MODES = {"eager": (100_000, 0.45), "graph": (5_000, 0.35), "xla": (500, 0.2)}
+
+
+class State:
+    """The variables that calls are given, right and wrong ones."""
+
+    VALUES = {
+        "a": np.ones((2, 3), np.float32),
+        "b": np.ones((2, 3), np.float32),
+        "c": np.ones(4, np.float32),
+        "table": np.ones((5, 3), np.float32),
+        "scalar": np.float32(1),
+        "empty": np.ones((0, 3), np.float32),
+        "wide": np.ones((2, 3), np.float64),
+        "half": np.ones((2, 3), np.float16),
+        "integers": np.ones(3, np.int64),
+        "counters": np.array([0, 0, 3], np.int64),
+        "sums": np.zeros((2, 3), np.float64),
+        "mean": np.zeros(3, np.float32),
+        "variance": np.ones(3, np.float32),
+        "flags": np.array([True, False]),
+        "flags of table": np.ones(5, np.bool_),
+    }
+
+    def __init__(self):
+        self.variables = {name: tf.Variable(value) for name, value in self.VALUES.items()}
+        self.handles = {name: variable.handle for name, variable in self.variables.items()}
+        for name, dtype in (("gone", tf.float32), ("gone flags", tf.bool)):
+            self.handles[name] = tf.raw_ops.VarHandleOp(dtype=dtype, shape=[2, 3], shared_name=name)
+        self.handles["hash table"] = tf.raw_ops.HashTableV2(
+            key_dtype=tf.int64, value_dtype=tf.int64, shared_name="hash table"
+        )
+        self.handles["two"] = tf.stack([self.handles["a"], self.handles["b"]])
+
+    def changed(self):
+        """The names of variables that have another value, which get their own back."""
+        names = [
+            name for name, variable in self.variables.items() if not np.array_equal(variable.numpy(), self.VALUES[name])
+        ]
+        for name in names:
+            self.variables[name].assign(self.VALUES[name])
+        return names
+
+
+class Handle(str):
+    """The name of a variable in a call."""
+
+
+def ones(*shape, dtype=tf.float32):
+    return tf.ones(shape, dtype)
+
+
+# For each op calls that are right.
+CALLS = {
+    "accumulate": (
+        {
+            "accumulators": [Handle("a"), Handle("c")],
+            "gradients": [ones(2, 3), ones(4, dtype=tf.float16)],
+            "indices": [],
+            "touched_rows": [],
+            "scale": tf.constant(0.5),
+            "overwrite": tf.constant(False),
+            "check_finite": 1,
+        },
+        {
+            "accumulators": [Handle("c"), Handle("a"), Handle("table")],
+            "gradients": [ones(4), ones(3, 3), ones(2, 3)],
+            "indices": [tf.constant([0, 1, 1]), tf.constant([4, 0], tf.int64)],
+            "touched_rows": [Handle("flags of table")],
+            "scale": tf.constant(2.0),
+            "overwrite": tf.constant(True),
+            "check_finite": 0,
+        },
+    ),
+    "update": (
+        {
+            "variables": [Handle("a")],
+            "slots": [Handle("b")],
+            "accumulators": [],
+            "touched_rows": [Handle("flags")],
+            "latest": [ones(2, 3)],
+            "scales": tf.constant(1.0),
+            "rate": tf.constant(0.1),
+            "decay": tf.constant(0.0),
+            "weight": tf.constant(1.0),
+            "overwrite": tf.constant(False),
+            "rule": "momentum",
+            "rows_of": [0],
+            "decays": [True],
+            "beta_1": 0.9,
+        },
+        {
+            "variables": [Handle("a"), Handle("c")],
+            "slots": [],
+            "accumulators": [],
+            "touched_rows": [],
+            "latest": [ones(2, 3), ones(4, dtype=tf.bfloat16)],
+            "scales": ones(2),
+            "rate": tf.constant(0.1),
+            "decay": tf.constant(0.0),
+            "weight": tf.constant(1.0),
+            "overwrite": tf.constant(False),
+            "rule": "sgd",
+            "rows_of": [],
+            "decays": [True, False],
+            "clip": 0.5,
+        },
+    ),
+    "squared_norms": ({"values": [ones(2, 3), ones(4, dtype=tf.float64)]},),
+    "barrier": ({"tensors": [ones(2, 3)], "after": [ones(4)]},),
+    "batch_norm": (
+        {
+            "x": ones(4, 2, 3),
+            "gamma": ones(3),
+            "beta": ones(3),
+            "mask": [ones(4, 2, dtype=tf.bool)],
+            "axis": 2,
+            "epsilon": 1e-3,
+        },
+        {"x": ones(4, 2, 3), "gamma": ones(2), "beta": ones(2), "mask": [], "axis": 1, "epsilon": 1e-3},
+    ),
+    "batch_norm_grad": (
+        {
+            "dy": ones(4, 2, 3),
+            "x": ones(4, 2, 3),
+            **{name: ones(3) for name in ("gamma", "mean", "rest", "inverse")},
+            "count": tf.constant(8, tf.int64),
+            "mask": [],
+            "axis": 2,
+        },
+    ),
+    "batch_norm_inference": (
+        {
+            "x": ones(4, 2, 3),
+            **{name: ones(3) for name in ("gamma", "beta", "mean", "variance")},
+            "axis": 2,
+            "epsilon": 1e-3,
+        },
+    ),
+    "merge_moments": (
+        {
+            "window": [Handle("counters"), Handle("sums")],
+            "moving": [Handle("mean"), Handle("variance")],
+            "count": [tf.constant(5, tf.int64)],
+            "moments": [ones(3), ones(3), ones(3)],
+            "momentum": tf.constant(0.9, tf.float64),
+        },
+        {
+            "window": [],
+            "moving": [Handle("mean"), Handle("variance")],
+            "count": [tf.constant(5, tf.int64)],
+            "moments": [ones(3), ones(3), ones(3)],
+            "momentum": tf.constant(0.9, tf.float64),
+        },
+    ),
+}
+SHAPES = ((), (0,), (1,), (2,), (3,), (4,), (2, 3), (3, 2), (0, 3), (4, 2, 3), (2, 3, 1), (5, 3))
+DTYPES = (tf.float32, tf.float16, tf.bfloat16, tf.float64, tf.int32, tf.int64, tf.bool, tf.complex64, tf.uint8)
+TENSORS = [tf.ones(shape, dtype) for shape in SHAPES for dtype in DTYPES]
+TENSORS += [tf.constant(each) for each in ("text", [-1, 0], [0, 99], [float("nan")] * 3, float("inf"), -7)]
+TENSORS += [tf.constant([1 << 40, 0], tf.int64), tf.constant([[0, 1]])]
+ATTRIBUTES = (
+    *(0, 1, 2, -1, 7, 1 << 31, 1 << 40, -(1 << 40), 0.5, -1.0, float("nan"), float("inf"), True, None, "sgd", "adam"),
+    *("amsgrad", "lion", "x", [], [0], [1], [0, 0], [1, 0], [-1], [7], [True], [False] * 3, tf.float32, object()),
+)
+
+
+def damaged(random_, state, call):
+    """A call with one to three changes, its handles by name still."""
+    call = {name: list(value) if isinstance(value, list) else value for name, value in call.items()}
+    for _ in range(random_.choice((1, 1, 2, 3))):
+        name = random_.choice(tuple(call))
+        value = call[name]
+        holder, key = call, name
+        if isinstance(value, list) and value and random_.random() < 0.6:
+            holder, key = value, random_.randrange(len(value))
+            value = holder[key]
+        if isinstance(value, list) and random_.random() < 0.7:
+            change = random_.randrange(4)
+            if change == 0 and value:
+                value.pop(random_.randrange(len(value)))
+            elif change == 1 and value:
+                value.append(random_.choice(value))
+            elif change == 2:
+                value.append(something(random_, state))
+            else:
+                random_.shuffle(value)
+        elif isinstance(value, Handle):
+            holder[key] = Handle(random_.choice(tuple(state.handles))) if random_.random() < 0.9 else TENSORS[0]
+        elif tf.is_tensor(value):
+            holder[key] = like(random_, value) if random_.random() < 0.6 else something(random_, state)
+        else:
+            holder[key] = random_.choice(ATTRIBUTES)
+    return call
+
+
+def like(random_, tensor):
+    """A tensor of another dtype or another shape."""
+    if random_.random() < 0.3:
+        return tf.ones(tensor.shape, random_.choice(DTYPES))
+    return tf.ones(random_.choice(SHAPES), tensor.dtype)
+
+
+def something(random_, state):
+    kind = random_.randrange(4)
+    if kind == 0:
+        return Handle(random_.choice(tuple(state.handles)))
+    return random_.choice(ATTRIBUTES) if kind == 1 else random_.choice(TENSORS)
+
+
+def run(state, op, call, mode, known):
+    """Runs a call: with the shapes of its tensors known when a function is traced, or when it runs."""
+    flat = [each for value in call.values() for each in (value if isinstance(value, list) else [value])]
+    tensors = [each for each in flat if tf.is_tensor(each)]
+
+    def apply(*given):
+        given = iter(given)
+
+        def real(value):
+            if isinstance(value, Handle):
+                return state.handles[value]
+            return next(given) if tf.is_tensor(value) else value
+
+        arguments = {
+            name: [real(each) for each in value] if isinstance(value, list) else real(value)
+            for name, value in call.items()
+        }
+        return getattr(library.load()[0], f"accum_ops_{op}")(**arguments)
+
+    if mode == "eager":
+        return apply(*tensors)
+    signature = [tf.TensorSpec(each.shape if known else None, each.dtype) for each in tensors]
+    function = tf.function(apply, input_signature=signature, autograph=False, jit_compile=mode == "xla")
+    return function(*tensors)
+
+
+def make_call(state, mode, seed, number):
+    """Makes a call. Returns the error, or None if it was right all the same."""
+    random_ = random.Random(seed << 40 | number)
+    op = random_.choice(tuple(CALLS))
+    call = damaged(random_, state, random_.choice(CALLS[op]))
+    try:
+        run(state, op, call, mode, random_.random() < 0.5)
+    except REFUSALS as error:
+        changed = state.changed()
+        if changed:
+            raise Found(f"{op} ({mode}) changed {changed} before it raised {error!r}: {call}") from error
+        if not str(error):
+            raise Found(f"{op} ({mode}) raised {error!r}, which says nothing: {call}") from error
+        return error
+    except Exception as error:
+        raise Found(f"{op} ({mode}) raised {error!r}: {call}") from error
+    state.changed()
+    return None
+
+
+def work(seed, deadline, progress, mode):
+    module, problem = library.load()
+    if module is None:
+        raise Found(f"there are no compiled ops: {problem}")
+    tf.config.set_visible_devices([], "GPU")
+    state = State()
+    for op, calls in CALLS.items():
+        for call in calls:
+            run(state, op, call, mode, True)  # what is damaged is right
+    state.changed()
+    refused = 0
+    for number in range(MODES[mode][0]):
+        progress.value = number
+        refused += make_call(state, mode, seed, number) is not None
+        if time.time() > deadline:
+            break
+    return {f"{mode} calls": number + 1, f"malformed {mode} calls": refused}
+
+
+def part(seconds):
+    counts = {}
+    for mode, (_, share) in MODES.items():
+        counts |= repeat(work, seconds * share, preload=["tensorflow"], mode=mode)
+    counts["malformed calls"] = sum(counts[f"malformed {mode} calls"] for mode in MODES)
+    del counts["processes"]
+    return counts
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--call"]:
+        print(repr(make_call(State(), sys.argv[2], *map(int, sys.argv[3:5]))))
+    else:
+        main(part)
