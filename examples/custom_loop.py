@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 import accumops
 
-ACCUM_STEPS, EPOCHS, TRAINING = 8, 5, 1400
+ACCUM_STEPS, EPOCHS, TRAINING = 8, 10, 1400
 
 
 def make_net():
@@ -34,9 +34,9 @@ def epoch_of_micro_batches(number):
 
 
 def train(x, y, accumulates):
-    """Trains in windows, of micro-batches or at once. Returns the network and the number of updates."""
+    """Trains in windows, in micro-batches or at once. Returns the network and the number of updates."""
     net = make_net()
-    inner = keras.optimizers.AdamW(2e-3, global_clipnorm=1.0)
+    inner = keras.optimizers.SGD(0.1, momentum=0.9, global_clipnorm=1.0)
     optimizer = accumops.GradientAccumulateOptimizer(inner, accum_steps=ACCUM_STEPS) if accumulates else inner
     optimizer.build(net.trainable_variables)
     loss_function = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -45,11 +45,8 @@ def train(x, y, accumulates):
     def step(x, y):
         with tf.GradientTape() as tape:
             loss = loss_function(y, net(x, training=True))
-        gradients = tape.gradient(loss, net.trainable_variables)
-        if accumulates:
-            optimizer.apply(gradients, net.trainable_variables, weight=tf.shape(x)[0])
-        else:
-            optimizer.apply(gradients, net.trainable_variables)
+        weight = {"weight": tf.shape(x)[0]} if accumulates else {}
+        optimizer.apply(tape.gradient(loss, net.trainable_variables), net.trainable_variables, **weight)
 
     for epoch in range(EPOCHS):
         parts = epoch_of_micro_batches(epoch)
@@ -65,7 +62,8 @@ def train(x, y, accumulates):
 def main():
     """Trains both ways, and prints what they reach and how far apart they are."""
     digits = load_digits()
-    x, y = (digits.data / 16).astype("float32"), digits.target
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    x, y = (digits.data / 16).astype("float32")[order], digits.target[order]
     nets = []
     for name, accumulates in (("windows at once", False), ("micro-batches", True)):
         net, updates = train(x, y, accumulates)

@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 
 import accumops
 
-BATCH, MICRO, EPOCHS, TRAINING = 256, 16, 30, 1400
+BATCH, MICRO, EPOCHS, TRAINING = 256, 16, 20, 1400
 
 
 def load():
@@ -31,8 +31,8 @@ def make_net():
     return keras.Sequential(
         [
             keras.Input((8, 8, 1)),
-            keras.layers.Conv2D(16, 3, activation="relu"),
-            keras.layers.Conv2D(32, 3, activation="relu"),
+            keras.layers.Conv2D(16, 3, activation="gelu"),
+            keras.layers.Conv2D(32, 3, activation="gelu"),
             keras.layers.Flatten(),
             keras.layers.Dense(10),
         ]
@@ -42,8 +42,8 @@ def make_net():
 def train(model, images, labels):
     """Trains a model, and returns its last logs."""
     updates = EPOCHS * -(-len(images) // BATCH)
-    schedule = keras.optimizers.schedules.CosineDecay(0.0, updates, warmup_target=4e-3, warmup_steps=updates // 10)
-    optimizer = keras.optimizers.AdamW(schedule, global_clipnorm=1.0)
+    schedule = keras.optimizers.schedules.CosineDecay(0.0, updates, warmup_target=0.1, warmup_steps=updates // 10)
+    optimizer = keras.optimizers.SGD(schedule, momentum=0.9, weight_decay=1e-3, global_clipnorm=1.0)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, metrics=["accuracy"])
     history = model.fit(images, labels, batch_size=BATCH, epochs=EPOCHS, shuffle=False, verbose=0).history

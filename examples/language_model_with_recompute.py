@@ -2,10 +2,11 @@
 
     python examples/language_model_with_recompute.py
 
-The model predicts the next character of the Zen of Python, which Python itself has. First it is trained as a whole. Then
-all of it is frozen but the LoRA matrices and the biases of its dense layers (`enable_lora`), and it is fine-tuned on the
-text in upper case. Both trainings take 64 sequences an update in micro-batches of 8, and `recompute_layers` keeps one
-activation a block. The script prints the losses, how many values are trained, and the memory of activations.
+The model predicts the next character of the Zen of Python, which Python itself has. First it is trained as a whole.
+Then all of it is frozen but the LoRA matrices and the biases of its dense layers (`enable_lora`), and it is fine-
+tuned on the text in upper case. Both trainings take 64 sequences an update in micro-batches of 8, and
+`recompute_layers` keeps one activation a block. The script prints the losses, how many values are trained, and the
+memory of activations.
 """
 
 import codecs

@@ -55,9 +55,7 @@ def main():
     """Trains with either normalization, and prints losses, statistics and memory."""
     images, labels = make_data()
     keras.utils.set_random_seed(0)
-    plain = keras.applications.MobileNetV2(
-        (64, 64, 3), alpha=0.35, weights=None, classes=4, classifier_activation=None
-    )
+    plain = keras.applications.MobileNetV2((64, 64, 3), alpha=0.35, weights=None, classes=4, classifier_activation=None)
     swapped = accumops.replace_batchnorm_layers(plain)  # a copy, with the same weights
     for name, net in (("Keras", plain), ("accumops", swapped)):
         losses, error = train(net, images, labels)
