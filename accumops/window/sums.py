@@ -65,7 +65,7 @@ def add_gradients(
     )
     if noise is None:
         return Found(reports, None)
-    finite, squares = reports if check_finite else (None, reports)
+    finite, squares = reports if isinstance(reports, tuple) else (None, reports)
     dense = [i for i, each in enumerate(gradients) if each is not None and not isinstance(each, tf.IndexedSlices)]
     noise.positions.update(positions[i] for i in dense)
     gradient, sums = tf.unstack(tf.reduce_sum(tf.gather(squares, dense, axis=1), axis=1))
