@@ -3,7 +3,9 @@
 # make harden  runs the long versions of the tests behind docs/promises.md, each for MINUTES; PARTS chooses some
 # make emulated   compiles the CUDA kernels for a GPU that is emulated on the CPU, for the tests
 # make build   compiles the files that have changed
-# make wheel   builds a wheel in dist/
+# make wheel   builds a wheel for this machine in dist/, and tests it
+# make wheels  builds the wheels to publish, for older systems, CUDA 12 and each TensorFlow, and tests them
+# make docs    builds the site of docs/ in build/site; warnings are errors. It compiles nothing
 # Each target first sets up .venv if needed. PYTHON chooses the interpreter; CMAKE_ARGS and CMAKE_CUDA_ARCHITECTURES are
 # passed on.
 
@@ -17,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 MINUTES ?= 10
 PARTS ?=
 
-.PHONY: demo test harden emulated build check wheel format clean
+.PHONY: demo test harden emulated build check wheel wheels docs format clean
 
 demo: build
 	$(BIN)/accumops demo
@@ -47,7 +49,7 @@ build: $(VENV)/installed
 $(VENV)/installed: pyproject.toml setup.py tools/make_venv.sh
 	tools/make_venv.sh $(PYTHON) $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python tools/build_requirements.py > $(VENV)/build_requirements.txt
+	$(BIN)/python tools/requirements.py build > $(VENV)/build_requirements.txt
 	$(BIN)/python -m pip install --quiet -r $(VENV)/build_requirements.txt
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
 	touch $@
@@ -57,8 +59,22 @@ emulated: $(VENV)/installed
 	  -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
 	$(BIN)/cmake --build build/emulated -- --quiet
 
-wheel: $(VENV)/installed
-	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+wheel:
+	$(PYTHON) tools/build_wheels.py
+
+wheels:
+	$(PYTHON) tools/build_wheels.py --release
+
+docs: $(VENV)/docs_installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The site's reference is read from the sources, so neither TensorFlow nor accumops has to be installed.
+$(VENV)/docs_installed: pyproject.toml tools/make_venv.sh tools/requirements.py
+	tools/make_venv.sh $(PYTHON) $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python tools/requirements.py docs > $(VENV)/docs_requirements.txt
+	$(BIN)/python -m pip install --quiet -r $(VENV)/docs_requirements.txt
+	touch $@
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

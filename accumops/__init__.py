@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from accumops.training.backup import BackupAndRestore
     from accumops.training.callbacks import AccumStepsScheduler, EffectiveBatchSize, NonfiniteCount
     from accumops.training.model import GradientAccumulateModel
+    from accumops.training.noise_scale import GradientNoiseScale
     from accumops.training.partial_window import PartialWindow
     from accumops.window.accumulator import GradientAccumulator
     from accumops.window.current_window import current_window
+    from accumops.window.noise_schedule import NoiseScaleSchedule
 
     __version__: str
 
@@ -39,8 +41,10 @@ __all__ = [
     "GradientAccumulateModel",
     "GradientAccumulateOptimizer",
     "GradientAccumulator",
+    "GradientNoiseScale",
     "LibraryError",
     "MicroBatchPlan",
+    "NoiseScaleSchedule",
     "NonfiniteCount",
     "PartialWindow",
     "Recompute",
@@ -72,8 +76,10 @@ _MODULES = {
     "GradientAccumulateModel": "accumops.training.model",
     "GradientAccumulateOptimizer": "accumops.optimizer.optimizer",
     "GradientAccumulator": "accumops.window.accumulator",
+    "GradientNoiseScale": "accumops.training.noise_scale",
     "LibraryError": "accumops.ops",
     "MicroBatchPlan": "accumops.planning.micro_batch_plan",
+    "NoiseScaleSchedule": "accumops.window.noise_schedule",
     "NonfiniteCount": "accumops.training.callbacks",
     "PartialWindow": "accumops.training.partial_window",
     "Recompute": "accumops.memory.recompute_layer",
@@ -106,15 +112,30 @@ _SUBMODULES = (
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        value = getattr(importlib.import_module(_MODULES[name]), name)
+        value = getattr(_import(_MODULES[name]), name)
     elif name in _SUBMODULES:
-        value = importlib.import_module(f"accumops.{name}")
+        value = _import(f"accumops.{name}")
     elif name == "__version__":
         value = _version()
     else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from accumops.renamed import missing_name
+
+        raise missing_name(__name__, name)
     globals()[name] = value
     return value
+
+
+def _import(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if str(error.name).split(".")[0] != "tensorflow":
+            raise
+        raise ModuleNotFoundError(
+            "accumops needs TensorFlow, and does not choose one for you: `pip install tensorflow`, `pip install "
+            "tensorflow[and-cuda]` for NVIDIA GPUs, or `pip install tensorflow-cpu`.",
+            name="tensorflow",
+        ) from error
 
 
 def __dir__() -> list[str]:

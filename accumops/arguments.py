@@ -95,6 +95,15 @@ def check_bool(name: str, value: bool) -> bool:
     return value
 
 
+def check_decay(decay: float) -> float:
+    """Checks what is left of an average after one more value."""
+    if isinstance(decay, bool) or not isinstance(decay, numbers.Real):
+        raise TypeError(f"`decay` must be a number. Received: {decay!r}")
+    if not 0 <= decay < 1:
+        raise ValueError(f"`decay` must be at least 0 and less than 1. Received: {decay}")
+    return float(decay)
+
+
 def is_variable(value: object) -> bool:
     """Whether it is a variable of TensorFlow or Keras."""
     return isinstance(value, tf.Variable | keras.Variable)

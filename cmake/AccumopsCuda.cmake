@@ -1,6 +1,6 @@
 # Decides whether the CUDA kernels are built, and for which architectures.
-# Sets ACCUMOPS_WITH_CUDA, ACCUMOPS_CUDA_REASON (why they are not built), ACCUMOPS_CUDA_VERSION and, unless it is given,
-# CMAKE_CUDA_ARCHITECTURES.
+# Sets ACCUMOPS_WITH_CUDA, ACCUMOPS_CUDA_REASON (why they are not built), ACCUMOPS_CUDA_VERSION, ACCUMOPS_CUDA_OPTIONS (of
+# nvcc) and, unless it is given, CMAKE_CUDA_ARCHITECTURES.
 
 set(ACCUMOPS_WITH_CUDA OFF)
 set(ACCUMOPS_CUDA_VERSION "")
@@ -44,14 +44,17 @@ if(NOT CMAKE_CUDA_COMPILER)
 endif()
 
 # ACCUMOPS_CUDA_MACHINES=ALL, for a wheel, builds machine code for each architecture from sm_70 on that this compiler
-# knows (CUDA 13 begins with sm_75), and PTX of the newest one for later GPUs. LOCAL, for a checkout, builds for the GPUs of this machine; without a
-# GPU it builds for the oldest and the newest architecture.
+# knows (CUDA 13 begins with sm_75), and PTX of the newest one for later GPUs. LOCAL, for a checkout, builds for the GPUs
+# of this machine; without a GPU it builds for the oldest and the newest architecture.
 if(NOT CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
   execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch
     OUTPUT_VARIABLE listed OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
   string(REGEX MATCHALL "[0-9]+" numbers "${listed}")
   list(SORT numbers COMPARE NATURAL)
   list(FILTER numbers EXCLUDE REGEX "^([0-9]|[1-6][0-9])$")
+  if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+    list(FILTER numbers EXCLUDE REGEX "^(72|87|101|110)$")  # only in Jetsons, whose CPUs are others
+  endif()
   if(ACCUMOPS_CUDA_MACHINES STREQUAL "LOCAL")
     set(known ${numbers})
     list(GET numbers 0 -1 numbers)
@@ -75,6 +78,10 @@ endif()
 
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
+# A tenth of the size. Drivers for CUDA 12, which older toolkits serve too, may not read it.
+if(CUDAToolkit_VERSION VERSION_GREATER_EQUAL 13)
+  set(ACCUMOPS_CUDA_OPTIONS --compress-mode=size)
+endif()
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)

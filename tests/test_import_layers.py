@@ -7,6 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1] / "accumops"
 FLOORS = (
+    {"renamed"},
     {"arguments", "adapters"},
     {"ops"},
     {"window"},

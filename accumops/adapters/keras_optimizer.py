@@ -291,6 +291,25 @@ def stepping_by(
         yield
 
 
+@relies_on(f"{_OPTIMIZER}._get_current_learning_rate()", feature="learning rates that follow the effective batch")
+def scaling_learning_rate(
+    optimizer: keras.optimizers.Optimizer, factor: tf.Tensor
+) -> contextlib.AbstractContextManager[None]:
+    """Has `optimizer.apply` multiply its learning rate by a factor.
+
+    Args:
+        optimizer: An optimizer that makes the update itself.
+        factor: A scalar.
+    """
+    own = optimizer._get_current_learning_rate
+
+    def scaled() -> tf.Tensor:
+        rate = tf.convert_to_tensor(own())
+        return rate * tf.cast(factor, rate.dtype)
+
+    return overriding(optimizer, _get_current_learning_rate=scaled)
+
+
 def innermost(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
     """Returns the optimizer that makes the update, inside of all that wrap it, such as a LossScaleOptimizer."""
     while hasattr(optimizer, "inner_optimizer"):

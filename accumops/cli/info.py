@@ -74,8 +74,8 @@ def describe() -> dict[str, Any]:
         },
         "cuda": {
             "tensorflow_built_with": tf.sysconfig.get_build_info().get("cuda_version"),
-            "kernels_built_with": _cuda_version(cuda["runtime_version"]) if cuda else None,
-            "driver_supports": _cuda_version(cuda["driver_version"]) if cuda else None,
+            "kernels_built_with": library.cuda_version(cuda["runtime_version"]) if cuda else None,
+            "driver_supports": library.cuda_version(cuda["driver_version"]) if cuda else None,
             "problem": fused_problem("gpu"),
         },
         "memory_bandwidth": None,
@@ -126,11 +126,6 @@ def _nvidia_driver() -> str | None:
     return found.group(0) if found else None
 
 
-def _cuda_version(number: int) -> str | None:
-    """Turns CUDA's number, 1000 * major + 10 * minor, into text. CUDA gives 0 if there is no driver."""
-    return f"{number // 1000}.{number % 1000 // 10}" if number else None
-
-
 def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     versions, machine, build, cuda = facts["versions"], facts["machine"], facts["build"], facts["cuda"]
     for key, name in (("accumops", "accumops"), ("python", "Python"), ("tensorflow", "TensorFlow"), ("keras", "Keras")):
@@ -141,7 +136,7 @@ def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Devices", "\n".join(_device_line(device) for device in machine["devices"])
     yield "Fused ops", "loaded" if build["loaded"] else f"not loaded: {build['reason']}"
     if build["tensorflow"] is not None:
-        yield "  built for", f"TensorFlow {build['tensorflow']}, with {build['compiler']}"
+        yield "  built for", f"TensorFlow {' and '.join(build['tensorflow'])}, with {build['compiler']}"
         yield "  CPU kernels", _instruction_sets(build, facts["cpu_kernels"])
         yield "  CUDA kernels", _cuda_kernels(build)
     driver = machine["nvidia_driver"] or "none found"

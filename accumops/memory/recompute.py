@@ -34,8 +34,8 @@ def recompute(function: Callable[..., Any]) -> Callable[..., Any]:
             may come from its surroundings or be arguments; tensors that gradients flow to have to be arguments.
 
     Returns:
-        The function, which takes the same arguments. Make it once, outside the loop of training: it checks `function`
-        when it is called first. Variables among its arguments arrive as tensors.
+        The function, which takes the same arguments. Make it once, outside the loop of training, as it checks
+        `function` when it is called first. Variables among its arguments arrive as tensors.
 
     Raises:
         TypeError: If `function` is not callable.

@@ -19,12 +19,14 @@ from accumops.memory.layer_costs import CallCosts, costs_of, seconds_of
 from accumops.memory.recompute import Recomputation
 from accumops.memory.segments import Region, Segment, regions_of, run_regions
 from accumops.memory.sizes import bytes_from, readable
+from accumops.renamed import explains_renamed
 
 # The times of each graph's calls: measured once, so that a lower goal never gets segments that take more.
 _SECONDS: weakref.WeakKeyDictionary[keras.Function, list[list[float]]] = weakref.WeakKeyDictionary()
 _SAMPLE = 2  # the batch that sizes are compared for where no goal is given
 
 
+@explains_renamed
 def recompute_layers(
     model: keras.Model,
     *,

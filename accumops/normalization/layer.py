@@ -32,6 +32,7 @@ from accumops.adapters.untracked import Untracked
 from accumops.arguments import check_accum_steps
 from accumops.normalization import replica_moments
 from accumops.normalization.layer_window import LayerWindow, Saved, load_windows, saved_windows
+from accumops.renamed import explains_renamed
 from accumops.window import replicas
 from accumops.window.accumulator import GradientAccumulator
 from accumops.window.members import register_member
@@ -136,6 +137,7 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
     (array([2.], dtype=float32), array([2.6666667], dtype=float32))
     """
 
+    @explains_renamed
     def __init__(self, *args: Any, accum_steps: int | None = None, **kwargs: Any) -> None:
         if kwargs.get("renorm"):
             raise ValueError(

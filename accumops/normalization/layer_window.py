@@ -102,11 +102,12 @@ class LayerWindow:
                 ops.merge_moments(pooled, moving=moving)
                 each.drop_window()
 
-    def drop_window(self) -> None:
-        """Drops the moments: they never reach the running statistics."""
+    def drop_window(self, unless: tf.Tensor | None = None) -> None:
+        """Drops the moments: they never reach the running statistics. If `unless` is true, nothing is dropped."""
         if self.member.built:
+            kept: Any = [0, 0, 1] if unless is None else tf.where(unless, [1, 1, 1], [0, 0, 1])
             for window, _ in self.parts():
-                window.counters.assign(window.counters * [0, 0, 1])
+                window.counters.assign(window.counters * tf.cast(kept, window.counters.dtype))
 
     def forget(self) -> None:
         """Drops the moments now, even while a function is traced."""

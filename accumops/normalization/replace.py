@@ -4,8 +4,10 @@ import keras
 
 from accumops.normalization.layer import AccumBatchNormalization
 from accumops.normalization.rebuild import Rebuilder
+from accumops.renamed import explains_renamed
 
 
+@explains_renamed
 def replace_batchnorm_layers(model: keras.Model, accum_steps: int | None = None) -> keras.Model:
     """Returns a copy of a model in which every `keras.layers.BatchNormalization` is an `AccumBatchNormalization`.
 

@@ -28,6 +28,7 @@ def accumulate(
     scale: SupportsFloat | SupportsIndex | _Array = 1.0,
     overwrite: bool | _Array = False,
     all_finite: _Array | None = None,
+    squared_norms: _Array | None = None,
     threads: SupportsIndex | None = None,
     stream: int = 0,
 ) -> None: ...
@@ -56,6 +57,7 @@ def update(
     decays: Sequence[bool] | None = None,
     weight: SupportsFloat | SupportsIndex | _Array = 1.0,
     overwrite: bool | _Array = False,
+    applies: bool | _Array = True,
     touched_rows: Sequence[_Array | None] | None = None,
     beta_1: SupportsFloat | SupportsIndex = 0.0,
     beta_2: SupportsFloat | SupportsIndex = 0.0,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from accumops.ops import library, reference
-from accumops.ops.variables import check_variable
+from accumops.ops.variables import as_flag, check_variable
 
 _GRADIENT_DTYPES = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 _ACCUMULATOR_DTYPES = (tf.float32, tf.float64)
@@ -21,7 +21,8 @@ def accumulate(
     overwrite: bool | tf.Tensor = False,
     touched_rows: Sequence[tf.Variable | None] | None = None,
     check_finite: bool = False,
-) -> tf.Tensor | None:
+    squared_norms: bool = False,
+) -> tf.Tensor | tuple[tf.Tensor, tf.Tensor] | None:
     """Adds scaled gradients to accumulators in place: `acc <- (overwrite ? 0 : acc) + scale * gradient`.
 
     One op updates the whole list. Gradient and scale are converted to the accumulator's dtype; then the product and the
@@ -44,9 +45,13 @@ def accumulate(
             shape `[rows]`. The op sets the flag of each row that it adds to. `overwrite` then clears the flagged rows
             only, so all other rows must already be zero. With None, `overwrite` clears all rows.
         check_finite: Whether to report if all gradients are finite. The check is part of the same pass.
+        squared_norms: Whether to report the sums of squares of gradients and accumulators, from the same pass.
 
     Returns:
-        None; with `check_finite` a scalar bool tensor, true if all gradients are finite, whatever `scale` is.
+        None; with `check_finite` a scalar bool tensor, true if all gradients are finite, whatever `scale` is. With
+        `squared_norms` a float64 tensor of shape `[2, len(accumulators)]`: the sum of squares of each gradient, as it
+        is given, and of each accumulator, as the op leaves it. They are NaN where the gradient is `tf.IndexedSlices`.
+        With both, a tuple of the two.
 
     Raises:
         ValueError: If lengths, shapes or dtypes do not fit, or a variable is given twice.
@@ -72,13 +77,19 @@ def accumulate(
         flags = [None if v is None else check_variable("touched_rows", v) for v in touched_rows]
     _check_lists(variables, checked, flags)
     factor = _as_scale(scale, variables)
-    start = _as_overwrite(overwrite)
+    start = as_flag("overwrite", overwrite)
     fused = library.fused_ops(variables)
     if fused is None:
         return reference.accumulate(
-            variables, checked, scale=factor, overwrite=start, touched_rows=flags, check_finite=check_finite
+            variables,
+            checked,
+            scale=factor,
+            overwrite=start,
+            touched_rows=flags,
+            check_finite=check_finite,
+            squared_norms=squared_norms,
         )
-    return _accumulate_fused(fused, variables, checked, factor, start, flags, check_finite)
+    return _accumulate_fused(fused, variables, checked, factor, start, flags, check_finite, squared_norms)
 
 
 def _accumulate_fused(
@@ -89,14 +100,15 @@ def _accumulate_fused(
     overwrite: tf.Tensor,
     touched_rows: list[tf.Variable | None] | None,
     check_finite: bool,
-) -> tf.Tensor | None:
+    squared_norms: bool,
+) -> tf.Tensor | tuple[tf.Tensor, tf.Tensor] | None:
     flags = touched_rows or [None] * len(variables)
     sparse = [i for i, g in enumerate(gradients) if isinstance(g, tf.IndexedSlices)]
     sparse.sort(key=lambda i: flags[i] is not None)
     tracked = [i for i in sparse if flags[i] is not None]
     # The op takes dense gradients first, and the sparse ones with touched rows last.
     order = [i for i in range(len(variables)) if i not in set(sparse)] + sparse
-    finite = ops.accum_ops_accumulate(
+    reports = ops.accum_ops_accumulate(
         accumulators=[variables[i].handle for i in order],
         gradients=[g.values if isinstance(g, tf.IndexedSlices) else g for g in (gradients[i] for i in order)],
         indices=[gradients[i].indices for i in sparse],
@@ -104,8 +116,19 @@ def _accumulate_fused(
         scale=scale,
         overwrite=overwrite,
         check_finite=int(check_finite),
+        squared_norms=int(squared_norms),
     )
-    return finite[0] if check_finite else None
+    if not check_finite and not squared_norms:
+        return None
+    finite, norms = reports
+    found = finite[0] if check_finite else None
+    if not squared_norms:
+        return found
+    (sums,) = norms
+    if sparse:
+        unknown = tf.fill([2, len(sparse)], tf.constant(float("nan"), tf.float64))
+        sums = tf.gather(tf.concat([sums, unknown], 1), [order.index(i) for i in range(len(variables))], axis=1)
+    return (found, sums) if check_finite else sums
 
 
 def _as_gradient(value: tf.Tensor | tf.IndexedSlices, i: int) -> tf.Tensor | tf.IndexedSlices:
@@ -193,10 +216,3 @@ def _as_scale(scale: float | tf.Tensor, variables: list[tf.Variable]) -> tf.Tens
     if not tensor.dtype.is_floating or tensor.shape.rank not in (0, None):
         raise ValueError(f"`scale` must be a number or a floating-point scalar tensor. Received: {scale!r}")
     return tensor if tensor.dtype in (tf.float32, tf.float64) else tf.cast(tensor, tf.float32)
-
-
-def _as_overwrite(overwrite: bool | tf.Tensor) -> tf.Tensor:
-    tensor = tf.convert_to_tensor(overwrite)
-    if tensor.dtype != tf.bool or tensor.shape.rank not in (0, None):
-        raise ValueError(f"`overwrite` must be a bool or a scalar bool tensor. Received: {overwrite!r}")
-    return tensor

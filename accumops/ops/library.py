@@ -20,7 +20,9 @@ import tensorflow as tf
 from accumops.adapters.tensorflow import xla_compiles_this
 
 _DIRECTORY = pathlib.Path(__file__).resolve().parent
-_REBUILD = "`pip install --no-build-isolation .` in accumops' source tree builds them for the installed one"
+# The first driver that serves all releases of a CUDA runtime's major version.
+# https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
+_OLDEST_DRIVER = {"12": "525", "13": "580"}
 _BACKENDS = ("auto", "fused", "reference")
 
 _backend: str | None = None
@@ -85,10 +87,11 @@ def build_info() -> dict[str, Any]:
     """Returns what the compiled libraries were built with, and whether they are loaded.
 
     Returns:
-        A dict with `version` (of accumops), `tensorflow` and `cuda` (the versions that the libraries were built for),
-        `cuda_reason` (why there are no CUDA kernels; `cuda` is then None), `cuda_architectures` and `instruction_sets`
-        (what the kernels were compiled for), `compiler`, `loaded` (bool) and `reason` (why the fused ops are not
-        loaded, or None). In a source tree that was not built, all but `loaded` and `reason` are None.
+        A dict with `version` (of accumops), `tensorflow` (a list of the versions that there is a library for, one for
+        each minor release), `cuda` (the version that the kernels were built for), `cuda_reason` (why there are no CUDA
+        kernels; `cuda` is then None), `cuda_architectures` and `instruction_sets` (what the kernels were compiled for),
+        `compiler`, `loaded` (bool) and `reason` (why the fused ops are not loaded, or None). In a source tree that was
+        not built, all but `loaded` and `reason` are None.
 
     Example:
 
@@ -101,7 +104,7 @@ def build_info() -> dict[str, Any]:
     recorded = _recorded_build() or {}
     return {
         "version": recorded.get("version"),
-        "tensorflow": recorded.get("tensorflow"),
+        "tensorflow": _split(recorded.get("tensorflow")),
         "cuda": recorded.get("cuda") or None,
         "cuda_architectures": _split(recorded.get("cuda_architectures")),
         "cuda_reason": recorded.get("cuda_reason") or None,
@@ -124,23 +127,33 @@ def _recorded_build() -> dict[str, str] | None:
 @functools.cache
 def load() -> tuple[types.ModuleType | None, str | None]:
     """Loads the compiled ops, once. Returns their module and None, or None and the reason why they cannot load."""
-    recorded = _recorded_build()
-    path = _DIRECTORY / "_tensorflow_ops.so"
-    if recorded is None or not path.exists():
+    versions = _split((_recorded_build() or {}).get("tensorflow")) or []
+    paths = {_minor(version): _library_for(version) for version in versions}
+    if not any(path.exists() for path in paths.values()):
         return None, "this installation has no compiled ops; `pip install .` in the source tree builds them"
-    if _minor(recorded["tensorflow"]) != _minor(tf.__version__):
+    path = paths.get(_minor(tf.__version__))
+    if path is None or not path.exists():
+        minors = " and ".join(paths)
         return None, (
-            f"they were built for TensorFlow {recorded['tensorflow']} and TensorFlow {tf.__version__} is installed; "
-            + _REBUILD
+            f"they are for TensorFlow {minors} and TensorFlow {tf.__version__} is installed; install TensorFlow "
+            f"{list(paths)[-1]}, or a release of accumops that has them for {_minor(tf.__version__)}"
         )
     try:
         return tf.load_op_library(str(path)), None
     except (tf.errors.OpError, OSError) as error:
-        return None, f"the dynamic linker refused {path.name}: {str(error).splitlines()[0]}; {_REBUILD}"
+        return None, (
+            f"the dynamic linker refused {path.name}: {str(error).splitlines()[0]}; `pip install --force-reinstall "
+            "--no-deps accumops` mends a file that is broken, and otherwise this TensorFlow is not the one of PyPI: "
+            "`pip install --no-build-isolation .` in accumops' source tree builds the ops for it"
+        )
 
 
-def _minor(version: str) -> list[str]:
-    return version.split(".")[:2]
+def _library_for(version: str) -> pathlib.Path:
+    return _DIRECTORY / f"_tensorflow_ops_{_minor(version).replace('.', '_')}.so"
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
 
 
 @functools.cache
@@ -161,9 +174,11 @@ def gpu_problem() -> str | None:
         return f"they were built without CUDA kernels ({recorded.get('cuda_reason') or 'no build found'})"
     status = kernels.cuda_status()
     if status["error"]:
+        serves = cuda_version(status["driver_version"])
         return (
-            f"the CUDA {recorded['cuda']} runtime they were built with does not work with this machine's driver "
-            f"(version {status['driver_version']}): {status['error']}; update the driver, or build with an older nvcc"
+            f"they were built with CUDA {recorded['cuda']}, which needs an NVIDIA driver of version "
+            f"{_OLDEST_DRIVER.get(recorded['cuda'].split('.')[0], 'its own')} or newer, and this machine's driver "
+            f"{f'serves CUDA {serves}' if serves else 'was not found'} ({status['error']}); update the driver"
         )
     built = _split(recorded["cuda_architectures"]) or []
     for device in tf.config.list_physical_devices("GPU"):
@@ -172,6 +187,11 @@ def gpu_problem() -> str | None:
             major, minor = capability
             return f"{device.name} has compute capability {major}.{minor} and they are for {', '.join(built)}"
     return None
+
+
+def cuda_version(number: int) -> str | None:
+    """Turns CUDA's number, 1000 * major + 10 * minor, into text. CUDA gives 0 if there is no driver."""
+    return f"{number // 1000}.{number % 1000 // 10}" if number else None
 
 
 def _runs_on(architectures: list[str], major: int, minor: int) -> bool:

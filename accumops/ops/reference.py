@@ -16,13 +16,15 @@ def accumulate(
     overwrite: bool | tf.Tensor = False,
     touched_rows: Sequence[tf.Variable | None] | None = None,
     check_finite: bool = False,
-) -> tf.Tensor | None:
+    squared_norms: bool = False,
+) -> tf.Tensor | tuple[tf.Tensor, tf.Tensor] | None:
     """Defines `accumops.ops.accumulate`. It takes the same arguments and does not check them.
 
     A scale that is 0 in the accumulator's dtype adds nothing, whatever the gradients hold, and touches no row.
     """
     touched_rows = touched_rows or [None] * len(accumulators)
     finite = []
+    norms = []
     with tf.control_dependencies(_check_indices(accumulators, gradients)):
         for accumulator, gradient, touched in zip(accumulators, gradients, touched_rows, strict=True):
             values = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
@@ -36,9 +38,15 @@ def accumulate(
                 _accumulate_rows(accumulator, product, gradient.indices, overwrite, touched, factor != 0)
             else:
                 accumulator.assign(tf.where(overwrite, product, accumulator + product))
-    if not check_finite:
-        return None
-    return tf.reduce_all(tf.stack(finite)) if finite else tf.constant(True)
+            if squared_norms:
+                sparse = isinstance(gradient, tf.IndexedSlices)
+                nothing = tf.constant(float("nan"), tf.float64)
+                norms.append([nothing, nothing] if sparse else [_squared_norm(values), _squared_norm(accumulator)])
+    all_finite = (tf.reduce_all(tf.stack(finite)) if finite else tf.constant(True)) if check_finite else None
+    if not squared_norms:
+        return all_finite
+    sums = tf.transpose(tf.stack(norms)) if norms else tf.zeros([2, 0], tf.float64)
+    return sums if all_finite is None else (all_finite, sums)
 
 
 def _check_indices(
@@ -84,7 +92,11 @@ def squared_norms(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
     """Defines `accumops.ops.squared_norms`. It takes the same arguments and does not check them."""
     if not tensors:
         return tf.zeros([0], tf.float64)
-    return tf.stack([tf.reduce_sum(tf.cast(tensor, tf.float64) ** 2) for tensor in tensors])
+    return tf.stack([_squared_norm(tensor) for tensor in tensors])
+
+
+def _squared_norm(tensor: tf.Tensor | tf.Variable) -> tf.Tensor:
+    return tf.reduce_sum(tf.cast(tensor, tf.float64) ** 2)
 
 
 def update(
@@ -100,6 +112,7 @@ def update(
     decays: Sequence[bool],
     weight: tf.Tensor,
     overwrite: tf.Tensor,
+    applies: tf.Tensor,
     touched_rows: Sequence[tf.Variable | None],
     beta_1: float,
     beta_2: float,
@@ -127,7 +140,7 @@ def update(
         for target, old, new in zip((variable, *(slot[i] for slot in slots)), before, after, strict=True):
             if rows is not None:
                 new = tf.where(tf.reshape(rows, [-1] + [1] * (new.shape.rank - 1)), new, old)
-            target.assign(new)
+            target.assign(tf.where(applies, new, old))
 
 
 def step(

@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from accumops.ops import library, reference
-from accumops.ops.variables import check_variable
+from accumops.ops.variables import as_flag, check_variable
 
 SLOTS = {"sgd": 0, "momentum": 1, "nesterov": 1, "adam": 2, "amsgrad": 3, "lion": 1}
 """The number of slot variables that each rule keeps for a variable."""
@@ -31,6 +31,7 @@ def update(
     decays: Sequence[bool] | None = None,
     weight: float | tf.Tensor = 1.0,
     overwrite: bool | tf.Tensor = False,
+    applies: bool | tf.Tensor = True,
     touched_rows: Sequence[tf.Variable | None] | None = None,
     beta_1: float = 0.0,
     beta_2: float = 0.0,
@@ -72,6 +73,8 @@ def update(
         weight: The factor for the latest gradients, a number or a scalar tensor. With 0 they count as zero, whatever
             they hold, NaN included.
         overwrite: Whether the accumulators count as zero, whatever they hold: a bool or a scalar bool tensor.
+        applies: Whether the step is made: a bool or a scalar bool tensor. If it is not, nothing is written. A tensor is
+            read where the op runs, so no step waits for a GPU.
         touched_rows: For each variable None, or a bool variable of shape `[rows]`. Rows whose flag is not set stay as
             they are, in the variable and in its slots.
         beta_1: The momentum, or the first of two decay rates.
@@ -120,7 +123,8 @@ def update(
         "rate": _as_factor("rate", rate),
         "decay": _as_factor("decay", decay),
         "weight": _as_factor("weight", weight),
-        "overwrite": tf.convert_to_tensor(overwrite, tf.bool),
+        "overwrite": as_flag("overwrite", overwrite),
+        "applies": as_flag("applies", applies),
         "decays": decaying,
         "beta_1": float(beta_1),
         "beta_2": float(beta_2),

@@ -1,4 +1,4 @@
-"""Access to the TensorFlow variable inside a Keras variable."""
+"""What the ops take: the TensorFlow variable inside a Keras variable, and flags."""
 
 from typing import Any
 
@@ -17,3 +17,11 @@ def check_variable(name: str, value: Any) -> tf.Variable:
     if not hasattr(variable, "handle"):
         raise TypeError(f"`{name}` must be a tf.Variable or keras.Variable. Received: {value!r}")
     return variable
+
+
+def as_flag(name: str, value: bool | tf.Tensor) -> tf.Tensor:
+    """Returns an argument as a bool scalar; raises a ValueError that names the argument if it is none."""
+    tensor = tf.convert_to_tensor(value)
+    if tensor.dtype != tf.bool or tensor.shape.rank not in (0, None):
+        raise ValueError(f"`{name}` must be a bool or a scalar bool tensor. Received: {value!r}")
+    return tensor

@@ -9,6 +9,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from accumops.renamed import explains_renamed
+
 
 @keras.saving.register_keras_serializable(package="accumops")
 class AdaptiveGradientClipping:
@@ -62,6 +64,7 @@ class AdaptiveGradientClipping:
     True
     """
 
+    @explains_renamed
     def __init__(self, clip_factor: float = 0.01, epsilon: float = 1e-3, exclude: Iterable[str] = ()) -> None:
         self._clip_factor = _check_positive("clip_factor", clip_factor)
         self._epsilon = _check_positive("epsilon", epsilon)

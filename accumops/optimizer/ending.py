@@ -3,7 +3,7 @@
     way           function              when
     folded        `_fold`               the last micro-batch is at hand, the update is fused, and nothing needs the
                                         window's whole gradient before it (no `gradient_clipping`, no clipping by norm,
-                                        no LossScaleOptimizer, no record): the op adds the last gradients while it
+                                        no LossScaleOptimizer, nothing tracked): the op adds the last gradients while it
                                         updates
     on replicas   `_end_across`         under a mirroring strategy: outside of the replicas, once for all of them
     unfused       `_unfused`            the op cannot make the update: the optimizer's own `apply` gets the mean
@@ -25,17 +25,18 @@ import keras
 import tensorflow as tf
 
 from accumops.adapters.conditional_steps import stepping_if, steps_singly
-from accumops.adapters.keras_optimizer import index_of, innermost, without_reduction
+from accumops.adapters.keras_optimizer import index_of, innermost, scaling_learning_rate, without_reduction
 from accumops.adapters.overriding import LOCK
 from accumops.arguments import name_of
 from accumops.optimizer import fused_update, row_update
 from accumops.optimizer.checks import check_goes_with_lazy_rows, check_no_constraints
 from accumops.optimizer.fused_update import FusedUpdate, warn_of_missing
-from accumops.optimizer.nonfinite import scale_of_loss, update_if_it_applies
+from accumops.optimizer.nonfinite import decides_on_device, scale_of_loss, update_if_it_applies
 from accumops.optimizer.window_record import WindowRecord
 from accumops.window import replicas
 from accumops.window.connected_variables import Connected
 from accumops.window.micro_batch import CountedMicroBatch, Window
+from accumops.window.noise_schedule import NoiseScaleSchedule
 from accumops.window.state import WindowState
 
 Gradients = Sequence[tf.Tensor | tf.IndexedSlices | None]
@@ -69,8 +70,8 @@ class Ending:
         """Whether a window's last gradients can go straight into the update."""
         if self.state.strategy is not None:
             return False  # they are summed over the replicas first
-        if self.record is not None:
-            return False  # it looks at the sums
+        if self.record is not None or self.state.noise is not None:
+            return False  # they look at the sums
         needs_all = self.gradient_clipping is not None or fused_update.needs_norms(self.optimizer)
         return not needs_all and bool(self.fused_update)
 
@@ -126,10 +127,26 @@ class Ending:
     def _update(self, window: Window, update: Callable[[], None]) -> None:
         """Makes the update of a window, unless gradients that are not finite keep it from making one."""
         self._note(window)
-        update_if_it_applies(self.optimizer, window.verdict, update)
+        with self._rate_of_window():
+            if self.fused_update and decides_on_device(self.optimizer, self.variables):
+                update()  # with the verdict for a flag of the op
+            else:
+                update_if_it_applies(self.optimizer, window.verdict, update)
+
+    def _rate_of_window(self) -> contextlib.AbstractContextManager[None]:
+        """Has the learning rate follow the window's size, if a schedule says so."""
+        schedule = self.state.counters.accum_steps
+        if not isinstance(schedule, NoiseScaleSchedule) or schedule.learning_rate == "none":
+            return contextlib.nullcontext()
+        return scaling_learning_rate(innermost(self.optimizer), schedule.factor(self.state.counters.step))
 
     def _note(self, window: Window) -> None:
-        """Has the record note a window, if there is one."""
+        """Has what is tracked take a window in: the noise of its gradients, and the record."""
+        noise = self.state.noise
+        if noise is not None and window.groups is not None:
+            with window.place(self.variables[0]):
+                steps = tf.convert_to_tensor(self.state.counters.step)
+                noise.end(window.groups, window.verdict.applies, scale_of_loss(self.optimizer), steps)
         if self.record is None:
             return
         clips = self.gradient_clipping is not None

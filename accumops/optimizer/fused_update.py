@@ -7,7 +7,8 @@ The wrapped optimizer's own `apply` still runs, with its arithmetic replaced:
       └─ step                           replaced by `ops.update`: from the window's sums to variables and slots
 
 The op reads the window's sums as they are: division by the sum of shares, unscaling and clipping by a norm are one
-factor for each variable. Slots are the optimizer's own variables.
+factor for each variable. Slots are the optimizer's own variables. Whether a window with gradients that are not finite
+makes an update is a flag of the op, so that no step waits for a GPU to decide it.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from accumops.adapters.conditional_steps import constraining_if, warn_of_missing
 from accumops.adapters.keras_optimizer import decays, index_of, replacing_arithmetic, rule_of, why_arithmetic_is_kept
 from accumops.ops import library
 from accumops.ops.variables import tf_variable
-from accumops.optimizer.nonfinite import apply_if_finite, scale_of_loss
+from accumops.optimizer.nonfinite import apply_if_finite, decides_on_device, follow, scale_of_loss
 from accumops.window.buckets import in_buckets
 from accumops.window.connected_variables import Connected
 from accumops.window.micro_batch import Window
@@ -98,23 +99,36 @@ def apply(
     """
     connected = windows[0].connected
     positions = [i for i, held in enumerate(windows[0].accumulators) if held is not None or i in connected.without]
+    updated = [variables[i] for i in positions]
     squared_norms: list[tf.Tensor | None] = [None] * len(windows)
     if needs_norms(optimizer):
         for each, window in enumerate(windows):
             with window.place(variables[0]):
                 squared_norms[each] = window.squared_norms
 
-    def update() -> None:
+    def update(applies: Sequence[tf.Tensor | bool]) -> None:
         warn_of_missing(_unscaled(optimizer), variables, connected)
         scale = scale_of_loss(optimizer)
         unscale = 1.0 if scale is None else 1 / scale
-        _Update(_unscaled(optimizer), windows, variables, unscale, squared_norms, lazy).run(positions)
+        _Update(_unscaled(optimizer), windows, variables, unscale, squared_norms, lazy, applies).run(positions)
 
+    on_device = decides_on_device(optimizer, variables)
+    applies = [window.verdict.applies if on_device else True for window in windows]
     if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        update()
+        update(applies)
         return
-    updated = [variables[i] for i in positions]
-    apply_if_finite(optimizer, squared_norms[0], update, updated, outside_replicas=windows[0].replica is not None)
+    finite = []
+    for window, norms in zip(windows, squared_norms, strict=True):
+        with window.place(variables[0]):
+            finite.append(tf.reduce_all(tf.math.is_finite(norms)))
+    if not on_device:
+        outside = windows[0].replica is not None
+        apply_if_finite(optimizer, finite[0], lambda: update(applies), updated, outside_replicas=outside)
+        return
+    with Recording() as recording:
+        update([fine if each is True else each & fine for each, fine in zip(applies, finite, strict=True)])
+    with tf.control_dependencies(recording.effects):
+        follow(optimizer, windows[0].verdict, finite[0])
 
 
 class _Update:
@@ -128,11 +142,12 @@ class _Update:
         unscale: float | tf.Tensor,
         squared_norms: Sequence[tf.Tensor | None],
         lazy: bool,
+        applies: Sequence[tf.Tensor | bool],
     ) -> None:
         rule = rule_of(optimizer)
         assert rule is not None, "checked by `describe`"
         self._optimizer, self._rule, self._lazy = optimizer, rule, lazy
-        self._windows, self._variables = windows, variables
+        self._windows, self._variables, self._applies = windows, variables, applies
         self._scales = []
         for window, squares in zip(windows, squared_norms, strict=True):
             with window.place(variables[0]):
@@ -157,6 +172,9 @@ class _Update:
         conditions = [(variables[i], flag) for i, flag in maybe.items()]
         with replacing_arithmetic(self._optimizer, update), constraining_if(conditions), after_update:
             type(self._optimizer).apply(self._optimizer, gradients, [variables[i] for i in positions])
+            if self._applies[0] is not True:
+                iterations = self._optimizer.iterations  # `apply` has counted an update that may be none
+                iterations.assign_sub(tf.cast(~self._applies[0], iterations.dtype))
 
     def _step(self, positions: Sequence[int], learning_rate: tf.Tensor) -> None:
         maybe = {i: flag for i, flag in self._windows[0].connected.maybe.items() if i in positions}
@@ -177,19 +195,26 @@ class _Update:
         )
 
     def _step_all(self, positions: Sequence[int], learning_rate: tf.Tensor) -> None:
-        for window, scales in zip(self._windows, self._scales, strict=True):
+        for window, scales, applies in zip(self._windows, self._scales, self._applies, strict=True):
             # One op for the variables whose last gradient is folded in, or a few, and one for the others.
             folded = [i for i in positions if i in window.latest]
             others = [i for i in positions if i not in window.latest]
             latest = [window.latest.get(i) for i in range(len(self._variables))]
             with window.place(self._variables[0]):
                 for chosen in in_buckets(folded, latest, self._variables):
-                    self._step_in_one_op(window, chosen, scales, learning_rate, folded=True)
+                    self._step_in_one_op(window, chosen, scales, applies, learning_rate, folded=True)
                 if others:
-                    self._step_in_one_op(window, others, scales, learning_rate, folded=False)
+                    self._step_in_one_op(window, others, scales, applies, learning_rate, folded=False)
 
     def _step_in_one_op(
-        self, window: Window, chosen: Sequence[int], scales: tf.Tensor, learning_rate: tf.Tensor, *, folded: bool
+        self,
+        window: Window,
+        chosen: Sequence[int],
+        scales: tf.Tensor,
+        applies: tf.Tensor | bool,
+        learning_rate: tf.Tensor,
+        *,
+        folded: bool,
     ) -> None:
         optimizer, rule = self._optimizer, self._rule
         # The optimizer may have been built for more variables, or in another order.
@@ -210,6 +235,7 @@ class _Update:
             decays=decaying,
             weight=window.latest_weight if folded else 1.0,
             overwrite=window.starts if folded else False,
+            applies=applies,
             touched_rows=rows,
             clip=_clip_value(optimizer),
             **rule.settings,

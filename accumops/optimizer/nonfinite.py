@@ -34,6 +34,44 @@ def scale_of_loss(optimizer: keras.optimizers.Optimizer) -> float | tf.Tensor | 
     return optimizer.loss_scale_factor
 
 
+def decides_on_device(optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]) -> bool:
+    """Whether a fused update can leave everything as it is where its device says so, and the host need not know.
+
+    Moving averages and constraints are Keras's own operations: with these an update is in a condition, and the host
+    waits for the device to decide it.
+
+    Args:
+        optimizer: The optimizer, or a LossScaleOptimizer around it, with a fused update.
+        variables: The variables that it updates.
+    """
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    return (
+        (inner is optimizer or type(optimizer) is keras.optimizers.LossScaleOptimizer)
+        and not inner.use_ema
+        and all(variable.constraint is None for variable in variables)
+    )
+
+
+def follow(optimizer: keras.optimizers.LossScaleOptimizer, verdict: Verdict, finite: tf.Tensor) -> None:
+    """Has the scale of losses follow a window whose update was decided on the device, as a LossScaleOptimizer would.
+
+    Args:
+        optimizer: The LossScaleOptimizer.
+        verdict: The window's verdict.
+        finite: Whether the window's gradient is finite, a bool scalar.
+    """
+    backs_off = ~finite if verdict.applies is True else verdict.applies & ~finite
+    if verdict.nonfinite is not None:
+        backs_off |= verdict.nonfinite > 0
+    updates = finite if verdict.applies is True else verdict.applies & finite
+    counter, scale = (tf.convert_to_tensor(each) for each in (optimizer.step_counter, optimizer.dynamic_scale))
+    grows = tf.equal(counter, tf.cast(optimizer.dynamic_growth_steps - 1, counter.dtype)) & updates & ~backs_off
+    factor = tf.where(backs_off, 0.5, tf.where(grows, 2.0, 1.0))
+    counted = counter + tf.cast(updates, counter.dtype)
+    optimizer.step_counter.assign(tf.where(backs_off | grows, tf.zeros_like(counter), counted))
+    optimizer.dynamic_scale.assign(scale * tf.cast(factor, scale.dtype))
+
+
 def update_if_it_applies(optimizer: keras.optimizers.Optimizer, verdict: Verdict, update: Callable[[], None]) -> None:
     """Makes the update of a window, unless the window's verdict is that it makes none.
 
@@ -59,7 +97,7 @@ def _back_off(optimizer: keras.optimizers.LossScaleOptimizer) -> None:
 
 def apply_if_finite(
     optimizer: keras.optimizers.LossScaleOptimizer,
-    squared_norms: tf.Tensor,
+    finite: tf.Tensor,
     update: Callable[[], None],
     variables: Sequence[keras.Variable],
     *,
@@ -69,12 +107,11 @@ def apply_if_finite(
 
     Args:
         optimizer: The LossScaleOptimizer.
-        squared_norms: The squared norm of each gradient, in float64, where they are finite if the gradients are.
+        finite: Whether all gradients are finite, a bool scalar.
         update: Makes the update of the optimizer within.
         variables: The variables that are updated.
         outside_replicas: Whether this runs once for all replicas of a strategy.
     """
-    finite = tf.reduce_all(tf.math.is_finite(squared_norms))
 
     def apply(gradients: Sequence[None], trainable_variables: Sequence[keras.Variable] | None = None) -> None:
         update()

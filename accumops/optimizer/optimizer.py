@@ -30,6 +30,7 @@ from accumops.optimizer.fused_update import FusedUpdate
 from accumops.optimizer.known_variables import KnownVariables
 from accumops.optimizer.loading import LoadsState
 from accumops.optimizer.window_record import WindowRecord
+from accumops.renamed import explains_renamed
 from accumops.window import replicas
 from accumops.window.accumulator import GradientAccumulator
 from accumops.window.micro_batch import CountedMicroBatch
@@ -95,6 +96,7 @@ class GradientAccumulateOptimizer(LoadsState):
     2
     """
 
+    @explains_renamed
     def __init__(
         self,
         inner_optimizer: keras.optimizers.Optimizer | str | dict[str, Any],

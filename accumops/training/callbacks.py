@@ -9,6 +9,7 @@ import keras
 from accumops.adapters.keras_model import loss_tracker
 from accumops.arguments import check_accum_steps
 from accumops.optimizer.optimizer import GradientAccumulateOptimizer
+from accumops.renamed import explains_renamed
 
 
 def accumulating_optimizer(model: Any) -> GradientAccumulateOptimizer | None:
@@ -66,6 +67,7 @@ class AccumStepsScheduler(WindowCallback):
     [1, 1, 4]
     """
 
+    @explains_renamed
     def __init__(self, schedule: dict[int, int] | Callable[[int, int], int], verbose: int = 0) -> None:
         super().__init__()
         if isinstance(schedule, dict):

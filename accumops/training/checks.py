@@ -24,10 +24,11 @@ def check_model(model: keras.Model | None, inputs: Any, outputs: Any) -> keras.M
         if inputs is None or outputs is None:
             raise ValueError("Give either a model, or both `inputs` and `outputs`.")
         return keras.Model(inputs=inputs, outputs=outputs)
+    if not isinstance(model, keras.Model):
+        hint = f" Write `accum_steps={model}`." if isinstance(model, int) else ""
+        raise TypeError(f"`model` must be a keras.Model. Received: {model!r}.{hint}")
     if inputs is not None or outputs is not None:
         raise ValueError("Give either a model, or `inputs` and `outputs`, not both.")
-    if not isinstance(model, keras.Model):
-        raise TypeError(f"`model` must be a keras.Model. Received: {model!r}")
     for method in (*_STEPS, *_LOOPS):
         if getattr(type(model), method) is getattr(keras.Model, method):
             continue

@@ -21,6 +21,7 @@ from accumops.normalization.layer_window import LayerWindow
 from accumops.optimizer.ending import Clipping
 from accumops.optimizer.optimizer import GradientAccumulateOptimizer
 from accumops.planning.micro_batch_plan import MicroBatchPlan
+from accumops.renamed import explains_renamed
 from accumops.training import checks
 from accumops.training.auto_micro_batch import AutoMicroBatch
 from accumops.training.callbacks import AccumStepsScheduler
@@ -41,8 +42,7 @@ class GradientAccumulateModel(ConfiguredWrapper):
     Give it the model, or the `inputs` and `outputs` of one. The wrapped model keeps its layers and weights: predict
     with either, and save `model.model` to have it without accumops. Around a functional or Sequential model this is a
     functional model with the same `inputs`, `outputs` and `layers`; layers of a subclassed model are those of
-    `model.model`. Exactly one of `accum_steps` and
-    `micro_batch_size` says how a window is run:
+    `model.model`. Exactly one of `accum_steps` and `micro_batch_size` says how a window is run:
 
     - `accum_steps=K`: each batch of `fit` is a micro-batch, and every K-th makes an update.
     - `micro_batch_size=b`: each batch of `fit` is a window. The step splits it into micro-batches of b samples, which
@@ -75,9 +75,8 @@ class GradientAccumulateModel(ConfiguredWrapper):
         loss_over: With `micro_batch_size`, what the loss sees: `"micro_batch"` (each micro-batch by itself, which is
             exact for means and sums over samples) or `"window"` (the outputs of all its micro-batches at once, which
             is exact for every loss, such as contrastive ones; it costs one more forward pass).
-        check_loss: What becomes of a loss that micro-batches cannot compute, such as a contrastive loss or one that
-            divides by a count of its own: `"error"` (before the first training step of `fit` and `train_on_batch`, a
-            ValueError that names the loss), `"warn"`, or False for no check. See `docs/loss_check.md`.
+        check_loss: What becomes of a loss that micro-batches cannot compute, such as a contrastive one: `"error"` (a
+            ValueError before the first training step), `"warn"`, or False for no check. See `docs/loss_check.md`.
         normalization: What a micro-batch counts for in the mean over its window: `"auto"` (what its loss has divided
             by: samples, valid positions of a mask, labels that `ignore_class` leaves, or the sum of sample weights if
             the loss's reduction is `"mean_with_sample_weight"`; an error if the losses of several outputs divide by
@@ -111,6 +110,7 @@ class GradientAccumulateModel(ConfiguredWrapper):
 
     jit_compile: bool  # Keras's property
 
+    @explains_renamed
     def __init__(
         self,
         model: keras.Model | None = None,

@@ -45,12 +45,14 @@ class _Setting:
     overwrite_tensor: bool = False
     check_finite: bool = False
     planted: float | None = None  # a value to put into one gradient element
+    squared_norms: bool = False
 
     def __str__(self) -> str:
         scale = f"scale {self.scale:.3g}" + (f" as {self.scale_dtype} tensor" if self.scale_dtype else "")
         overwrite = f"overwrite {self.overwrite}" + (" as tensor" if self.overwrite_tensor else "")
         finite = f", check_finite with {self.planted}" if self.planted is not None else ", check_finite"
-        return f"{scale}, {overwrite}{finite if self.check_finite else ''}"
+        norms = ", squared_norms" if self.squared_norms else ""
+        return f"{scale}, {overwrite}{finite if self.check_finite else ''}{norms}"
 
     def scale_for(self, dtype: np.dtype) -> np.floating:
         """The scale as the op converts it for an accumulator of `dtype`."""
@@ -60,11 +62,11 @@ class _Setting:
 
 _SETTINGS = [
     _Setting(),
-    _Setting(0.37, overwrite=True, check_finite=True),
+    _Setting(0.37, overwrite=True, check_finite=True, squared_norms=True),
     _Setting(-1 / 3, "float32", overwrite_tensor=True, check_finite=True, planted=np.inf),
     _Setting(0.37, "float64", overwrite=True, overwrite_tensor=True, check_finite=True, planted=np.nan),
     _Setting(1 / 7, check_finite=True, planted=-np.inf),
-    _Setting(1.7, "float32", overwrite=True),
+    _Setting(1.7, "float32", squared_norms=True),
     _Setting(0.0, overwrite_tensor=True, check_finite=True, planted=np.nan),
     _Setting(1e-3, "float16", overwrite=True, overwrite_tensor=True),
 ]
@@ -138,7 +140,7 @@ def _dense_trial(
         variables=accumulators,
         arguments=[[tf.constant(gradient) for gradient in gradients], *_arguments(setting)],
         step=partial(_step, len(items), None, setting),
-        expected=expected + _expect_finite(gradients, setting),
+        expected=expected + _expect_reports(gradients, expected, setting),
     )
 
 
@@ -231,7 +233,9 @@ def _rows_trial(
         variables=accumulators + flag_lists,
         arguments=[slices, *_arguments(setting)],
         step=partial(_step, len(shapes), has_flags if tracked else None, setting),
-        expected=expected + expected_flags + _expect_finite(gradients, setting),
+        expected=expected
+        + expected_flags
+        + _expect_reports(gradients, expected, setting, [indices is not None for indices in all_indices]),
         terms=int(most),
     )
 
@@ -259,7 +263,7 @@ def _step(
     overwrite: tf.Tensor | None = None,
 ) -> list[tf.Tensor]:
     flags = iter(variables[count:])
-    finite = implementation(
+    reports = implementation(
         variables[:count],
         gradients,
         # TensorFlow would make a Python float float32, which is not exact enough for float64 accumulators.
@@ -267,8 +271,9 @@ def _step(
         overwrite=setting.overwrite if overwrite is None else overwrite,
         touched_rows=None if has_flags is None else [next(flags) if has else None for has in has_flags],
         check_finite=setting.check_finite,
+        squared_norms=setting.squared_norms,
     )
-    return [finite] if setting.check_finite else []
+    return [] if reports is None else list(reports) if isinstance(reports, tuple) else [reports]
 
 
 def _arguments(setting: _Setting) -> list[Any]:
@@ -299,10 +304,26 @@ def _plant(rng: np.random.Generator, gradients: Sequence[np.ndarray], setting: _
     flat[rng.choice([0, flat.size - 1, int(rng.integers(flat.size))])] = setting.planted
 
 
-def _expect_finite(gradients: Sequence[np.ndarray], setting: _Setting) -> list[Expected]:
-    if not setting.check_finite:
-        return []
-    return [Expected("check_finite's answer", np.array(all(np.isfinite(g).all() for g in gradients)))]
+def _expect_reports(
+    gradients: Sequence[np.ndarray],
+    accumulators: Sequence[Expected],
+    setting: _Setting,
+    sparse: Sequence[bool] | None = None,
+) -> list[Expected]:
+    """What the op returns, in its order. `sparse` says which gradients are `tf.IndexedSlices`."""
+    reports = []
+    if setting.check_finite:
+        reports.append(Expected("check_finite's answer", np.array(all(np.isfinite(g).all() for g in gradients))))
+    if setting.squared_norms:
+        of_gradients = [np.sum(gradient.astype(np.float64) ** 2) for gradient in gradients]
+        of_accumulators = [np.sum(each.value.astype(np.float64) ** 2) for each in accumulators]
+        norms = np.array([of_gradients, of_accumulators])
+        units = ulp(norms, np.dtype(np.float64)) * max(gradient.size for gradient in gradients)
+        # An accumulator is rounded before it is squared.
+        units[1] += [np.sum(2 * np.abs(each.value) * each.ulp).astype(np.float64) for each in accumulators]
+        norms[:, [i for i, each in enumerate(sparse or []) if each]] = np.nan
+        reports.append(Expected("squared_norms", norms, units))
+    return reports
 
 
 def _numpy(dtype: str) -> np.dtype:

@@ -28,6 +28,7 @@ class _Gradients:
     accumulated: bool = True  # whether there are accumulators
     latest: str | None = None  # the dtype of the latest gradients, if there are any
     overwrite: bool = False
+    applies: bool = True
     rows: bool = False  # whether only some rows are updated
     clip: float = 0.0
 
@@ -36,6 +37,7 @@ class _Gradients:
             "accumulators": self.accumulated,
             f"latest {self.latest}": self.latest,
             "overwrite": self.overwrite,
+            "does not apply": not self.applies,
             "touched rows": self.rows,
             f"clip {self.clip}": self.clip,
         }
@@ -49,6 +51,7 @@ _GRADIENTS = [
     _Gradients(latest="float16", overwrite=True),
     _Gradients(accumulated=False, latest="float32"),
     _Gradients(rows=True),
+    _Gradients(latest="float32", applies=False),
 ]
 
 
@@ -87,6 +90,8 @@ def _trial(rule: str, gradients: _Gradients, rng: np.random.Generator) -> Trial:
         before = [value, *(slot[i] for slot in slots)]
         after = _step(rule, [each.astype(np.float64) for each in before], gradient, float(rate), float(decay))
         for k, (old, (new, magnitude)) in enumerate(zip(before, after, strict=True)):
+            if not gradients.applies:
+                new, magnitude = old, np.abs(old)
             if gradients.rows:
                 touched = flags[i].reshape([-1] + [1] * (old.ndim - 1))
                 new, magnitude = np.where(touched, new, old), np.where(touched, magnitude, np.abs(old))
@@ -99,7 +104,7 @@ def _trial(rule: str, gradients: _Gradients, rng: np.random.Generator) -> Trial:
         variables=[*state, *untouched],
         arguments=[
             [tf.constant(each) for each in latest] if gradients.latest is not None else [],
-            *(tf.constant(each) for each in (scales, rate, decay, weight, gradients.overwrite)),
+            *(tf.constant(each) for each in (scales, rate, decay, weight, gradients.overwrite, gradients.applies)),
         ],
         step=partial(_run, rule, gradients, len(shapes)),
         expected=[*itertools.chain(*expected), *(Expected("read only", each) for each in untouched)],
@@ -151,6 +156,7 @@ def _run(
     decay: tf.Tensor,
     weight: tf.Tensor,
     overwrite: tf.Tensor,
+    applies: tf.Tensor,
 ) -> list[tf.Tensor]:
     lists = [variables[i : i + count] for i in range(0, len(variables), count)]
     beside = lists[1 + SLOTS[rule] :]
@@ -166,6 +172,7 @@ def _run(
         decays=[True] * count,
         weight=weight,
         overwrite=overwrite,
+        applies=applies,
         touched_rows=beside[-1] if gradients.rows else [None] * count,
         clip=gradients.clip,
         **_SETTINGS,

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import keras
 import tensorflow as tf
 
-from accumops.arguments import Schedule, check_bool, check_variables, is_variable
+from accumops.arguments import Schedule, check_bool, check_decay, check_variables, is_variable
+from accumops.renamed import explains_renamed
 from accumops.window import replicas
 from accumops.window.members import members_of
 from accumops.window.state import WindowState
@@ -78,6 +79,7 @@ class GradientAccumulator(tf.Module):
     2
     """
 
+    @explains_renamed
     def __init__(
         self,
         accum_steps: int | Schedule | None,
@@ -228,6 +230,35 @@ class GradientAccumulator(tf.Module):
         """
         return tf.logical_and(self.open, self._state.verdict().applies)
 
+    def track_noise(self, decay: float = 0.99) -> None:
+        """Has functions that are traced from now on note how noisy gradients are, for `noise_scale`.
+
+        Args:
+            decay: What is left of the averages after one more window.
+
+        Raises:
+            TypeError: If `decay` is not a number.
+            ValueError: If it is out of range, or windows are sums.
+        """
+        self._state.track_noise(check_decay(decay))
+
+    @property
+    def noise_scale(self) -> tf.Tensor:
+        """The gradient noise scale, in the unit of the weights: a float64 scalar; see `GradientNoiseScale`.
+
+        It needs `track_noise`, windows of two micro-batches at least, and weights that are their numbers of samples:
+        with the default weight it is in micro-batches. It is NaN before such a window has been closed, and infinite
+        where no gradient is seen for noise. Under a strategy `close(reduce=True)` or an optimizer's update tell of it;
+        `close()` does not.
+
+        Raises:
+            ValueError: If nothing is tracked.
+        """
+        noise = self._built_state().noise
+        if noise is None:
+            raise ValueError(f"{self.name} does not track noise: call `track_noise()` before functions are traced.")
+        return noise.scale
+
     @tf.autograph.experimental.do_not_convert
     def accumulate(
         self,
@@ -293,6 +324,9 @@ class GradientAccumulator(tf.Module):
         if state.strategy is not None:
             return self._close_on_replica(state.strategy, keep_sparse, reduce)
         with state.ending(by_trace=True) as window:
+            if state.noise is not None and window.groups is not None:
+                steps = tf.convert_to_tensor(state.counters.step)
+                state.noise.end(window.groups, window.verdict.applies, None, steps)
             return window.or_zero().means(sparse=keep_sparse)
 
     def _close_on_replica(

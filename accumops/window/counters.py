@@ -28,7 +28,7 @@ class Counters(tf.Module):
         self._schedule = tf.function(accum_steps) if callable(accum_steps) else None
         # `accum_steps` as a variable, so that traced functions see it change. It is not saved: a process that goes on
         # with another one's window takes it from its own arguments.
-        self._untracked = Untracked(next_limit=None)
+        self._untracked = Untracked(next_limit=None, followed=None)
 
     def build(self, iterations: tf.Variable | None, jit_compile: bool | None, **distribution: str) -> None:
         """Creates the variables.
@@ -48,6 +48,10 @@ class Counters(tf.Module):
             counts_itself = self._schedule is not None and iterations is None
             self.closed = new_variable("closed", (), "int64", **distribution) if counts_itself else None
         self._iterations = self.closed if counts_itself else iterations
+
+    def follow(self, steps: keras.Variable) -> None:
+        """Has windows to come take their size from a variable, instead of the callable."""
+        self._untracked.followed = steps
 
     @property
     def accum_steps(self) -> int | Schedule | None:
@@ -135,6 +139,9 @@ class Counters(tf.Module):
             return _choose(starts, tf.convert_to_tensor(self._untracked.next_limit), tf.convert_to_tensor(self.limit))
 
         def scheduled() -> tf.Tensor:
+            followed = self._untracked.followed
+            if followed is not None:
+                return tf.convert_to_tensor(followed)
             limit = schedule(tf.cast(self._iterations, tf.int64))
             if limit.shape.rank != 0 or not limit.dtype.is_integer:
                 raise TypeError(f"The callable `accum_steps` must return an int. Received: {limit}")

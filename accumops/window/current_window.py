@@ -48,7 +48,7 @@ def current_window() -> CurrentWindow | None:
     those of the micro-batch.
 
     Returns:
-        The window, with `batch_size` and `accum_steps`, while a `GradientAccumulateModel` trains. None otherwise: in
+        The window, with `batch_size` and `accum_steps`, while a `GradientAccumulateModel` trains. None otherwise, as in
         `evaluate` and `predict`, and in a model that has the optimizer alone, which sees no samples.
 
     Example:

@@ -40,8 +40,12 @@ class MemberWindow(Protocol):
         communicate.
         """
 
-    def drop_window(self) -> None:
-        """Is called where a window is dropped; under a strategy where `reset` is called, once or on each replica."""
+    def drop_window(self, unless: tf.Tensor | None = None) -> None:
+        """Is called where a window is dropped; under a strategy where `reset` is called, once or on each replica.
+
+        Args:
+            unless: A bool scalar: if it is true, the window stays. None drops it.
+        """
 
     def release(self) -> None:
         """Is called where the window's owner leaves the member."""
@@ -107,10 +111,10 @@ class Members:
         for kind in dict.fromkeys(type(window) for window in self._windows):
             kind.close_windows([window for window in self._windows if type(window) is kind])
 
-    def drop(self) -> None:
-        """Drops what members keep of the window."""
+    def drop(self, unless: tf.Tensor | None = None) -> None:
+        """Drops what members keep of the window, unless a bool scalar is true."""
         for window in self._windows:
-            window.drop_window()
+            window.drop_window(unless)
 
     def release(self) -> None:
         """Has members forget these windows, which are not used any longer."""

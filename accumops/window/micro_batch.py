@@ -11,6 +11,7 @@ import tensorflow as tf
 from accumops import ops
 from accumops.window import replicas
 from accumops.window.connected_variables import Connected
+from accumops.window.noise import Groups
 from accumops.window.nonfinite import MAKES_UPDATE, Share, Verdict
 
 
@@ -75,6 +76,8 @@ class Window:
     """Under a strategy, the number of the window's replica among those of this process."""
     verdict: Verdict = MAKES_UPDATE
     """Whether it makes an update."""
+    groups: Groups | None = None
+    """What its micro-batches tell of the noise in their gradients, where that is tracked."""
 
     @functools.cached_property
     def squared_norms(self) -> tf.Tensor:

@@ -31,10 +31,13 @@ from accumops.window.connected_variables import Connected, Connections
 from accumops.window.counters import Counters
 from accumops.window.members import Members
 from accumops.window.micro_batch import CountedMicroBatch, MicroBatch, Window
+from accumops.window.noise import GradientNoise, Groups, Norms
+from accumops.window.noise_schedule import NoiseScaleSchedule
 from accumops.window.nonfinite import MAKES_UPDATE, NonfiniteGradients, Share, Verdict
 from accumops.window.parts import Parts
 from accumops.window.recorded_operations import Recording
 from accumops.window.state_variables import PER_REPLICA, new_accumulator, new_variable
+from accumops.window.sums import Found, add_gradients, as_gradient, together
 from accumops.window.touched_rows import TouchedRows
 
 
@@ -56,6 +59,9 @@ class WindowState(tf.Module):
         self.counters = Counters(accum_steps)
         self.reduction = check_reduction(reduction)
         self.nonfinite = NonfiniteGradients(nonfinite)
+        followed = accum_steps if isinstance(accum_steps, NoiseScaleSchedule) else None
+        self.noise: GradientNoise | None = None if followed is None else GradientNoise(followed.decay, followed)
+        """What is known of the gradients' noise, where somebody has asked for it."""
         self.built = False
         self._owner = owner
         self._untracked = Untracked(members=Members(owner), strategy=None)
@@ -84,7 +90,39 @@ class WindowState(tf.Module):
             self.connections = Connections(self._names, self._owner, self.counters, jit_compile, **same)
             self.parts = Parts(self._names, self._owner, self.counters, self.connections.gaps, mirrored=mirrored)
             self.touched_rows = TouchedRows(variables, self.accumulators, track_all=track_all_rows, mirrored=mirrored)
+        if self.noise is not None:
+            self._build_noise()
         self.built = True
+
+    def track_noise(self, decay: float) -> GradientNoise:
+        """Has functions that are traced from now on note the noise of gradients.
+
+        Args:
+            decay: See `GradientNoise`. What has been noted before goes on with it; a schedule keeps its own.
+
+        Raises:
+            ValueError: If windows are sums.
+        """
+        if self.reduction != "mean":
+            raise ValueError(
+                f"{self._owner} has reduction='sum'. The noise scale compares means over micro-batches with the mean "
+                "over their window."
+            )
+        if self.noise is None:
+            self.noise = GradientNoise(decay)
+            if self.built:
+                self._build_noise()
+        if self.noise.followed is None:
+            self.noise.decay = decay
+        return self.noise
+
+    def _build_noise(self) -> None:
+        assert self.noise is not None
+        strategy = self.strategy
+        with tf.init_scope(), contextlib.nullcontext() if strategy is None else strategy.scope():
+            self.noise.build(self.accumulators[0], mirrored=strategy is not None)
+        if self.noise.followed is not None:
+            self.counters.follow(self.noise.followed.steps)
 
     @property
     def strategy(self) -> tf.distribute.Strategy | None:
@@ -104,7 +142,8 @@ class WindowState(tf.Module):
         limits = [counters.limit] if counters.closed is None else [counters.limit, counters.closed]
         nonfinite = [self.nonfinite.count, self.nonfinite.in_window]
         flags = [self.connections.gaps, *self.touched_rows.flags]
-        return [counters.step, self.weight, *limits, *nonfinite, *flags, *self.accumulators]
+        noise = [] if self.noise is None else self.noise.saved_variables
+        return [counters.step, self.weight, *limits, *nonfinite, *flags, *self.accumulators, *noise]
 
     # A micro-batch on its way in
 
@@ -144,7 +183,7 @@ class WindowState(tf.Module):
             replicas.check_in_replica(self.strategy, f"`accumulate` of {self._owner}")
         gradients = list(gradients)
         self._check_gradients(gradients)
-        gradients = list(map(_as_gradient, gradients, self.accumulators))
+        gradients = list(map(as_gradient, gradients, self.accumulators))
         share = self.nonfinite.share(gradients, weight)
         if checks := self.members.check():
             with tf.control_dependencies(checks):
@@ -172,11 +211,13 @@ class WindowState(tf.Module):
     def _add(self, batch: MicroBatch) -> None:
         with Recording() as accumulation:
             if self.strategy is None:
-                finite = self._sum(batch, range(len(self.accumulators)))
+                found = self._sum(batch, range(len(self.accumulators)))
             else:
-                finite = self._sum_on_replica(self.strategy, batch)
+                found = self._sum_on_replica(self.strategy, batch)
         with tf.control_dependencies(accumulation.operations):
-            self.nonfinite.add(batch.share, finite, batch.starts)
+            self.nonfinite.add(batch.share, found.finite, batch.starts)
+            if self.noise is not None and found.norms is not None:
+                self.noise.add(found.norms, batch.weight, batch.starts)
             self.touched_rows.add(batch.gradients)
             if self.strategy is not None:
                 self.touched_rows.set_all()
@@ -187,45 +228,32 @@ class WindowState(tf.Module):
         self.weight.assign(tf.cast(weight, self.weight.dtype))
         self.counters.fill(steps)
 
-    def _sum(self, batch: MicroBatch, positions: Iterable[int]) -> tf.Tensor | None:
-        """Adds the gradients at some positions to their accumulators.
-
-        Returns:
-            If a window is to be dropped for it, whether these gradients are finite; otherwise None.
-        """
+    def _sum(self, batch: MicroBatch, positions: Iterable[int]) -> Found:
+        """Adds the gradients at some positions to their accumulators."""
         groups = in_buckets(positions, batch.gradients, self.accumulators)
-        finite = [self._sum_together(batch, group) for group in groups]
-        flags = [each for each in finite if each is not None]
-        return tf.reduce_all(flags) if flags else None
+        return together([self._add_to(self.accumulators, batch, group, batch.weight) for group in groups])
 
-    def _sum_together(self, batch: MicroBatch, positions: Sequence[int]) -> tf.Tensor | None:
+    def _add_to(
+        self,
+        accumulators: Sequence[tf.Variable | keras.Variable],
+        batch: MicroBatch,
+        positions: Sequence[int],
+        scale: tf.Tensor,
+    ) -> Found:
         """As `_sum`, in one operation."""
-        accumulators = [self.accumulators[i] for i in positions]
-        gradients = [batch.gradients[i] for i in positions]
-        return ops.accumulate(
-            accumulators,
-            [
-                _no_change(accumulator) if gradient is None else gradient
-                for accumulator, gradient in zip(accumulators, gradients, strict=True)
-            ],
-            scale=batch.weight,
-            overwrite=batch.starts,
-            touched_rows=[batch.touched_rows[i] for i in positions],
-            check_finite=self.nonfinite.policy == "drop",
-        )
+        check_finite = self.nonfinite.policy == "drop"
+        return add_gradients(accumulators, batch, positions, scale, check_finite=check_finite, noise=self.noise)
 
-    def _sum_on_replica(self, strategy: tf.distribute.Strategy, batch: MicroBatch) -> tf.Tensor | None:
+    def _sum_on_replica(self, strategy: tf.distribute.Strategy, batch: MicroBatch) -> Found:
         accumulators = [replicas.own(accumulator) for accumulator in self.accumulators]
-        gradients = [
-            _no_change(accumulator) if gradient is None else gradient
-            for accumulator, gradient in zip(accumulators, batch.gradients, strict=True)
-        ]
         # Losses that are means are divided by the number of replicas. It is taken out again here: the sums are then
         # those of one device, and a saved window can go on under another strategy. The gradients of a replica without
         # samples are 0 / 0; its share is 0.
-        scale = batch.weight * (strategy.num_replicas_in_sync if self.reduction == "mean" else 1)
-        check_finite = self.nonfinite.policy == "drop"
-        return ops.accumulate(accumulators, gradients, scale=scale, overwrite=batch.starts, check_finite=check_finite)
+        factor = strategy.num_replicas_in_sync if self.reduction == "mean" else 1
+        found = self._add_to(accumulators, batch, range(len(accumulators)), batch.weight * factor)
+        if found.norms is None:
+            return found
+        return Found(found.finite, Norms(found.norms.gradient * factor**2, found.norms.sums))
 
     # The window on its way out
 
@@ -252,6 +280,7 @@ class WindowState(tf.Module):
                     self._divisor(self.weight),
                     self.touched_rows.track,
                     verdict=verdict,
+                    groups=None if self.noise is None else self.noise.groups(tf.convert_to_tensor(self.weight)),
                 )
 
     @contextlib.contextmanager
@@ -284,12 +313,19 @@ class WindowState(tf.Module):
         held = [i for i, each in enumerate(accumulators) if each is not None]
         values = [tf.convert_to_tensor(self.accumulators[i]) for i in held]
         asked = [self.nonfinite.in_window] if self.nonfinite.acts else []
+        # The noise of a gradient needs the sums over all replicas.
+        noise = self.noise if sums else None
         parts = [tf.convert_to_tensor(each) for each in (self.weight, *asked)] + (values if sums else [])
-        weight, *reduced = replicas.sum_over_replicas(parts)
+        weight, *reduced = replicas.sum_over_replicas([*parts, *([] if noise is None else noise.parts())])
         verdict = self.nonfinite.verdict(weight, reduced.pop(0) if asked else None)
-        latest = dict(zip(held, reduced if sums else values, strict=True))
+        latest = dict(zip(held, reduced if sums else values, strict=False))
         divisor = self._divisor(weight)
-        return Window(accumulators, connected, divisor, _no_rows, latest, starts=True, verdict=verdict)
+        groups = None
+        if noise is not None:
+            squares, count = reduced[-2:]
+            norms = ops.squared_norms([latest[i] for i in held if i in noise.positions])
+            groups = Groups(squares, count, tf.cast(weight, tf.float64), tf.reduce_sum(norms))
+        return Window(accumulators, connected, divisor, _no_rows, latest, starts=True, verdict=verdict, groups=groups)
 
     def _connected(self, last: MicroBatch | None, by_trace: bool) -> tuple[Connected, list[tf.Operation]]:
         """The variables that the window has a gradient for, and checks for the graph; arguments as for `ending`."""
@@ -306,7 +342,7 @@ class WindowState(tf.Module):
         """
         latest = {i: batch.gradients[i] for i in batch.present if not isinstance(batch.gradients[i], tf.IndexedSlices)}
         with Recording() as accumulation:
-            finite = self._sum(batch, (i for i in range(len(self.accumulators)) if i not in latest))
+            finite = self._sum(batch, (i for i in range(len(self.accumulators)) if i not in latest)).finite
             if self.nonfinite.policy == "drop":
                 others = ops.all_finite(list(latest.values()))
                 finite = others if finite is None else finite & others
@@ -382,8 +418,7 @@ class WindowState(tf.Module):
         self.connections.clear()
         self.nonfinite.count_more(verdict.uncounted)
         if self.members and verdict.applies is not True:
-            # What they close then is empty.
-            keras.ops.cond(verdict.applies, lambda: None, self.members.drop)
+            self.members.drop(unless=verdict.applies)  # what they close then is empty
         if self.strategy is not None and tf.distribute.in_cross_replica_context() and self.members:
             replicas.on_each_replica(self.strategy, self.members.close)
         else:
@@ -417,26 +452,3 @@ class WindowState(tf.Module):
 
 def _no_rows(i: int) -> None:
     return None
-
-
-def _as_gradient(
-    gradient: tf.Tensor | tf.IndexedSlices | None, accumulator: keras.Variable
-) -> tf.Tensor | tf.IndexedSlices | None:
-    """Returns the gradient in a dtype that the ops add: as with Keras's optimizers, any number will do."""
-    if gradient is None:
-        return None
-    sparse = isinstance(gradient, tf.IndexedSlices)
-    values = tf.convert_to_tensor(gradient.values if sparse else gradient)
-    added = (tf.float16, tf.bfloat16, tf.float32, tf.as_dtype(accumulator.dtype))
-    if values.dtype in added or not (values.dtype.is_floating or values.dtype.is_integer):
-        return gradient if sparse else values
-    values = tf.cast(values, accumulator.dtype)
-    return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape) if sparse else values
-
-
-def _no_change(accumulator: tf.Variable | keras.Variable) -> tf.Tensor | tf.IndexedSlices:
-    """Returns a gradient of no rows: it costs nothing to add, and still clears the accumulator of a new window."""
-    if len(accumulator.shape) == 0:
-        return tf.zeros([], accumulator.dtype)
-    values = tf.zeros([0, *accumulator.shape[1:]], accumulator.dtype)
-    return tf.IndexedSlices(values, tf.zeros([0], tf.int32))

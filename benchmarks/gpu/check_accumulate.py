@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from checker import Arena, Checker
-from kernel_definitions import narrow, widen
+from kernel_definitions import narrow, wide, widen
 
 PAIRS = [
     (accumulator, gradient)
@@ -68,21 +68,29 @@ class AccumulateChecker:
             )
         buffers = [(self.device.put(a.bytes), self.device.put(g.bytes)) for a, g in groups]
         all_finite = self.device.put(np.ones(1, np.bool_))
+        norms = self.device.put(np.zeros([2, len(tensors)])) if self.checker.calls % 2 else None
         self.device.kernels.accumulate(
             [view for (a, _), (buffer, _) in zip(groups, buffers, strict=True) for view in a.views(buffer)],
             [view for (_, g), (_, buffer) in zip(groups, buffers, strict=True) for view in g.views(buffer)],
             all_finite=all_finite,
+            squared_norms=norms,
             stream=self.device.stream(),
             **scalars,
         )
         same = True
+        squares: list[list[float]] = [[], []]
         for (a, g), (buffer, _) in zip(groups, buffers, strict=True):
             for accumulator, gradient in zip(a.views(a.bytes), g.views(g.bytes), strict=True):
                 product = accumulator.dtype.type(scale) * widen(gradient, accumulator.dtype)
                 accumulator[:] = product if overwrite else accumulator + product
+                for each, values in zip(squares, (gradient, accumulator), strict=True):
+                    each.append(float(np.sum(wide(values) ** 2)))
             same &= np.array_equal(self.device.get(buffer), a.bytes)
         self.expect(f"{name}, overwrite={overwrite}: values", same)
         self.expect(f"{name}, overwrite={overwrite}: all_finite", self.device.get(all_finite)[0] != plant)
+        if norms is not None:
+            close = np.allclose(self.device.get(norms), squares, rtol=1e-12, atol=0)
+            self.expect(f"{name}, overwrite={overwrite}: squared_norms", close)
 
     def rows(self, name: str, pair: tuple[str, str], shape: tuple[int, int], indices: np.ndarray, *, overwrite: bool,
              touched: bool, offset: int) -> None:  # fmt: skip

@@ -68,7 +68,8 @@ def update(checker: Checker, name: str, settings: Settings, items: list[Item], *
     if checker.calls % 2:
         for key in ("rate", "decay", "weight"):
             keywords[key] = device.scalar(keywords[key], np.float32)
-        keywords["overwrite"] = device.scalar(settings.overwrite, np.bool_)
+        for key in ("overwrite", "applies"):
+            keywords[key] = device.scalar(keywords[key], np.bool_)
     device.kernels.update(settings.rule, views[0], views[1:], **keywords)
 
     after: list[list[np.ndarray]] = [[] for _ in range(arrays)]
@@ -116,6 +117,7 @@ def check(checker: Checker) -> None:
         items = [item(i, (size,)) for i, size in enumerate(2 * SIZES)]
         update(checker, "sizes", Settings(rule, decay=0.1, weight=0.7), items)
         update(checker, "sizes", Settings(rule, decay=0.1, overwrite=True, clip=0.3), items[::-1])
+        update(checker, "does not apply", Settings(rule, decay=0.1, weight=0.7, applies=False), items)
         rows = [(1, 1), (700, 3), (300, 4), (129, 64), (40, 257), (3, 5000), (0, 5), (4, 0)]
         items = [item(i, shape, rows=True) for i, shape in enumerate(2 * rows + rows)]
         update(checker, "rows", Settings(rule, decay=0.1), items)

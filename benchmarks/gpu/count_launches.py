@@ -88,15 +88,19 @@ def plain(model: Model) -> Iterator[tuple[str, Any]]:
     yield "plain Keras", step.get_concrete_function(signature_of(built))
 
 
-def wrapped(model: Model, **mode: Any) -> Iterator[tuple[str, Any]]:
+def wrapped(
+    model: Model, *, clip: float | None = None, scaled: bool = False, nonfinite: str = "propagate", **mode: int
+) -> Iterator[tuple[str, Any]]:
     """The functions that `fit` calls."""
-    clip = mode.pop("clip", None)
-    wrapper = accumops.GradientAccumulateModel(model(), **mode)
-    wrapper.compile(keras.optimizers.Adam(global_clipnorm=clip), LOSS, jit_compile=False)
+    wrapper = accumops.GradientAccumulateModel(model(), nonfinite=nonfinite, **mode)
+    adam = keras.optimizers.Adam(global_clipnorm=clip)
+    wrapper.compile(keras.optimizers.LossScaleOptimizer(adam) if scaled else adam, LOSS, jit_compile=False)
     dataset = batches(wrapper.model)
     wrapper.fit(dataset, steps_per_epoch=1, verbose=0)
+    options = {"clipped": clip, "losses scaled": scaled, f"non-finite: {nonfinite}": nonfinite != "propagate"}
     for ends, function in functions_of(wrapper, dataset):
-        name = f"{'micro_batch_size' if ends is None else 'accum_steps'}{', clipped' if clip else ''}"
+        way = "micro_batch_size" if ends is None else "accum_steps"
+        name = ", ".join([way, *(option for option, is_on in options.items() if is_on)])
         yield f"{name}{'' if ends is None else ', ends the window' if ends else ', micro-batch'}", function
 
 
@@ -144,6 +148,9 @@ def steps(model: Model) -> Iterator[tuple[str, Any]]:
     yield from wrapped(model, accum_steps=4)
     yield from wrapped(model, micro_batch_size=4)
     yield from wrapped(model, micro_batch_size=4, clip=1.0)
+    yield from wrapped(model, micro_batch_size=4, scaled=True)
+    for nonfinite in ("skip", "drop"):
+        yield from wrapped(model, accum_steps=4, nonfinite=nonfinite)
     yield from loop(model)
 
 

@@ -35,7 +35,7 @@ build() {
   local arguments
   read -ra arguments <<<"${CMAKE_ARGS:-}"
   cmake -S "$root" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release \
-    -DACCUMOPS_TENSORFLOW=OFF -DACCUMOPS_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES="$architecture" \
+    -DACCUMOPS_TENSORFLOWS=OFF -DACCUMOPS_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES="$architecture" \
     -DCMAKE_CUDA_FLAGS="-lineinfo -Xptxas=-v" -DPython_EXECUTABLE="$(command -v "$python")" \
     -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" "${arguments[@]}" &&
     cmake --build "$build" --target accumops_python

@@ -67,8 +67,9 @@ class Update:
         """Returns the scalars of a call, in a form for which the module copies nothing."""
         names = ("rate", "decay", "weight")
         result = {name: bench.device.scalar(getattr(self.settings, name), np.float32) for name in names}
-        overwrite = bench.device.scalar(self.settings.overwrite, np.bool_)
-        return result | {"scales": bench.device.scalar(SCALE, np.float32), "overwrite": overwrite}
+        for name in ("overwrite", "applies"):
+            result[name] = bench.device.scalar(getattr(self.settings, name), np.bool_)
+        return result | {"scales": bench.device.scalar(SCALE, np.float32)}
 
     def _verify(self, bench: Bench, targets: list[Any], patterns: list[Any], spans: list[tuple[int, int]], sums: Any,
                 numbers: Any) -> None:  # fmt: skip

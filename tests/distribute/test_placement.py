@@ -14,6 +14,11 @@ BUDGET = {
     "accum_steps, ends the window": (36, 4),
     "micro_batch_size": (44, 5),
     "micro_batch_size, clipped": (59, 5),
+    "micro_batch_size, losses scaled": (90, 5),
+    "accum_steps, non-finite: skip, micro-batch": (40, 5),
+    "accum_steps, non-finite: skip, ends the window": (50, 5),
+    "accum_steps, non-finite: drop, micro-batch": (40, 5),
+    "accum_steps, non-finite: drop, ends the window": (50, 5),
     "a loop of one's own": (23, 5),
 }
 

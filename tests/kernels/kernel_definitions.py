@@ -60,6 +60,7 @@ class Settings:
     decay: float = 0.0
     weight: float = 1.0
     overwrite: bool = False
+    applies: bool = True
     beta_1: float = 0.9
     beta_2: float = 0.99
     epsilon: float = 1e-7
@@ -100,6 +101,8 @@ def step(
     dtype: type = np.float32,
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Returns the value and the slots after a step by update.h's rules, with each operation rounded to `dtype`."""
+    if not settings.applies:
+        return x, list(slots)
     rate, b1, b2, epsilon = (
         dtype(np.float32(each)) for each in (settings.rate, settings.beta_1, settings.beta_2, settings.epsilon)
     )

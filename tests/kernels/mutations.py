@@ -95,6 +95,7 @@ MUTATIONS = [
         "item_.accumulator != nullptr && !factors_.overwrite",
         "item_.accumulator != nullptr",
     ),
+    Mutation("update: applies", UPDATE, "if (!*scalars.applies) return;", ""),
     Mutation("batch norm: barrier of moments", NORMALIZE, BARRIER, "", 0),
     Mutation("batch norm: barrier of factors", NORMALIZE, BARRIER, "", 1),
     Mutation("batch norm: barrier of gradient sums", GRADIENT, BARRIER, "", 0),

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from kernel_definitions import assert_same_bits, values, widen
+from kernel_definitions import assert_same_bits, values, wide, widen
 
 # Sizes around the lengths of vectors and of the unrolled loop, and around the chunks of threads and CUDA blocks.
 SIZES = [0, 1, 3, 15, 16, 17, 63, 64, 65, 555, 65535, 65536, 65537, 7777 * 77]
@@ -240,6 +240,63 @@ def test_overwrite_does_not_read_the_accumulator(device, pair):
         device.accumulate([on_device], [device.put(gradient)], overwrite=True, all_finite=all_finite)
         assert_same_bits(device.get(on_device), widen(gradient, np.dtype(pair[0])))
         assert device.get(all_finite)[0]
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["add", "overwrite"])
+@pytest.mark.parametrize("sizes", LISTS.values(), ids=LISTS.keys())
+def test_squared_norms_of_gradients_and_accumulators(device, sizes, overwrite):
+    """In the same pass, which leaves the same accumulators; the same bits with any number of threads."""
+    accumulators, gradients = mixed_list(sizes)
+    if overwrite:
+        accumulators = [np.full_like(each, np.nan) for each in accumulators]
+    after = [expected_sum(a, g, SCALE, overwrite) for a, g in zip(accumulators, gradients, strict=True)]
+    wanted = np.array([[np.sum(wide(each) ** 2, dtype=np.longdouble) for each in part] for part in (gradients, after)])
+    found = []
+    for threads in (1, 2, 7) if device.name == "cpu" else (None, None):
+        on_device = [device.put(a.copy()) for a in accumulators]
+        norms = device.put(np.full([2, len(sizes)], np.nan))
+        device.accumulate(
+            on_device, [device.put(g) for g in gradients], scale=SCALE, overwrite=overwrite, threads=threads,
+            squared_norms=norms,
+        )  # fmt: skip
+        for result, each in zip(on_device, after, strict=True):
+            assert_same_bits(device.get(result), each)
+        found.append(device.get(norms))
+        assert_same_bits(found[-1], found[0])
+    np.testing.assert_allclose(found[0], wanted.astype(np.float64), rtol=1e-13)
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["add", "overwrite"])
+@pytest.mark.parametrize("scale", [0.0, 1e-30, -2.0])
+def test_squared_norms_are_finite_where_the_values_are(device, scale, overwrite):
+    """A scale of 0 counts as nothing for the accumulator, and the gradient's norm is that of what is given."""
+    largest, bad = np.full(5000, np.finfo(np.float32).max), values("float32", 5000)
+    bad[4321] = np.nan
+    sizes = [5000, 5000]
+    on_device = [device.put(np.ones(size, np.float32)) for size in sizes]
+    norms = device.put(np.zeros([2, 2]))
+    gradients = [device.put(largest), device.put(bad)]
+    device.accumulate(on_device, gradients, scale=scale, overwrite=overwrite, squared_norms=norms)
+    found = device.get(norms)
+    np.testing.assert_allclose(found[0, 0], 5000 * np.float64(largest[0]) ** 2, rtol=1e-13)
+    assert np.isnan(found[0, 1])
+    left = 0.0 if overwrite else 5000.0
+    if scale == 0:
+        assert found[1].tolist() == [left, left]
+    else:
+        assert np.isfinite(found[1, 0]) == (scale != -2.0)  # then the accumulator itself has overflowed
+        assert np.isnan(found[1, 1])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_squared_norms_past_the_caches(device, dtype):
+    """Accumulators that are stored past the caches have the norms of what they hold."""
+    gradient = values(dtype, 4_200_000, 3)
+    accumulator = device.put(np.full(gradient.size, np.nan, np.float32))
+    norms = device.put(np.zeros([2, 1]))
+    device.accumulate([accumulator], [device.put(gradient)], scale=SCALE, overwrite=True, squared_norms=norms)
+    wanted = [np.sum(wide(each) ** 2) for each in (gradient, device.get(accumulator))]
+    np.testing.assert_allclose(device.get(norms)[:, 0], wanted, rtol=1e-12)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -186,6 +186,30 @@ def test_options_that_are_rejected(kernels, case):
     check_raises(lambda: kernels.accumulate([accumulator], [floats(4, 3)], **options), [accumulator], error, message)
 
 
+NORMS_ERRORS = {
+    "True": (True, TypeError, "squared_norms must be an array, got bool"),
+    "of float32": (floats(2, 1), TypeError, "squared_norms has dtype float32; it must be float64"),
+    "of two accumulators": (
+        np.zeros([2, 2]), ValueError,
+        "squared_norms has shape (2, 2); it must have shape (2, 1): two for each of accumulators",
+    ),
+    "read-only": (read_only(np.zeros([2, 1])), ValueError, "squared_norms is read-only"),
+    "on a device": (
+        cuda_like(shape=(2, 1), typestr="<f8"), ValueError,
+        "squared_norms is in CUDA memory, but accumulators[0] is in",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NORMS_ERRORS.values(), ids=NORMS_ERRORS.keys())
+def test_squared_norms_that_are_rejected(kernels, case):
+    norms, error, message = case
+    accumulator = floats(4, 3)
+    check_raises(
+        lambda: kernels.accumulate([accumulator], [floats(4, 3)], squared_norms=norms), [accumulator], error, message
+    )
+
+
 def test_options_are_keywords(kernels):
     with pytest.raises(TypeError, match="incompatible function arguments"):
         kernels.accumulate([floats(3)], [floats(3)], 0.5)

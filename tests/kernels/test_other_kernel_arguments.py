@@ -116,6 +116,8 @@ UPDATE_ERRORS = {
     "decays too many to copy": ({"decays": range(1 << 60)}, ValueError, "decays has 1152921504606846976 items"),
     "decays bool": ({"decays": True}, TypeError, "decays must be None or a sequence of bool, got bool"),
     "overwrite number": ({"overwrite": 1}, TypeError, "overwrite must be a bool"),
+    "applies number": ({"applies": 0}, TypeError, "applies must be a bool"),
+    "applies of two": ({"applies": flags(2)}, ValueError, "applies has shape (2,); it must have one element"),
     "beta_1": ({"beta_1": "0.9"}, TypeError, "beta_1 must be a number, got str"),
     "beta_2": ({"beta_2": None}, TypeError, "beta_2 must be a number, got NoneType"),
     "epsilon": ({"epsilon": 1j}, TypeError, "epsilon must be a number, got complex"),

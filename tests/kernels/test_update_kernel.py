@@ -241,6 +241,15 @@ def test_one_scale_for_all(device, scales):
     problem.check(scales=scales)
 
 
+@pytest.mark.parametrize("rule", SLOTS)
+def test_a_step_that_does_not_apply_writes_nothing(device, rule):
+    items = [Item(9000, "float32"), Item(17), Item(0), Item(60, shape=(10, 6), touched=np.arange(10) % 3 == 0)]
+    problem = Problem(device, Settings(rule, decay=0.1, weight=3.0, applies=False), items)
+    for buffers, before in zip(problem.run(), problem.before, strict=True):
+        for buffer, old in zip(buffers, before, strict=True):
+            assert_same_bits(buffer, old)
+
+
 def test_by_default_all_decay_and_nothing_else_is_done(device):
     x, g = values("float32", 333, 1), values("float32", 333, 2)
     value = device.put(x.copy())
@@ -273,9 +282,10 @@ def test_scalars_in_device_memory(cuda):
     scalars = {"scales": 0.25, "rate": 0.1, "decay": 0.01, "weight": 3.0}
     problem = Problem(cuda, Settings("adam", rate=0.1, decay=0.01, weight=3.0), [Item(555, "float32", scale=0.25)])
     on_device = {name: cuda.put(np.array([value], np.float32)) for name, value in scalars.items()}
-    on_device["overwrite"] = cuda.put(np.array(False))
-    for names in ([], ["rate"], ["scales", "overwrite"], list(on_device)):
-        problem.check(**{name: on_device[name] if name in names else scalars.get(name, False) for name in on_device})
+    flags = {"overwrite": False, "applies": True}
+    on_device |= {name: cuda.put(np.array(value)) for name, value in flags.items()}
+    for names in ([], ["rate"], ["scales", "overwrite"], ["applies"], list(on_device)):
+        problem.check(**{name: on_device[name] if name in names else (scalars | flags)[name] for name in on_device})
 
 
 def test_a_graph_takes_device_scalars_only(cuda):
@@ -283,7 +293,8 @@ def test_a_graph_takes_device_scalars_only(cuda):
     value, total = cupy.zeros(99, cupy.float32), cupy.ones(99, cupy.float32)
     one, zero, no = cupy.ones(1, cupy.float32), cupy.zeros(1, cupy.float32), cupy.zeros(1, cupy.bool_)
     stream = cupy.cuda.Stream(non_blocking=True)
-    scalars = {"scales": one, "rate": one, "decay": zero, "weight": one, "overwrite": no, "stream": stream.ptr}
+    flags = {"overwrite": no, "applies": cupy.ones(1, cupy.bool_)}
+    scalars = {"scales": one, "rate": one, "decay": zero, "weight": one, **flags, "stream": stream.ptr}
     with stream:
         cuda.kernels.update("sgd", [cupy.zeros_like(total)], accumulators=[total], **scalars)  # loads the kernel
         stream.synchronize()

@@ -191,8 +191,38 @@ def test_check_finite(backend, mode, rng, dtype, value):
         assert not run(*[tf.constant(p) for p in planted]).numpy(), (i, position)
 
 
+@pytest.mark.parametrize("overwrite", [False, True], ids=["add", "overwrite"])
+@pytest.mark.parametrize("check_finite", [False, True], ids=["norms", "norms and check_finite"])
+def test_squared_norms(backend, mode, rng, overwrite, check_finite):
+    """Of gradients as they are given, and of accumulators as the op leaves them; NaN where rows are added."""
+    dtypes = [PAIRS[i % len(PAIRS)] for i in range(len(SIZES))]
+    accumulators = [tf.Variable(random(rng, shape, a)) for shape, (a, _) in zip(SIZES, dtypes, strict=True)]
+    gradients = [random(rng, shape, g) for shape, (_, g) in zip(SIZES, dtypes, strict=True)]
+    table, flags = tf.Variable(tf.zeros([5, 3])), tf.Variable(tf.zeros([5], tf.bool))
+    variables = [*accumulators[:2], table, *accumulators[2:]]
+
+    @mode
+    def run(rows, *given):
+        slices = tf.IndexedSlices(rows, tf.constant([1, 1]))
+        touched = [None, None, flags, *[None] * (len(SIZES) - 2)]
+        return ops.accumulate(
+            variables, [*given[:2], slices, *given[2:]], scale=1 / 3, overwrite=overwrite, touched_rows=touched,
+            check_finite=check_finite, squared_norms=True,
+        )  # fmt: skip
+
+    found = run(tf.ones([2, 3]), *[tf.constant(g) for g in gradients])
+    if check_finite:
+        finite, found = found
+        assert finite.numpy()
+    assert (found.dtype, found.shape) == (tf.float64, (2, len(SIZES) + 1))
+    wanted = [[np.sum(each.astype(np.float64) ** 2) for each in gradients]]
+    wanted.append([np.sum(each.numpy().astype(np.float64) ** 2) for each in accumulators])
+    np.testing.assert_allclose(found.numpy(), np.insert(wanted, 2, np.nan, axis=1), rtol=1e-12)
+
+
 def test_empty_list(backend, mode):
     assert mode(lambda: ops.accumulate([], [], check_finite=True))().numpy()
+    assert mode(lambda: ops.accumulate([], [], squared_norms=True))().shape == (2, 0)
 
 
 class TestRows:

@@ -151,6 +151,19 @@ def test_decay_clip_and_scales_of_their_own(backend, mode, rng):
 
 
 @pytest.mark.parametrize(("backend", "mode", "rule"), RULES, indirect=["backend", "mode"])
+def test_a_step_that_does_not_apply_writes_nothing(backend, mode, rng, rule):
+    problem = Problem(rng, rule)
+    applies = tf.Variable(False)
+    problem.run(mode, latest=True, scales=np.nan, rate=0.01, decay=0.1, applies=applies)
+    for i, value in enumerate(problem.values):
+        problem.check(i, (value, [slot[i] for slot in problem.slots]), np.testing.assert_array_equal)
+    applies.assign(True)
+    problem.run(mode, scales=0.5, rate=0.01, applies=applies)
+    for i, total in enumerate(problem.sums):
+        problem.check(i, problem.expected(i, np.float32(0.5) * total, rate=0.01), comparison(backend, mode))
+
+
+@pytest.mark.parametrize(("backend", "mode", "rule"), RULES, indirect=["backend", "mode"])
 def test_rows_without_a_flag_stay_as_they_are(backend, mode, rng, rule):
     shapes = [(1000, 33), (4, 5), (300, 2, 3), (7,), (0, 3)]
     problem = Problem(rng, rule, shapes)
@@ -358,6 +371,8 @@ WRONG = {
     "a decay rate that is no number": (("sgd", ONE), {"beta_1": "0.9"}, TypeError, "`beta_1` must be a number"),
     "a rate of many": (("sgd", ONE), {"rate": tf.zeros([3])}, ValueError, "`rate` must be of shape"),
     "scales of others": (("sgd", ONE), {"scales": tf.zeros([3])}, ValueError, "`scales` must be of shape"),
+    "a number as a flag": (("sgd", ONE), {"applies": 1}, ValueError, "`applies` must be a bool or a scalar bool"),
+    "many flags": (("sgd", ONE), {"overwrite": tf.constant([True])}, ValueError, "`overwrite` must be a bool or a"),
 }
 
 
@@ -394,6 +409,7 @@ RAW = {
     "flags": ({"rows_of": [0], "touched_rows": "other flags"}, "it must be bool with a flag for each row"),
     "a slot": ({"rule": "momentum", "slots": "other"}, "does not fit|it must be float of shape"),
     "rate": ({"rate": [1.0]}, "rank 0|scalar"),
+    "applies": ({"applies": [True]}, "rank 0|scalar"),
     "clip": ({"clip": -1.0}, "clip must not be negative"),
     "uninitialized": ({"accumulators": "gone"}, "uninitialized|deleted|resource"),
 }
@@ -423,6 +439,7 @@ def test_malformed_calls_of_the_raw_op_fail_and_change_nothing(case):
         "decay": 0.0,
         "weight": 1.0,
         "overwrite": False,
+        "applies": True,
         "rule": "sgd",
         "decays": [False],
         **{

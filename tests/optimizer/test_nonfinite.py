@@ -201,6 +201,30 @@ def test_a_loss_scale_inside_backs_off_whatever_is_left_of_the_window(policy, fu
     np.testing.assert_allclose(variables[0].numpy(), wanted.numpy(), rtol=1e-6)
 
 
+def test_a_loss_scale_inside_follows_as_keras_does(mode):
+    """Where the op decides, the scale, its counter and the count of updates are those of Keras's own conditions."""
+
+    def new(wrap):
+        adam = keras.optimizers.Adam(0.1)
+        inner = keras.optimizers.LossScaleOptimizer(adam, initial_scale=8.0, dynamic_growth_steps=2)
+        optimizer, variable = wrap(inner), keras.Variable([1.0, 1.0])
+        optimizer.build([variable])
+        return optimizer, inner, variable
+
+    optimizer, inner, variable = new(lambda inner: GradientAccumulateOptimizer(inner, 1))
+    assert optimizer.fused_update
+    plainly, same, wanted = new(lambda inner: inner)
+    apply = mode(lambda gradient: optimizer.apply([gradient]))
+    for gradient in (2.0, 4.0, 1.0, INF, 3.0, NAN, -INF, 1.0, 2.0, 3.0, 4.0, 5.0):
+        scaled = float(same.dynamic_scale) * tf.constant([gradient, 1.0])
+        apply(scaled)
+        plainly.apply([scaled])
+        assert float(inner.dynamic_scale) == float(same.dynamic_scale)
+        assert int(inner.step_counter) == int(same.step_counter)
+        assert int(inner.iterations) == int(same.iterations)
+        np.testing.assert_allclose(variable.numpy(), wanted.numpy(), rtol=1e-5)
+
+
 @pytest.mark.parametrize("policy", ["propagate", "skip", "drop"])
 def test_a_loss_scale_around_skips_by_itself(policy):
     """A micro-batch that it skips never reaches the window, and the next one takes its place."""

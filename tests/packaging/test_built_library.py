@@ -8,38 +8,52 @@ import sys
 import venv
 
 import pytest
+import tensorflow as tf
 
 import accumops
 from accumops.ops import library
 
-LIBRARY = library._DIRECTORY / "_tensorflow_ops.so"
+LIBRARIES = sorted(library._DIRECTORY.glob("_tensorflow_ops*.so"))
+KERNELS = library._DIRECTORY / "libaccumops_kernels.so"
 
 
-def dynamic_symbols(*options):
+def dynamic_symbols(path, *options):
     if shutil.which("nm") is None:
         pytest.skip("nm is not installed")
-    output = subprocess.run(["nm", "-D", *options, str(LIBRARY)], capture_output=True, text=True, check=True).stdout
-    return [line.split()[-1] for line in output.splitlines() if line.strip()]
+    output = subprocess.run(["nm", "-DC", *options, str(path)], capture_output=True, text=True, check=True).stdout
+    return [line[19:] for line in output.splitlines() if line.strip()]  # without address and kind
 
 
-def test_no_cuda_symbol_is_left_to_the_dynamic_linker():
+@pytest.mark.parametrize("path", [*LIBRARIES, KERNELS], ids=lambda path: path.name)
+def test_no_cuda_symbol_is_left_to_the_dynamic_linker(path):
     """libtensorflow_framework exports stubs with the CUDA runtime's names, of another version than this build's."""
-    symbols = dynamic_symbols()
+    symbols = dynamic_symbols(path, "--undefined-only")
     assert symbols
     assert [s for s in symbols if s.startswith(("cuda", "__cuda", "cu"))] == []
 
 
-def test_exports_nothing_of_ours():
-    assert [s for s in dynamic_symbols("--defined-only") if "accumops" in s or "cuda" in s.lower()] == []
+def test_the_kernels_export_nothing_but_what_is_ours():
+    symbols = dynamic_symbols(KERNELS, "--defined-only")
+    assert any("accumops::UpdateCpu(" in s for s in symbols)
+    assert [s for s in symbols if "accumops::" not in s] == []
 
 
-def test_needs_no_cuda_library():
+@pytest.mark.parametrize("path", LIBRARIES, ids=lambda path: path.name)
+def test_ops_export_nothing_of_ours(path):
+    symbols = dynamic_symbols(path, "--defined-only")
+    assert [s for s in symbols if "accumops" in s or "cuda" in s.lower()] == []
+
+
+@pytest.mark.parametrize("path", [*LIBRARIES, KERNELS], ids=lambda path: path.name)
+def test_needs_no_cuda_library(path):
     if shutil.which("readelf") is None:
         pytest.skip("readelf is not installed")
-    output = subprocess.run(["readelf", "-d", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(["readelf", "-d", str(path)], capture_output=True, text=True, check=True).stdout
     needed = [line.split("[")[1].rstrip("]") for line in output.splitlines() if "(NEEDED)" in line]
-    assert any("tensorflow" in name for name in needed)
+    assert any("tensorflow" in name for name in needed) == (path != KERNELS)
+    assert ("libaccumops_kernels.so" in needed) == (path != KERNELS)
     assert [name for name in needed if "cuda" in name or "cudnn" in name or "cublas" in name] == []
+    assert "$ORIGIN" in output or path == KERNELS
 
 
 def test_kernels_module_needs_no_tensorflow():
@@ -62,7 +76,7 @@ def tensorflow_cpu():
     root = pathlib.Path(accumops.__file__).resolve().parent.parent
     directory = root / "build" / f"tensorflow-cpu-{sys.implementation.cache_tag}"
     python = directory / "bin" / "python"
-    version = accumops.build_info()["tensorflow"]
+    version = tf.__version__
     if not (directory / f"installed-{version}").exists():
         venv.create(directory, with_pip=True, clear=True)
         packages = [f"tensorflow-cpu=={version}", "click", "rich"]
@@ -97,7 +111,7 @@ def test_the_compiler_that_cudacxx_names_and_no_other(tmp_path):
     source = pathlib.Path(__file__).parents[2]
     if not (source / "CMakeLists.txt").is_file() or shutil.which("cmake") is None:
         pytest.skip("needs the source tree and CMake")
-    arguments = ["-S", source, "-B", tmp_path, "-DACCUMOPS_TENSORFLOW=OFF", f"-DPython_EXECUTABLE={sys.executable}"]
+    arguments = ["-S", source, "-B", tmp_path, "-DACCUMOPS_TENSORFLOWS=OFF", f"-DPython_EXECUTABLE={sys.executable}"]
     done = subprocess.run(
         ["cmake", *map(str, arguments)],
         env=os.environ | {"CUDACXX": "another-cuda/bin/nvcc"},

@@ -29,14 +29,26 @@ struct AccumulateItem {
   DType gradient_dtype;
 };
 
-// `all_finite`, where it is not null, becomes false if a gradient holds Inf or NaN, also with a
-// scale of 0; it is never set to true.
-void AccumulateCpu(const AccumulateItem* items, std::size_t count, double scale, bool overwrite,
-                   bool* all_finite, Executor& executor);
+// What a call reports of the gradients, in the same pass.
+struct AccumulateReport {
+  // Becomes false if a gradient holds Inf or NaN, also with a scale of 0; it is never set to true.
+  bool* all_finite = nullptr;
+  // The sum of squares of each gradient, as it is given, and then of each accumulator, as the call
+  // leaves it: 2 * count sums in float64. Squares are exact for float32 and narrower types; the
+  // order of the additions depends on sizes and alignments alone.
+  double* squared_norms = nullptr;
+};
 
-// All pointers within the items, `overwrite` and `all_finite` are device memory; the item list
-// itself is read before the call returns. Returns null, or the text of the CUDA error.
+void AccumulateCpu(const AccumulateItem* items, std::size_t count, double scale, bool overwrite,
+                   const AccumulateReport& report, Executor& executor);
+
+// Bytes of device memory that AccumulateCuda needs to work in for the squared norms, aligned to 16.
+std::size_t AccumulateNormsWorkspace(const AccumulateItem* items, std::size_t count);
+
+// All pointers within the items, `overwrite`, the report's and the workspace are device memory; the
+// item list itself is read before the call returns. Returns null, or the text of the CUDA error.
 const char* AccumulateCuda(const AccumulateItem* items, std::size_t count, DeviceScalar scale,
-                           const bool* overwrite, bool* all_finite, CUstream_st* stream);
+                           const bool* overwrite, const AccumulateReport& report, void* workspace,
+                           CUstream_st* stream);
 
 }  // namespace accumops

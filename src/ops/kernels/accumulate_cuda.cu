@@ -8,7 +8,9 @@
 //   some 100 KiB an SM, a few times what latency times bandwidth asks for.
 // - A block finds its tensor by binary search in the parameter bank. That is some ten cached loads,
 //   hidden behind the other blocks' traffic; a map from block to tensor would not fit.
+// - Squared norms have a kernel of their own: their float64 sums would cost all others registers.
 #include "accumulate.h"
+#include "chunk_sums.cuh"
 #include "cuda_common.cuh"
 #include "tensor_table.cuh"
 
@@ -39,6 +41,8 @@ struct AccumulateParams {
   DeviceScalar scale;
   const bool* overwrite;
   bool* all_finite;
+  double* chunk_norms;  // of the table's chunks: of the gradients, and accumulator_norms further on
+  std::int64_t accumulator_norms;
   int count;
 };
 
@@ -68,8 +72,15 @@ __host__ __device__ ChunkParts SplitChunk(std::uintptr_t accumulator, std::uintp
           (gradient + head * sizeof(Grad)) % (kPackSize<Acc> * sizeof(Grad)) == 0};
 }
 
+// What a thread has seen of its share of a chunk.
+struct Seen {
+  bool finite = true;
+  double gradient = 0;     // the sum of its values' squares
+  double accumulator = 0;  // the same
+};
+
 // Does one chunk. Gradients are read first: they need not wait for `overwrite` to arrive.
-template <typename Acc, typename Grad>
+template <typename Acc, typename Grad, bool kNorms>
 class ChunkAccumulator {
  public:
   __device__ ChunkAccumulator(Acc scale, bool overwrite) : scale_(scale), overwrite_(overwrite) {}
@@ -94,16 +105,17 @@ class ChunkAccumulator {
 
   // Does a chunk whose scale is 0: gradients are read where `check` asks, and not multiplied.
   __device__ void RunWithoutAdding(Acc* accumulator, const Grad* gradient, int size, bool check) {
-    if (!overwrite_ && !check) return;
+    if (!overwrite_ && !check && !kNorms) return;
     for (int i = static_cast<int>(threadIdx.x); i < size; i += kThreads) {
       if (overwrite_) accumulator[i] = 0;
-      if (check) {
-        finite_ = finite_ && cuda::IsFinite(static_cast<Acc>(cuda::ToFloat(gradient[i])));
+      if (check || kNorms) {
+        const Acc x = static_cast<Acc>(cuda::ToFloat(gradient[i]));
+        Note(x, kNorms ? accumulator[i] : 0);
       }
     }
   }
 
-  __device__ bool finite() const { return finite_; }
+  __device__ const Seen& seen() const { return seen_; }
 
  private:
   using AccPack = Pack<Acc, kPackSize<Acc>>;
@@ -166,18 +178,27 @@ class ChunkAccumulator {
   // Checks every gradient, even where nobody asks: the kernel waits for memory anyway.
   __device__ Acc Sum(Acc acc, Grad grad) {
     const Acc x = static_cast<Acc>(cuda::ToFloat(grad));
-    finite_ = finite_ && cuda::IsFinite(x);
-    return cuda::Add(acc, cuda::Multiply(scale_, x));
+    const Acc sum = cuda::Add(acc, cuda::Multiply(scale_, x));
+    Note(x, sum);
+    return sum;
+  }
+
+  __device__ void Note(Acc gradient, Acc accumulator) {
+    seen_.finite = seen_.finite && cuda::IsFinite(gradient);
+    if constexpr (kNorms) {
+      const double g = gradient, a = accumulator;
+      seen_.gradient = fma(g, g, seen_.gradient);
+      seen_.accumulator = fma(a, a, seen_.accumulator);
+    }
   }
 
   const Acc scale_;
   const bool overwrite_;
-  bool finite_ = true;
+  Seen seen_;
 };
 
-// Returns whether the gradients this thread saw were finite.
-template <typename Acc, typename Grad>
-__device__ bool AccumulateChunk(void* accumulator, const void* gradient, std::int64_t size,
+template <typename Acc, typename Grad, bool kNorms>
+__device__ Seen AccumulateChunk(void* accumulator, const void* gradient, std::int64_t size,
                                 std::uint32_t chunk, double scale, bool overwrite, bool check) {
   const std::int64_t begin = static_cast<std::int64_t>(chunk) * kChunkSize<Acc>;
   const std::int64_t left = size - begin;
@@ -185,17 +206,18 @@ __device__ bool AccumulateChunk(void* accumulator, const void* gradient, std::in
   auto* to = static_cast<Acc*>(accumulator) + begin;
   const auto* from = static_cast<const Grad*>(gradient) + begin;
   const Acc factor = static_cast<Acc>(scale);
-  ChunkAccumulator<Acc, Grad> chunk_accumulator(factor, overwrite);
+  ChunkAccumulator<Acc, Grad, kNorms> chunk_accumulator(factor, overwrite);
   if (factor == 0) {
     chunk_accumulator.RunWithoutAdding(to, from, length, check);
   } else {
     chunk_accumulator.Run(to, from, length);
   }
-  return chunk_accumulator.finite();
+  return chunk_accumulator.seen();
 }
 
-template <typename Params>
-__global__ void __launch_bounds__(kThreads, 4) AccumulateKernel(ACCUMOPS_PARAMS(Params) params) {
+template <bool kNorms, typename Params>
+__global__ void __launch_bounds__(kThreads, kNorms ? 3 : 4)
+    AccumulateKernel(ACCUMOPS_PARAMS(Params) params) {
   const bool overwrite = *params.overwrite;
   const double scale = cuda::ReadScale(params.scale);
   const int entry = cuda::FindEntry(params.first_chunk, params.count, blockIdx.x);
@@ -204,52 +226,74 @@ __global__ void __launch_bounds__(kThreads, 4) AccumulateKernel(ACCUMOPS_PARAMS(
                     blockIdx.x - params.first_chunk[entry], scale, overwrite,
                     params.all_finite != nullptr);
   };
-  bool finite = true;
+  Seen seen;
   switch (params.kind[entry]) {
     case Kind(DType::kFloat32, DType::kFloat32):
-      finite = accumulate(AccumulateChunk<float, float>);
+      seen = accumulate(AccumulateChunk<float, float, kNorms>);
       break;
     case Kind(DType::kFloat32, DType::kFloat16):
-      finite = accumulate(AccumulateChunk<float, cuda::Float16>);
+      seen = accumulate(AccumulateChunk<float, cuda::Float16, kNorms>);
       break;
     case Kind(DType::kFloat32, DType::kBFloat16):
-      finite = accumulate(AccumulateChunk<float, cuda::BFloat16>);
+      seen = accumulate(AccumulateChunk<float, cuda::BFloat16, kNorms>);
       break;
     case Kind(DType::kFloat64, DType::kFloat64):
-      finite = accumulate(AccumulateChunk<double, double>);
+      seen = accumulate(AccumulateChunk<double, double, kNorms>);
       break;
     case Kind(DType::kFloat64, DType::kFloat32):
-      finite = accumulate(AccumulateChunk<double, float>);
+      seen = accumulate(AccumulateChunk<double, float, kNorms>);
       break;
     case Kind(DType::kFloat64, DType::kFloat16):
-      finite = accumulate(AccumulateChunk<double, cuda::Float16>);
+      seen = accumulate(AccumulateChunk<double, cuda::Float16, kNorms>);
       break;
     case Kind(DType::kFloat64, DType::kBFloat16):
-      finite = accumulate(AccumulateChunk<double, cuda::BFloat16>);
+      seen = accumulate(AccumulateChunk<double, cuda::BFloat16, kNorms>);
       break;
   }
-  if (!finite && params.all_finite != nullptr) {
+  if (!seen.finite && params.all_finite != nullptr) {
     cuda::SetFromAnyThread(params.all_finite, false);
+  }
+  if constexpr (kNorms) {
+    const double gradient = cuda::SumOfBlock<kThreads>(seen.gradient);
+    __syncthreads();
+    const double accumulator = cuda::SumOfBlock<kThreads>(seen.accumulator);
+    if (threadIdx.x == 0) {
+      params.chunk_norms[blockIdx.x] = gradient;
+      params.chunk_norms[params.accumulator_norms + blockIdx.x] = accumulator;
+    }
   }
 }
 
-template <typename Params>
+std::int64_t ChunkSize(const AccumulateItem& item) {
+  return kChunkBytes / static_cast<std::int64_t>(SizeOf(item.accumulator_dtype));
+}
+
+std::int64_t ChunksOf(const AccumulateItem& item) {
+  return cuda::ChunksOf(item.size, ChunkSize(item));
+}
+
+std::int64_t ChunksOfAll(const AccumulateItem* items, std::size_t count) {
+  std::int64_t chunks = 0;
+  for (std::size_t i = 0; i < count; ++i) chunks += ChunksOf(items[i]);
+  return chunks;
+}
+
+template <bool kNorms, typename Params>
 cudaError_t LaunchTables(const AccumulateItem* items, std::size_t count, DeviceScalar scale,
-                         const bool* overwrite, bool* all_finite, cudaStream_t stream) {
+                         const bool* overwrite, bool* all_finite, double* chunk_norms,
+                         cudaStream_t stream) {
   Params params;
   params.scale = scale;
   params.overwrite = overwrite;
   params.all_finite = all_finite;
-  const auto chunk_size = [](const AccumulateItem& item) {
-    return kChunkBytes / static_cast<std::int64_t>(SizeOf(item.accumulator_dtype));
-  };
+  params.chunk_norms = chunk_norms;
+  params.accumulator_norms = kNorms ? ChunksOfAll(items, count) : 0;
   return cuda::ForEachTable(
-      count, Params::kCapacity,
-      [&](std::size_t i) { return cuda::ChunksOf(items[i].size, chunk_size(items[i])); },
+      count, Params::kCapacity, [&](std::size_t i) { return ChunksOf(items[i]); },
       [&](std::size_t i, const cuda::TablePart& part) {
         const AccumulateItem& item = items[i];
-        const std::int64_t begin = part.begin * chunk_size(item);
-        const std::int64_t end = begin + part.chunks * chunk_size(item);
+        const std::int64_t begin = part.begin * ChunkSize(item);
+        const std::int64_t end = begin + part.chunks * ChunkSize(item);
         const std::size_t acc_bytes = SizeOf(item.accumulator_dtype);
         const std::size_t grad_bytes = SizeOf(item.gradient_dtype);
         const int entry = part.entry;
@@ -261,19 +305,48 @@ cudaError_t LaunchTables(const AccumulateItem* items, std::size_t count, DeviceS
       },
       [&](int entries, std::int64_t chunks) {
         params.count = entries;
-        return cuda::Launch(AccumulateKernel<Params>, chunks, kThreads, params, stream);
+        const cudaError_t error =
+            cuda::Launch(AccumulateKernel<kNorms, Params>, chunks, kThreads, params, stream);
+        params.chunk_norms += kNorms ? chunks : 0;
+        return error;
       });
+}
+
+template <bool kNorms>
+cudaError_t LaunchAccumulate(const AccumulateItem* items, std::size_t count, DeviceScalar scale,
+                             const bool* overwrite, bool* all_finite, double* chunk_norms,
+                             cudaStream_t stream) {
+  const auto launch = cuda::ChooseTable<SmallParams, LargeParams>(
+      count, LaunchTables<kNorms, SmallParams>,
+      count > MediumParams::kCapacity ? LaunchTables<kNorms, LargeParams>
+                                      : LaunchTables<kNorms, MediumParams>);
+  return launch(items, count, scale, overwrite, all_finite, chunk_norms, stream);
 }
 
 }  // namespace
 
+std::size_t AccumulateNormsWorkspace(const AccumulateItem* items, std::size_t count) {
+  return 2 * static_cast<std::size_t>(ChunksOfAll(items, count)) * sizeof(double);
+}
+
 const char* AccumulateCuda(const AccumulateItem* items, std::size_t count, DeviceScalar scale,
-                           const bool* overwrite, bool* all_finite, CUstream_st* stream) {
+                           const bool* overwrite, const AccumulateReport& report, void* workspace,
+                           CUstream_st* stream) {
   if (items == nullptr || count == 0) return nullptr;
-  const auto launch = cuda::ChooseTable<SmallParams, LargeParams>(
-      count, LaunchTables<SmallParams>,
-      count > MediumParams::kCapacity ? LaunchTables<LargeParams> : LaunchTables<MediumParams>);
-  return cuda::ErrorText(launch(items, count, scale, overwrite, all_finite, stream));
+  if (report.squared_norms == nullptr) {
+    return cuda::ErrorText(LaunchAccumulate<false>(items, count, scale, overwrite,
+                                                   report.all_finite, nullptr, stream));
+  }
+  auto* chunk_norms = static_cast<double*>(workspace);
+  cudaError_t error = LaunchAccumulate<true>(items, count, scale, overwrite, report.all_finite,
+                                             chunk_norms, stream);
+  if (error == cudaSuccess) {
+    // The accumulators' chunks follow those of the gradients, and so do their sums.
+    error = cuda::SumChunks(
+        2 * count, [&](std::size_t i) { return ChunksOf(items[i % count]); }, report.squared_norms,
+        chunk_norms, stream);
+  }
+  return cuda::ErrorText(error);
 }
 
 }  // namespace accumops

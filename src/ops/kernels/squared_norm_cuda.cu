@@ -1,12 +1,12 @@
-// Two kernels: one leaves the sum of each chunk in the workspace, the other adds up the chunks of
-// each tensor. Why it is built this way:
+// The sum of each chunk goes to the workspace, and chunk_sums.cuh adds up the chunks of each
+// tensor. Why it is built this way:
 //
 // - Chunks are as in accumulate_cuda.cu. Which thread adds what, and in which order, follows from a
 //   tensor's size and type; where a tensor is not aligned, its packs are read value by value.
-// - The last block of a tensor could add up its chunks, but clearing its counter is a launch, too.
 // - In float64 the square of a float32 is exact, and a GPU for computing converts and adds as fast
 //   as it reads. Where the float64 rate is 1/64 of float32's, conversions and sums wait for the
 //   float64 units: always with 16-bit types, and with float32 where such a GPU has fast memory.
+#include "chunk_sums.cuh"
 #include "cuda_common.cuh"
 #include "squared_norm.h"
 #include "tensor_table.cuh"
@@ -14,13 +14,10 @@
 namespace accumops {
 namespace {
 
-using cuda::kAllLanes;
 using cuda::kVectorBytes;
-using cuda::kWarp;
 using cuda::Pack;
 
 constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
 constexpr int kPacksPerThread = 8;
 constexpr int kChunkBytes = kThreads * kPacksPerThread * kVectorBytes;
 
@@ -48,22 +45,6 @@ constexpr int kSmallCapacity = 160;
 using SmallParams = ChunkParams<kSmallCapacity>;
 using MediumParams = ChunkParams<cuda::LargeCapacity(416, kSmallCapacity)>;
 using LargeParams = ChunkParams<cuda::LargeCapacity(1280, kSmallCapacity)>;
-
-// All threads' sum, in thread 0.
-__device__ double SumOfBlock(double sum) {
-  ACCUMOPS_SHARED(shared, double[kWarps]);
-  const int thread = static_cast<int>(threadIdx.x);
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    sum += __shfl_down_sync(kAllLanes, sum, distance);
-  }
-  if (thread % kWarp == 0) shared[thread / kWarp] = sum;
-  __syncthreads();
-  if (thread != 0) return 0;
-#pragma unroll
-  for (int i = 1; i < kWarps; ++i) sum += shared[i];
-  return sum;
-}
 
 // Adds up a thread's values, in order: its packs are kThreads packs apart.
 template <typename T>
@@ -158,29 +139,8 @@ __global__ void __launch_bounds__(kThreads, 3) ChunksKernel(ACCUMOPS_PARAMS(Para
       sum = add(SumOfThread<double>);
       break;
   }
-  sum = SumOfBlock(sum);
+  sum = cuda::SumOfBlock<kThreads>(sum);
   if (threadIdx.x == 0) params.sums[block] = sum;
-}
-
-// A block for each tensor.
-struct TensorParams {
-  static constexpr int kCapacity = 500;
-
-  std::int64_t end[kCapacity];  // of the tensor's chunks, from `chunk_sums` on
-  const double* chunk_sums;
-  double* sums;
-};
-static_assert(sizeof(TensorParams) <= cuda::kSmallParamBytes, "too large for a kernel parameter");
-
-__global__ void __launch_bounds__(kThreads) TensorsKernel(ACCUMOPS_PARAMS(TensorParams) params) {
-  const unsigned tensor = blockIdx.x;
-  const std::int64_t begin = tensor == 0 ? 0 : params.end[tensor - 1];
-  const std::int64_t end = params.end[tensor];
-  double sum = 0;
-#pragma unroll 4
-  for (std::int64_t i = begin + threadIdx.x; i < end; i += kThreads) sum += params.chunk_sums[i];
-  sum = SumOfBlock(sum);
-  if (threadIdx.x == 0) params.sums[tensor] = sum;
 }
 
 template <typename Params>
@@ -205,25 +165,6 @@ cudaError_t LaunchChunks(const SquaredNormItem* items, std::size_t count, double
       });
 }
 
-cudaError_t LaunchTensors(const SquaredNormItem* items, std::size_t count, double* sums,
-                          const double* chunk_sums, cudaStream_t stream) {
-  TensorParams params;
-  for (std::size_t first = 0; first < count; first += TensorParams::kCapacity) {
-    params.chunk_sums = chunk_sums;
-    params.sums = sums + first;
-    std::int64_t end = 0;
-    int tensors = 0;
-    for (; tensors < TensorParams::kCapacity && first + tensors < count; ++tensors) {
-      end += ChunksOf(items[first + tensors]);
-      params.end[tensors] = end;
-    }
-    const cudaError_t error = cuda::Launch(TensorsKernel, tensors, kThreads, params, stream);
-    if (error != cudaSuccess) return error;
-    chunk_sums += end;
-  }
-  return cudaSuccess;
-}
-
 }  // namespace
 
 std::size_t SquaredNormsWorkspace(const SquaredNormItem* items, std::size_t count) {
@@ -240,7 +181,10 @@ const char* SquaredNormsCuda(const SquaredNormItem* items, std::size_t count, do
       count, LaunchChunks<SmallParams>,
       count > MediumParams::kCapacity ? LaunchChunks<LargeParams> : LaunchChunks<MediumParams>);
   cudaError_t error = launch(items, count, chunk_sums, stream);
-  if (error == cudaSuccess) error = LaunchTensors(items, count, sums, chunk_sums, stream);
+  if (error == cudaSuccess) {
+    error = cuda::SumChunks(
+        count, [&](std::size_t i) { return ChunksOf(items[i]); }, sums, chunk_sums, stream);
+  }
   return cuda::ErrorText(error);
 }
 

@@ -15,6 +15,8 @@
 //   kLion      value -= rate * sign(m * beta_1 + gradient * new_1)
 //              m = m * beta_2 + gradient * new_2
 //
+// A step that does not apply writes nothing.
+//
 // Bias correction is part of the rate. Every operation is rounded on its own, in the order that is
 // written here, never contracted into an FMA: all instruction sets and devices give the same bits.
 // The accumulator is not written. The sign of NaN is NaN, and so is the clamp of one.
@@ -94,6 +96,7 @@ struct UpdateScalars {
   const float* decay;     // the rate of weight decay: decay times learning rate
   const float* weight;    // of the latest gradients
   const bool* overwrite;  // whether accumulators count as zero
+  const bool* applies;    // whether the step is made at all
 };
 
 void UpdateCpu(const UpdateItem* items, std::size_t count, const UpdateSettings& settings,

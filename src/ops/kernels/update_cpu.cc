@@ -40,6 +40,7 @@ UpdateSpan SpanOf(const UpdateItem& item, std::int64_t begin, std::int64_t end, 
 
 void UpdateCpu(const UpdateItem* items, std::size_t count, const UpdateSettings& settings,
                const UpdateScalars& scalars, Executor& executor) {
+  if (!*scalars.applies) return;
   const UpdateSpanFunctions& functions = CurrentUpdateSpanFunctions();
   std::vector<std::int64_t> sizes(count);
   for (std::size_t i = 0; i < count; ++i) sizes[i] = items[i].size;

@@ -334,6 +334,7 @@ template <typename Rule, typename Params>
 __global__ void __launch_bounds__(kThreads, Rule::kBlocks)
     UpdateKernel(ACCUMOPS_PARAMS(Params) params) {
   const UpdateScalars& scalars = params.scalars;
+  if (!*scalars.applies) return;  // all threads of all blocks alike
   const std::int64_t block = blockIdx.x;
   const int entry = cuda::FindEntry(params.first_chunk, params.count, block);
   const UpdateItem& item = params.item[entry];

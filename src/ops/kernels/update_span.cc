@@ -187,38 +187,38 @@ constexpr std::int64_t kLanes = 4;
 using Doubles __attribute__((vector_size(32))) = double;
 using Floats __attribute__((vector_size(16))) = float;
 
-inline Doubles LoadDoubles(const double* from) {
+inline Doubles LoadDoubles(const double* from, float) {
   Doubles result;
   __builtin_memcpy(&result, from, sizeof result);
   return result;
 }
-inline Doubles LoadDoubles(const float* from) {
+inline Doubles LoadDoubles(const float* from, float scale) {
   Floats result;
   __builtin_memcpy(&result, from, sizeof result);
-  return __builtin_convertvector(result, Doubles);
+  return __builtin_convertvector(scale * result, Doubles);
 }
 template <typename T>
-Doubles LoadDoubles(const T* from) {
+Doubles LoadDoubles(const T* from, float scale) {
   Floats result;
   for (std::int64_t k = 0; k < kLanes; ++k) result[k] = Widen(from[k]);
-  return __builtin_convertvector(result, Doubles);
+  return __builtin_convertvector(scale * result, Doubles);
 }
 
 template <typename T>
-double SquaredNormOf(const T* values, std::int64_t size) {
+double SquaredNormOf(const T* values, std::int64_t size, float scale) {
   constexpr std::int64_t kSums = 8;
   Doubles sums[kSums] = {};
   std::int64_t i = 0;
   for (; i + kSums * kLanes <= size; i += kSums * kLanes) {
     Prefetch(values + i, kSums * kLanes);
     for (std::int64_t k = 0; k < kSums; ++k) {
-      const Doubles value = LoadDoubles(values + i + k * kLanes);
+      const Doubles value = LoadDoubles(values + i + k * kLanes, scale);
       sums[k] += value * value;
     }
   }
   double total = 0;
   for (; i < size; ++i) {
-    const double value = static_cast<double>(Widen(values[i]));
+    const double value = static_cast<double>(scale * Widen(values[i]));
     total += value * value;
   }
   Doubles sum = {};
@@ -227,16 +227,16 @@ double SquaredNormOf(const T* values, std::int64_t size) {
   return total;
 }
 
-double SquaredNorm(const void* values, std::int64_t size, DType dtype) {
+double SquaredNorm(const void* values, std::int64_t size, DType dtype, float scale) {
   switch (dtype) {
     case DType::kFloat16:
-      return SquaredNormOf(static_cast<const Float16*>(values), size);
+      return SquaredNormOf(static_cast<const Float16*>(values), size, scale);
     case DType::kBFloat16:
-      return SquaredNormOf(static_cast<const BFloat16*>(values), size);
+      return SquaredNormOf(static_cast<const BFloat16*>(values), size, scale);
     case DType::kFloat32:
-      return SquaredNormOf(static_cast<const float*>(values), size);
+      return SquaredNormOf(static_cast<const float*>(values), size, scale);
     case DType::kFloat64:
-      return SquaredNormOf(static_cast<const double*>(values), size);
+      return SquaredNormOf(static_cast<const double*>(values), size, scale);
   }
   return 0;
 }

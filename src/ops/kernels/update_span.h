@@ -23,7 +23,9 @@ struct UpdateSpan {
 
 struct UpdateSpanFunctions {
   void (*update)(const UpdateSpan& span, const UpdateSettings& settings);
-  double (*squared_norm)(const void* values, std::int64_t size, DType dtype);
+  // The sum of squares of scale * values, where each product is rounded to float32 (of float64
+  // values the scale is 1).
+  double (*squared_norm)(const void* values, std::int64_t size, DType dtype, float scale);
 };
 
 // The functions of the instruction set in use, see span.h.

@@ -14,12 +14,12 @@ namespace {
 // The arguments that accumulate() and accumulate_rows() share.
 struct Options {
   Scalar scale;
-  Overwrite overwrite;
+  Flag overwrite;
   std::optional<Array> all_finite;
 
   Options(py::handle scale_object, py::handle overwrite_object, py::handle all_finite_object)
       : scale(scale_object, "scale", {Element::kFloat32, Element::kFloat64}, "float32 or float64"),
-        overwrite(overwrite_object),
+        overwrite(overwrite_object, "overwrite"),
         all_finite(ToAllFinite(all_finite_object)) {}
 
   void AddTo(Call& call) const {
@@ -53,8 +53,8 @@ struct Options {
 };
 
 void Accumulate(py::handle accumulators, py::handle gradients, py::handle scale,
-                py::handle overwrite, py::handle all_finite, py::handle threads,
-                std::uintptr_t stream) {
+                py::handle overwrite, py::handle all_finite, py::handle squared_norms,
+                py::handle threads, std::uintptr_t stream) {
   const std::vector<Array> targets = ToArrays(accumulators, "accumulators");
   const std::vector<Array> sources = ToArrays(gradients, "gradients");
   if (targets.size() != sources.size()) {
@@ -63,6 +63,7 @@ void Accumulate(py::handle accumulators, py::handle gradients, py::handle scale,
                           "; each accumulator needs one gradient");
   }
   const Options options(scale, overwrite, all_finite);
+  const std::optional<Array> norms = ToOptionalArray(squared_norms, "squared_norms");
   Call call(threads, stream);
   std::vector<AccumulateItem> items;
   items.reserve(targets.size());
@@ -78,16 +79,27 @@ void Accumulate(py::handle accumulators, py::handle gradients, py::handle scale,
     call.Read(source);
     items.push_back({target.data, source.data, target.size, target_dtype, source_dtype});
   }
+  AccumulateReport report;
+  report.all_finite = options.finite();
+  if (norms) {
+    RequireElement(*norms, {Element::kFloat64}, "float64");
+    RequireShape(*norms, {2, static_cast<std::int64_t>(items.size())},
+                 ": two for each of accumulators");
+    call.Write(*norms);
+    report.squared_norms = reinterpret_cast<double*>(norms->data);
+  }
   options.AddTo(call);
   call.Run(
       [&](Executor& executor) {
         AccumulateCpu(items.data(), items.size(), options.scale.value, options.overwrite.value,
-                      options.finite(), executor);
+                      report, executor);
       },
       [&](auto& on) {
         const Options::Placed placed = options.Place(on);
-        return AccumulateCuda(items.data(), items.size(), placed.scale, placed.overwrite,
-                              options.finite(), on.stream());
+        void* const workspace =
+            norms ? on.Allocate(AccumulateNormsWorkspace(items.data(), items.size())) : nullptr;
+        return AccumulateCuda(items.data(), items.size(), placed.scale, placed.overwrite, report,
+                              workspace, on.stream());
       });
 }
 
@@ -156,7 +168,7 @@ void AccumulateRows(py::handle accumulator, py::handle values, py::handle indice
 
 // The first line of each is what inspect.signature() reads.
 constexpr char kAccumulateDoc[] =
-    R"(accumulate(accumulators, gradients, *, scale=1.0, overwrite=False, all_finite=None, threads=None, stream=0)
+    R"(accumulate(accumulators, gradients, *, scale=1.0, overwrite=False, all_finite=None, squared_norms=None, threads=None, stream=0)
 --
 
 Adds scale * gradient to each accumulator, in place; all of them in one pass.
@@ -178,6 +190,10 @@ Args:
         bool, or for CUDA arrays a one-element device array of bool.
     all_finite: None, or a one-element array of bool, which is set to False if a gradient holds Inf
         or NaN. It is never set to True.
+    squared_norms: None, or a writable array of float64 of shape [2, len(accumulators)], for the sum
+        of squares of each gradient, as it is given, and of each accumulator, as the call leaves it.
+        The same input at the same alignment gives the same bits on every run, and with any number
+        of threads.
     threads: How many threads to use at most; None for one on each processor. Ignored for CUDA.
     stream: The CUDA stream to run on, as a number; 0 is the default stream. Ignored for host
         arrays. Work on the streams that the arrays' interfaces name is waited for, and waits.
@@ -219,7 +235,7 @@ void BindAccumulate(py::module_& module) {
   const py::none none;
   module.def("accumulate", Accumulate, kAccumulateDoc, "accumulators"_a, "gradients"_a,
              py::kw_only(), "scale"_a = 1.0, "overwrite"_a = false, "all_finite"_a = none,
-             "threads"_a = none, "stream"_a = 0);
+             "squared_norms"_a = none, "threads"_a = none, "stream"_a = 0);
   module.def("accumulate_rows", AccumulateRows, kAccumulateRowsDoc, "accumulator"_a, "values"_a,
              "indices"_a, py::kw_only(), "touched_rows"_a = none, "scale"_a = 1.0,
              "overwrite"_a = false, "all_finite"_a = none, "threads"_a = none, "stream"_a = 0);

@@ -77,15 +77,15 @@ Scalar::Scalar(py::handle object, const char* argument, std::initializer_list<El
   RequireOneElement(*array);
 }
 
-Overwrite::Overwrite(py::handle object) {
+Flag::Flag(py::handle object, const char* argument) {
   if (PyBool_Check(object.ptr())) {
     value = object.is(py::handle(Py_True));
     return;
   }
   if (!HasCudaInterface(object) && !PyObject_CheckBuffer(object.ptr())) {
-    WrongType("overwrite", "a bool, or for CUDA arrays a one-element device array of bool", object);
+    WrongType(argument, "a bool, or for CUDA arrays a one-element device array of bool", object);
   }
-  Array found = ToArray(object, {"overwrite"});  // also NumPy's own bool
+  Array found = ToArray(object, {argument});  // also NumPy's own bool
   RequireElement(found, {Element::kBool}, "bool");
   RequireOneElement(found);
   if (found.on_device) {

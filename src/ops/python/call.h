@@ -53,11 +53,12 @@ struct Scalar {
          const char* description);
 };
 
-struct Overwrite {
+// A flag of a call: a bool, or for CUDA arrays one element of device memory.
+struct Flag {
   bool value = false;
   std::optional<Array> array;
 
-  explicit Overwrite(py::handle object);
+  Flag(py::handle object, const char* argument);
 };
 
 // A writable bool of one element, or none.

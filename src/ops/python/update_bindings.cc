@@ -62,12 +62,13 @@ std::vector<bool> ToDecays(py::handle object, std::size_t count) {
 class Scalars {
  public:
   Scalars(py::handle scales, py::handle rate, py::handle decay, py::handle weight,
-          py::handle overwrite, std::size_t count)
+          py::handle overwrite, py::handle applies, std::size_t count)
       : scale_(NumberOf(scales), "scales", {Element::kFloat32}, "float32"),
         rate_(rate, "rate", {Element::kFloat32}, "float32"),
         decay_(decay, "decay", {Element::kFloat32}, "float32"),
         weight_(weight, "weight", {Element::kFloat32}, "float32"),
-        overwrite_(overwrite) {
+        overwrite_(overwrite, "overwrite"),
+        applies_(applies, "applies") {
     if (IsNumber(scales)) return;
     scales_ = ToArray(scales, {"scales"});
     RequireElement(*scales_, {Element::kFloat32}, "float32");
@@ -78,8 +79,8 @@ class Scalars {
   }
 
   void AddTo(Call& call) const {
-    for (const auto* array :
-         {&scales_, &rate_.array, &decay_.array, &weight_.array, &overwrite_.array}) {
+    for (const auto* array : {&scales_, &rate_.array, &decay_.array, &weight_.array,
+                              &overwrite_.array, &applies_.array}) {
       call.ReadScalar(*array);
     }
   }
@@ -93,14 +94,16 @@ class Scalars {
   // In device memory: the arrays' own, or a copy of the host's numbers.
   template <typename On>
   UpdateScalars OnDevice(On& on) const {
-    const bool all = scales_ && rate_.array && decay_.array && weight_.array && overwrite_.array;
-    return From(all ? nullptr : on.Upload(Numbers(), "scales, rate, decay, weight and overwrite"));
+    const bool all = scales_ && rate_.array && decay_.array && weight_.array && overwrite_.array &&
+                     applies_.array;
+    return From(all ? nullptr
+                    : on.Upload(Numbers(), "scales, rate, decay, weight, overwrite and applies"));
   }
 
  private:
   struct Values {
     float scale, rate, decay, weight;
-    bool overwrite;
+    bool overwrite, applies;
   };
 
   // A NumPy array without axes is a number, as NumPy's scalars are.
@@ -113,15 +116,19 @@ class Scalars {
   }
 
   Values Numbers() const {
-    return {static_cast<float>(scale_.value), static_cast<float>(rate_.value),
-            static_cast<float>(decay_.value), static_cast<float>(weight_.value), overwrite_.value};
+    return {static_cast<float>(scale_.value),
+            static_cast<float>(rate_.value),
+            static_cast<float>(decay_.value),
+            static_cast<float>(weight_.value),
+            overwrite_.value,
+            applies_.value};
   }
 
   UpdateScalars From(const Values* values) const {
     UpdateScalars result = {};
     if (values != nullptr) {
-      result = {&values->scale, false,           &values->rate,
-                &values->decay, &values->weight, &values->overwrite};
+      result = {&values->scale,     false,           &values->rate, &values->decay, &values->weight,
+                &values->overwrite, &values->applies};
     }
     const auto replace = [](const float*& pointer, const std::optional<Array>& array) {
       if (array) pointer = reinterpret_cast<const float*>(array->data);
@@ -131,6 +138,7 @@ class Scalars {
     replace(result.decay, decay_.array);
     replace(result.weight, weight_.array);
     if (overwrite_.array) result.overwrite = Flags(&*overwrite_.array);
+    if (applies_.array) result.applies = Flags(&*applies_.array);
     result.scale_for_each = for_each_;
     return result;
   }
@@ -139,7 +147,7 @@ class Scalars {
   std::optional<Array> scales_;
   bool for_each_ = false;
   Scalar rate_, decay_, weight_;
-  Overwrite overwrite_;
+  Flag overwrite_, applies_;
   Values host_ = {};
 };
 
@@ -254,12 +262,12 @@ class Items {
 
 void Update(py::handle rule, py::handle values, py::handle slots, py::handle accumulators,
             py::handle latest, py::handle scales, py::handle rate, py::handle decay,
-            py::handle decays, py::handle weight, py::handle overwrite, py::handle touched_rows,
-            py::handle beta_1, py::handle beta_2, py::handle epsilon, py::handle clip,
-            py::handle threads, std::uintptr_t stream) {
+            py::handle decays, py::handle weight, py::handle overwrite, py::handle applies,
+            py::handle touched_rows, py::handle beta_1, py::handle beta_2, py::handle epsilon,
+            py::handle clip, py::handle threads, std::uintptr_t stream) {
   const UpdateSettings settings = ToSettings(rule, beta_1, beta_2, epsilon, clip);
   const Items arrays(values, slots, accumulators, latest, touched_rows, settings.rule);
-  Scalars scalars(scales, rate, decay, weight, overwrite, arrays.count());
+  Scalars scalars(scales, rate, decay, weight, overwrite, applies, arrays.count());
   Call call(threads, stream);
   const std::vector<UpdateItem> items = arrays.AddTo(call, ToDecays(decays, arrays.count()));
   scalars.AddTo(call);
@@ -273,7 +281,7 @@ void Update(py::handle rule, py::handle values, py::handle slots, py::handle acc
 }
 
 constexpr char kUpdateDoc[] =
-    R"(update(rule, values, slots=(), *, accumulators=None, latest=None, scales=1.0, rate, decay=0.0, decays=None, weight=1.0, overwrite=False, touched_rows=None, beta_1=0.0, beta_2=0.0, epsilon=0.0, clip=0.0, threads=None, stream=0)
+    R"(update(rule, values, slots=(), *, accumulators=None, latest=None, scales=1.0, rate, decay=0.0, decays=None, weight=1.0, overwrite=False, applies=True, touched_rows=None, beta_1=0.0, beta_2=0.0, epsilon=0.0, clip=0.0, threads=None, stream=0)
 --
 
 Makes an optimizer's step in place, for all values in one pass.
@@ -297,6 +305,7 @@ Args:
     decays: For each of values whether `value -= value * decay` comes first; None for all.
     overwrite: Whether accumulators count as zero. A bool, or for CUDA arrays a one-element device
         array of bool.
+    applies: Whether the step is made; if not, nothing is written. A bool or an array, as overwrite.
     touched_rows: None, or a sequence with None or an array of bool, of shape [rows], for each of
         values: rows whose flag is False, and those of the slots, stay as they are.
     beta_1, beta_2, epsilon: Numbers.
@@ -314,8 +323,8 @@ void BindUpdate(py::module_& module) {
   module.def("update", Update, kUpdateDoc, "rule"_a, "values"_a, "slots"_a = py::tuple(),
              py::kw_only(), "accumulators"_a = none, "latest"_a = none, "scales"_a = 1.0, "rate"_a,
              "decay"_a = 0.0, "decays"_a = none, "weight"_a = 1.0, "overwrite"_a = false,
-             "touched_rows"_a = none, "beta_1"_a = 0.0, "beta_2"_a = 0.0, "epsilon"_a = 0.0,
-             "clip"_a = 0.0, "threads"_a = none, "stream"_a = 0);
+             "applies"_a = true, "touched_rows"_a = none, "beta_1"_a = 0.0, "beta_2"_a = 0.0,
+             "epsilon"_a = 0.0, "clip"_a = 0.0, "threads"_a = none, "stream"_a = 0);
 }
 
 }  // namespace accumops

@@ -158,17 +158,18 @@ struct Cpu {
     }
     return absl::OkStatus();
   }
-  static absl::Status Accumulate(OpKernelContext* ctx, const Inputs& inputs, bool* all_finite) {
+  static absl::Status Accumulate(OpKernelContext* ctx, const Inputs& inputs,
+                                 const AccumulateReport& report) {
     const double scale = inputs.scale->dtype() == tensorflow::DT_DOUBLE
                              ? inputs.scale->scalar<double>()()
                              : inputs.scale->scalar<float>()();
     const bool overwrite = inputs.overwrite->scalar<bool>()();
     PoolExecutor executor(ctx);
-    if (all_finite != nullptr) *all_finite = true;
+    if (report.all_finite != nullptr) *report.all_finite = true;
     const auto items = inputs.DenseItems();
-    AccumulateCpu(items.data(), items.size(), scale, overwrite, all_finite, executor);
+    AccumulateCpu(items.data(), items.size(), scale, overwrite, report, executor);
     for (const AccumulateRowsItem& item : inputs.RowsItems()) {
-      AccumulateRowsCpu(item, scale, overwrite, all_finite, executor);
+      AccumulateRowsCpu(item, scale, overwrite, report.all_finite, executor);
     }
     return absl::OkStatus();
   }
@@ -179,18 +180,27 @@ struct Cpu {
 struct Gpu {
   // The indices are in device memory: the kernel skips those that are no rows.
   static absl::Status CheckIndices(const Inputs&) { return absl::OkStatus(); }
-  static absl::Status Accumulate(OpKernelContext* ctx, const Inputs& inputs, bool* all_finite) {
+  static absl::Status Accumulate(OpKernelContext* ctx, const Inputs& inputs,
+                                 const AccumulateReport& report) {
     CUstream_st* stream = CudaStream(ctx);
     const DeviceScalar scale = {inputs.scale->data(), ToDType(inputs.scale->dtype())};
     const bool* overwrite = inputs.overwrite->scalar<bool>().data();
-    if (all_finite != nullptr) {
-      TF_RETURN_IF_ERROR(FromCuda(SetFlagCuda(all_finite, true, stream)));
+    if (report.all_finite != nullptr) {
+      TF_RETURN_IF_ERROR(FromCuda(SetFlagCuda(report.all_finite, true, stream)));
     }
     const auto items = inputs.DenseItems();
-    TF_RETURN_IF_ERROR(
-        FromCuda(AccumulateCuda(items.data(), items.size(), scale, overwrite, all_finite, stream)));
+    Tensor workspace;
+    if (report.squared_norms != nullptr) {
+      const auto bytes =
+          static_cast<std::int64_t>(AccumulateNormsWorkspace(items.data(), items.size()));
+      TF_RETURN_IF_ERROR(
+          ctx->allocate_temp(tensorflow::DT_UINT8, TensorShape({bytes}), &workspace));
+    }
+    TF_RETURN_IF_ERROR(FromCuda(AccumulateCuda(items.data(), items.size(), scale, overwrite, report,
+                                               workspace.data(), stream)));
     for (const AccumulateRowsItem& item : inputs.RowsItems()) {
-      TF_RETURN_IF_ERROR(FromCuda(AccumulateRowsCuda(item, scale, overwrite, all_finite, stream)));
+      TF_RETURN_IF_ERROR(
+          FromCuda(AccumulateRowsCuda(item, scale, overwrite, report.all_finite, stream)));
     }
     return absl::OkStatus();
   }
@@ -202,32 +212,46 @@ template <typename Launchers>
 class AccumulateOp : public ParallelKernel {
  public:
   explicit AccumulateOp(OpKernelConstruction* construction) : ParallelKernel(construction) {
-    int outputs;
-    OP_REQUIRES_OK(construction, construction->GetAttr("check_finite", &outputs));
-    OP_REQUIRES(construction, outputs <= 1,
-                absl::InvalidArgumentError(
-                    absl::StrCat("check_finite must be 0 or 1, not ", outputs, ".")));
-    check_finite_ = outputs == 1;
+    OP_REQUIRES_OK(construction, ReadFlag(construction, "check_finite", &check_finite_));
+    OP_REQUIRES_OK(construction, ReadFlag(construction, "squared_norms", &squared_norms_));
   }
 
   // On an error nothing has been added to any variable, unless a GPU fails between two launches.
   void Compute(OpKernelContext* ctx) final {
-    bool* all_finite = nullptr;
+    AccumulateReport report;
     if (check_finite_) {
       Tensor* output = nullptr;
       OP_REQUIRES_OK(ctx, ctx->allocate_output(0, TensorShape({}), &output));
-      all_finite = output->scalar<bool>().data();
+      report.all_finite = output->scalar<bool>().data();
     }
     Inputs inputs;
     OP_REQUIRES_OK(ctx, inputs.Read(ctx));
+    if (squared_norms_) {
+      Tensor* output = nullptr;
+      const TensorShape shape({2, static_cast<std::int64_t>(inputs.dense)});
+      OP_REQUIRES_OK(ctx, ctx->allocate_output(check_finite_ ? 1 : 0, shape, &output));
+      report.squared_norms = static_cast<double*>(output->data());
+    }
     OP_REQUIRES_OK(ctx, Launchers::CheckIndices(inputs));
     OP_REQUIRES_OK(ctx,
                    inputs.variables.MakeWritable(ctx, Launchers::kCopy, inputs.variables.size()));
-    OP_REQUIRES_OK(ctx, Launchers::Accumulate(ctx, inputs, all_finite));
+    OP_REQUIRES_OK(ctx, Launchers::Accumulate(ctx, inputs, report));
   }
 
  private:
+  // Reads how many outputs of a kind there are: one or none.
+  static absl::Status ReadFlag(OpKernelConstruction* construction, const char* name, bool* flag) {
+    int outputs;
+    TF_RETURN_IF_ERROR(construction->GetAttr(name, &outputs));
+    if (outputs > 1) {
+      return absl::InvalidArgumentError(absl::StrCat(name, " must be 0 or 1, not ", outputs, "."));
+    }
+    *flag = outputs == 1;
+    return absl::OkStatus();
+  }
+
   bool check_finite_ = false;
+  bool squared_norms_ = false;
 };
 
 REGISTER_KERNEL_BUILDER(Name("AccumOps>Accumulate").Device(tensorflow::DEVICE_CPU),

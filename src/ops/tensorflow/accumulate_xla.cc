@@ -57,8 +57,11 @@ class AccumulateXlaOp : public XlaOpKernel {
     OP_REQUIRES_OK(construction, construction->GetAttr("index_types", &index_types));
     sparse_ = static_cast<int>(index_types.size());
     OP_REQUIRES_OK(construction, construction->GetAttr("check_finite", &check_finite_));
-    OP_REQUIRES(construction, check_finite_ <= 1 && sparse_ <= count_ && touched_ <= sparse_,
-                absl::InvalidArgumentError("Accumulate got lists of lengths that do not match."));
+    OP_REQUIRES_OK(construction, construction->GetAttr("squared_norms", &squared_norms_));
+    OP_REQUIRES(
+        construction,
+        check_finite_ <= 1 && squared_norms_ <= 1 && sparse_ <= count_ && touched_ <= sparse_,
+        absl::InvalidArgumentError("Accumulate got lists of lengths that do not match."));
   }
 
   void Compile(XlaOpKernelContext* ctx) override {
@@ -66,6 +69,7 @@ class AccumulateXlaOp : public XlaOpKernel {
     const xla::XlaOp scale = ctx->Input("scale");
     const xla::XlaOp overwrite = ctx->Input("overwrite");
     xla::XlaOp all_finite = xla::ConstantR0<bool>(builder, true);
+    std::vector<xla::XlaOp> gradient_norms, accumulator_norms;
 
     // Every input is read and checked before the first variable is assigned.
     std::vector<std::pair<DataType, xla::XlaOp>> results(count_ + touched_);
@@ -98,6 +102,10 @@ class AccumulateXlaOp : public XlaOpKernel {
       if (row_list < 0) {
         OP_REQUIRES(ctx, gradient_shape == shape, Mismatch(i, shape, gradient_shape));
         results[i] = {dtype, xla::Add(start, scaled)};
+        if (squared_norms_ > 0) {
+          gradient_norms.push_back(SquaredNorm(gradient));
+          accumulator_norms.push_back(SquaredNorm(results[i].second));
+        }
       } else {
         const int index_input = 2 * count_ + row_list;
         const TensorShape index_shape = InputTensorShape(ctx, index_input);
@@ -142,6 +150,15 @@ class AccumulateXlaOp : public XlaOpKernel {
                                               results[count_ + i].second));
     }
     if (check_finite_ > 0) ctx->SetOutput(0, all_finite);
+    if (squared_norms_ > 0) {
+      const std::int64_t dense = count_ - sparse_;
+      gradient_norms.insert(gradient_norms.end(), accumulator_norms.begin(),
+                            accumulator_norms.end());
+      ctx->SetOutput(check_finite_,
+                     dense == 0
+                         ? xla::Broadcast(xla::Zero(builder, xla::F64), {2, 0})
+                         : xla::Reshape(xla::ConcatInDim(builder, gradient_norms, 0), {2, dense}));
+    }
   }
 
  private:
@@ -155,6 +172,7 @@ class AccumulateXlaOp : public XlaOpKernel {
   int sparse_ = 0;
   int touched_ = 0;
   int check_finite_ = 0;
+  int squared_norms_ = 0;
 };
 
 // Straight to the compilation devices and not through REGISTER_XLA_OP: TensorFlow hands that

@@ -82,6 +82,7 @@ class UpdateInputs {
   const Tensor* decay_ = nullptr;
   const Tensor* weight_ = nullptr;
   const Tensor* overwrite_ = nullptr;
+  const Tensor* applies_ = nullptr;
 };
 
 absl::Status UpdateInputs::Read(OpKernelContext* ctx) {
@@ -90,6 +91,7 @@ absl::Status UpdateInputs::Read(OpKernelContext* ctx) {
   TF_RETURN_IF_ERROR(RequireScalar(ctx, "decay", &decay_));
   TF_RETURN_IF_ERROR(RequireScalar(ctx, "weight", &weight_));
   TF_RETURN_IF_ERROR(RequireScalar(ctx, "overwrite", &overwrite_));
+  TF_RETURN_IF_ERROR(RequireScalar(ctx, "applies", &applies_));
   TF_RETURN_IF_ERROR(ReadScales(ctx));
   for (const char* name : {"variables", "slots", "accumulators", "touched_rows"}) {
     TF_RETURN_IF_ERROR(variables_.Add(ctx, name));
@@ -177,9 +179,19 @@ std::vector<UpdateItem> UpdateInputs::Items() const {
 }
 
 UpdateScalars UpdateInputs::Scalars() const {
-  const auto data = [](const Tensor* tensor) { return static_cast<const float*>(tensor->data()); };
-  return {data(scales_), scales_->dims() == 1, data(rate_),
-          data(decay_),  data(weight_),        static_cast<const bool*>(overwrite_->data())};
+  const auto numbers = [](const Tensor* tensor) {
+    return static_cast<const float*>(tensor->data());
+  };
+  const auto flag = [](const Tensor* tensor) { return static_cast<const bool*>(tensor->data()); };
+  UpdateScalars scalars = {};
+  scalars.scales = numbers(scales_);
+  scalars.scale_for_each = scales_->dims() == 1;
+  scalars.rate = numbers(rate_);
+  scalars.decay = numbers(decay_);
+  scalars.weight = numbers(weight_);
+  scalars.overwrite = flag(overwrite_);
+  scalars.applies = flag(applies_);
+  return scalars;
 }
 
 template <typename Launchers>

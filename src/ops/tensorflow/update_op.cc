@@ -42,7 +42,7 @@ absl::Status UpdateShapes(InferenceContext* c) {
     TF_RETURN_IF_ERROR(check(static_cast<int>(i), latest[i], "A latest gradient"));
   }
   ShapeHandle unused;
-  for (const char* name : {"rate", "decay", "weight", "overwrite"}) {
+  for (const char* name : {"rate", "decay", "weight", "overwrite", "applies"}) {
     std::vector<ShapeHandle> shapes;
     TF_RETURN_IF_ERROR(c->input(name, &shapes));
     TF_RETURN_IF_ERROR(c->WithRank(shapes[0], 0, &unused));
@@ -63,6 +63,7 @@ REGISTER_OP("AccumOps>Update")
     .Input("decay: float")
     .Input("weight: float")
     .Input("overwrite: bool")
+    .Input("applies: bool")
     .Attr("N: int >= 0")
     .Attr("S: int >= 0")
     .Attr("A: int >= 0")
@@ -93,6 +94,7 @@ rate: The learning rate, with the bias corrections.
 decay: The share of a value that is subtracted from it before the step, where the variable decays.
 weight: A factor for the latest gradients. With 0 they count as zero, whatever they hold.
 overwrite: Whether accumulators count as zero.
+applies: Whether the step is made. If not, nothing is written.
 rows_of: Which variables have flags.
 decays: For each variable, whether it decays.
 beta_1: The momentum, or Adam's and Lion's first decay rate.

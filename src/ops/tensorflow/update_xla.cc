@@ -144,6 +144,19 @@ class UpdateXlaOp : public XlaOpKernel {
       x = xla::Sub(x, xla::Mul(x, ctx->Input("decay")));
     }
     *step = Apply(ctx, x, gradient, slots);
+    // Whether each value is written: all alike, or by the flags of its row. XLA writes all of them.
+    xla::XlaOp written = xla::Broadcast(ctx->Input("applies"), shape.dim_sizes());
+    TF_RETURN_IF_ERROR(WithTouchedRows(ctx, i, shape, &written));
+    step->value = xla::Select(written, step->value, value);
+    for (std::size_t s = 0; s < slots.size(); ++s) {
+      step->slots[s] = xla::Select(written, step->slots[s], slots[s]);
+    }
+    return absl::OkStatus();
+  }
+
+  // Takes the rows whose flag is false out of what is written.
+  absl::Status WithTouchedRows(XlaOpKernelContext* ctx, int i, const TensorShape& shape,
+                               xla::XlaOp* written) const {
     const int flags_input = FlagsInput(i);
     if (flags_input < 0) return absl::OkStatus();
     TensorShape flags_shape;
@@ -155,11 +168,7 @@ class UpdateXlaOp : public XlaOpKernel {
           absl::StrCat("touched_rows for variables[", i, "] of shape ", shape.DebugString(),
                        " have shape ", flags_shape.DebugString(), "."));
     }
-    const xla::XlaOp touched = xla::BroadcastInDim(flags, shape.dim_sizes(), {0});
-    step->value = xla::Select(touched, step->value, value);
-    for (std::size_t s = 0; s < slots.size(); ++s) {
-      step->slots[s] = xla::Select(touched, step->slots[s], slots[s]);
-    }
+    *written = xla::And(*written, xla::BroadcastInDim(flags, shape.dim_sizes(), {0}));
     return absl::OkStatus();
   }
 
@@ -218,12 +227,7 @@ class SquaredNormsXlaOp : public XlaOpKernel {
   void Compile(XlaOpKernelContext* ctx) override {
     xla::XlaBuilder* builder = ctx->builder();
     std::vector<xla::XlaOp> sums;
-    for (int i = 0; i < ctx->num_inputs(); ++i) {
-      const xla::XlaOp values = xla::ConvertElementType(ctx->Input(i), xla::F64);
-      sums.push_back(xla::Reshape(
-          xla::ReduceAll(xla::Mul(values, values), xla::Zero(builder, xla::F64), Sum(xla::F64)),
-          {1}));
-    }
+    for (int i = 0; i < ctx->num_inputs(); ++i) sums.push_back(SquaredNorm(ctx->Input(i)));
     ctx->SetOutput(0, sums.empty() ? xla::Broadcast(xla::Zero(builder, xla::F64), {0})
                                    : xla::ConcatInDim(builder, sums, 0));
   }

@@ -1,5 +1,6 @@
 #include "xla_support.h"
 
+#include "xla/hlo/builder/lib/constants.h"
 #include "xla/hlo/builder/xla_builder.h"
 
 namespace accumops {
@@ -20,6 +21,12 @@ xla::XlaComputation Sum(xla::PrimitiveType type) {
   const xla::Shape scalar = xla::ShapeUtil::MakeShape(type, {});
   xla::Add(xla::Parameter(&builder, 0, scalar, "a"), xla::Parameter(&builder, 1, scalar, "b"));
   return builder.Build().value();
+}
+
+xla::XlaOp SquaredNorm(xla::XlaOp values) {
+  const xla::XlaOp wide = xla::ConvertElementType(values, xla::F64);
+  const xla::XlaOp zero = xla::Zero(values.builder(), xla::F64);
+  return xla::Reshape(xla::ReduceAll(xla::Mul(wide, wide), zero, Sum(xla::F64)), {1});
 }
 
 }  // namespace accumops

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
+#include "xla/hlo/builder/xla_builder.h"
 #include "xla/hlo/builder/xla_computation.h"
 #include "xla/xla_data.pb.h"
 
@@ -19,5 +20,8 @@ TensorShape InputTensorShape(XlaOpKernelContext* ctx, int input);
 
 // a + b of scalars, to reduce with.
 xla::XlaComputation Sum(xla::PrimitiveType type);
+
+// The sum of squares of all values, as one value of float64: of shape [1].
+xla::XlaOp SquaredNorm(xla::XlaOp values);
 
 }  // namespace accumops

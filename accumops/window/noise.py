@@ -1,0 +1,184 @@
+"""How noisy a window's gradient is, from the gradients of its micro-batches.
+
+The gradients g_i of micro-batches with the shares b_i, and their mean g over the window with B = sum b_i, tell
+
+    trace     (sum b_i |g_i|² - B |g|²) / (K - 1)    the variance of the gradient of a share of 1
+    square    |g|² - trace / B                       the squared norm of the gradient without noise
+
+Both are unbiased for K >= 2 micro-batches with shares of any size. Their ratio, each averaged over windows first, is
+the simple noise scale of McCandlish et al. (https://arxiv.org/abs/1812.06162): the effective batch, in shares, at which
+noise and gradient are equally large.
+
+|g_i|², and |g|² of the sums after the last micro-batch, are reports of the op that accumulates: no gradient is read
+once more. Variables with sparse gradients are left out, since the rows of such a gradient can occur several times.
+
+Under a strategy each replica's micro-batches are groups of their own. The sums of all replicas exist only where a
+window ends, where they are read once more.
+"""
+
+import dataclasses
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from accumops.window.noise_schedule import FollowedSteps, NoiseScaleSchedule
+from accumops.window.state_variables import PER_REPLICA, new_variable
+
+
+@dataclasses.dataclass(frozen=True)
+class Norms:
+    """What the op that accumulates reports of a micro-batch, over all variables with dense gradients."""
+
+    gradient: tf.Tensor
+    """The squared norm of the micro-batch's gradient."""
+    sums: tf.Tensor
+    """The squared norm of the window's sums with it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """What is known of a window where it ends; float64 scalars."""
+
+    squares: tf.Tensor
+    """The sum over its micro-batches of the share times the squared norm of the gradient."""
+    count: tf.Tensor
+    """The number of its micro-batches that have a share."""
+    shares: tf.Tensor
+    """The sum of their shares."""
+    sums: tf.Tensor
+    """The squared norm of the sums of weighted gradients."""
+
+
+class GradientNoise(tf.Module):
+    """The noise of gradients, averaged over windows.
+
+    Args:
+        decay: What is left of an average after one more window.
+        schedule: What the number of micro-batches follows, or None.
+    """
+
+    def __init__(self, decay: float, schedule: NoiseScaleSchedule | None = None) -> None:
+        super().__init__(name="gradient_noise")
+        self.decay = decay
+        self.followed: FollowedSteps | None = None
+        self._schedule = schedule
+        self.positions: set[int] = set()
+        """The positions of the variables that count: those with dense gradients."""
+        self.built = False
+
+    def build(self, beside: keras.Variable, *, mirrored: bool) -> None:
+        """Creates the variables.
+
+        Args:
+            beside: A variable on whose device they are to live.
+            mirrored: Whether replicas of a strategy have a window each.
+        """
+        same, summed = (PER_REPLICA["same"], PER_REPLICA["summed"]) if mirrored else ({}, {})
+
+        def new(name: str, **distribution: str) -> keras.Variable:
+            return new_variable(f"noise_{name}", (), "float64", beside=beside, **distribution)
+
+        def new_count(name: str, dtype: str, initializer: Any) -> keras.Variable:
+            return new_variable(name, (), dtype, initializer, beside=beside, **same)
+
+        # Of the open window.
+        self._squares, self._count, self._sums = (new(name, **summed) for name in ("squares", "count", "sums"))
+        # Averages over windows, each without the division by `known`, which all share.
+        self._trace, self._square, self._shares, self._known = (
+            new(name, **same) for name in ("trace", "square", "shares", "known")
+        )
+        self._norm = new("norm", **same)
+        if self._schedule is not None:
+            self.followed = FollowedSteps(self._schedule, new_count)
+        self.built = True
+
+    @property
+    def saved_variables(self) -> list[keras.Variable]:
+        """What is saved with the window: all, if the number of micro-batches follows, and else nothing."""
+        if self.followed is None:
+            return []
+        window = [self._squares, self._count, self._sums]
+        averages = [self._trace, self._square, self._shares, self._known, self._norm]
+        return [*window, *averages, self.followed.steps, self.followed.waited]
+
+    # A micro-batch
+
+    def add(self, norms: Norms, share: tf.Tensor, starts: tf.Tensor | bool) -> None:
+        """Notes a micro-batch that has been added to the window.
+
+        Args:
+            norms: What the op has reported.
+            share: What the micro-batch counts for.
+            starts: Whether it is the first of its window.
+        """
+        share = tf.cast(share, tf.float64)
+        kept = tf.cast(tf.logical_not(starts), tf.float64)
+        # A share of 0 counts as nothing, whatever the gradient is; so does what an ended window has left.
+        squares = tf.math.multiply_no_nan(norms.gradient, share)
+        self._squares.assign(tf.math.multiply_no_nan(tf.convert_to_tensor(self._squares), kept) + squares)
+        self._count.assign(self._count * kept + tf.cast(share != 0, tf.float64))
+        self._sums.assign(norms.sums)
+
+    # The end of the window
+
+    def parts(self) -> list[tf.Tensor]:
+        """What is summed over replicas."""
+        return [tf.convert_to_tensor(each) for each in (self._squares, self._count)]
+
+    def groups(self, shares: tf.Tensor) -> Groups:
+        """What is known of the open window, on one device."""
+        squares, count = self.parts()
+        return Groups(squares, count, tf.cast(shares, tf.float64), tf.convert_to_tensor(self._sums))
+
+    def end(self, groups: Groups, applies: tf.Tensor | bool, scale: float | tf.Tensor | None, steps: tf.Tensor) -> None:
+        """Takes a window that ends into the averages.
+
+        Windows of one micro-batch tell nothing of the noise, and windows that make no update, or whose gradient is not
+        finite, tell nothing at all.
+
+        Args:
+            groups: What is known of it.
+            applies: Whether it makes an update.
+            scale: The factor that its gradients have, as those of a scaled loss; None if they have none.
+            steps: How many micro-batches it has, on each replica.
+        """
+        unscaled = tf.constant(1.0, tf.float64) if scale is None else tf.cast(scale, tf.float64) ** -2
+        mean = unscaled * tf.math.divide_no_nan(groups.sums, groups.shares**2)
+        trace = tf.math.divide_no_nan(unscaled * groups.squares - groups.shares * mean, groups.count - 1)
+        square = mean - tf.math.divide_no_nan(trace, groups.shares)
+        makes_update = tf.math.is_finite(mean) & applies
+        tells = makes_update & tf.math.is_finite(trace) & (groups.count > 1)
+        one = tf.constant(1.0, tf.float64)
+        for average, value in (
+            (self._trace, trace),
+            (self._square, square),
+            (self._shares, groups.shares),
+            (self._known, one),
+        ):
+            before = tf.convert_to_tensor(average)
+            average.assign(tf.where(tells, self.decay * before + (1 - self.decay) * value, before))
+        self._norm.assign(tf.where(makes_update, tf.sqrt(mean), tf.constant(float("nan"), tf.float64)))
+        if self.followed is not None:
+            step = tf.math.divide_no_nan(groups.shares, tf.cast(steps, tf.float64))
+            self.followed.follow(self.scale, step * tf.cast(self.followed.steps, tf.float64))
+
+    # What is known
+
+    @property
+    def scale(self) -> tf.Tensor:
+        """The noise scale, in shares; NaN before windows have told of it, and Inf where the noise hides all."""
+        trace, square = tf.convert_to_tensor(self._trace), tf.convert_to_tensor(self._square)
+        infinite = tf.constant(float("inf"), tf.float64)
+        found = tf.where(square > 0, tf.maximum(trace, 0) / square, infinite)
+        return tf.where(self._known > 0, found, tf.constant(float("nan"), tf.float64))
+
+    @property
+    def shares(self) -> tf.Tensor:
+        """The sum of a window's shares, on average."""
+        return self._shares / self._known
+
+    @property
+    def norm(self) -> tf.Tensor:
+        """The norm of the last window's gradient; NaN for one that made no update."""
+        return tf.convert_to_tensor(self._norm)

@@ -1,0 +1,95 @@
+"""How the gradients of a micro-batch are added to accumulators, in one operation."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import keras
+import tensorflow as tf
+
+from accumops import ops
+from accumops.window.micro_batch import MicroBatch
+from accumops.window.noise import GradientNoise, Norms
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What the accumulate op has found in gradients."""
+
+    finite: tf.Tensor | None
+    """If a window is to be dropped for it, whether they are finite; otherwise None."""
+    norms: Norms | None
+    """Their squared norms, and those of the sums, where noise is tracked."""
+
+
+def together(found: Sequence[Found]) -> Found:
+    """Returns what several operations have found."""
+    flags = [each.finite for each in found if each.finite is not None]
+    norms = [each.norms for each in found if each.norms is not None]
+    sums = (
+        Norms(tf.add_n([each.gradient for each in norms]), tf.add_n([each.sums for each in norms])) if norms else None
+    )
+    return Found(tf.reduce_all(flags) if flags else None, sums)
+
+
+def add_gradients(
+    accumulators: Sequence[tf.Variable | keras.Variable],
+    batch: MicroBatch,
+    positions: Sequence[int],
+    scale: tf.Tensor,
+    *,
+    check_finite: bool,
+    noise: GradientNoise | None,
+) -> Found:
+    """Adds the gradients of a micro-batch at some positions to their accumulators.
+
+    Args:
+        accumulators: All accumulators.
+        batch: The micro-batch.
+        positions: The positions.
+        scale: The factor for the gradients.
+        check_finite: Whether to look if the gradients are finite.
+        noise: What tracks the noise of gradients, or None.
+    """
+    gradients = [batch.gradients[i] for i in positions]
+    reports = ops.accumulate(
+        [accumulators[i] for i in positions],
+        [
+            _no_change(accumulators[i]) if gradient is None else gradient
+            for i, gradient in zip(positions, gradients, strict=True)
+        ],
+        scale=scale,
+        overwrite=batch.starts,
+        touched_rows=[batch.touched_rows[i] for i in positions],
+        check_finite=check_finite,
+        squared_norms=noise is not None,
+    )
+    if noise is None:
+        return Found(reports, None)
+    finite, squares = reports if isinstance(reports, tuple) else (None, reports)
+    dense = [i for i, each in enumerate(gradients) if each is not None and not isinstance(each, tf.IndexedSlices)]
+    noise.positions.update(positions[i] for i in dense)
+    gradient, sums = tf.unstack(tf.reduce_sum(tf.gather(squares, dense, axis=1), axis=1))
+    return Found(finite, Norms(gradient, sums))
+
+
+def as_gradient(
+    gradient: tf.Tensor | tf.IndexedSlices | None, accumulator: keras.Variable
+) -> tf.Tensor | tf.IndexedSlices | None:
+    """Returns the gradient in a dtype that the ops add: as with Keras's optimizers, any number will do."""
+    if gradient is None:
+        return None
+    sparse = isinstance(gradient, tf.IndexedSlices)
+    values = tf.convert_to_tensor(gradient.values if sparse else gradient)
+    added = (tf.float16, tf.bfloat16, tf.float32, tf.as_dtype(accumulator.dtype))
+    if values.dtype in added or not (values.dtype.is_floating or values.dtype.is_integer):
+        return gradient if sparse else values
+    values = tf.cast(values, accumulator.dtype)
+    return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape) if sparse else values
+
+
+def _no_change(accumulator: tf.Variable | keras.Variable) -> tf.Tensor | tf.IndexedSlices:
+    """Returns a gradient of no rows: it costs nothing to add, and still clears the accumulator of a new window."""
+    if len(accumulator.shape) == 0:
+        return tf.zeros([], accumulator.dtype)
+    values = tf.zeros([0, *accumulator.shape[1:]], accumulator.dtype)
+    return tf.IndexedSlices(values, tf.zeros([0], tf.int32))
