@@ -78,7 +78,14 @@ def channels(arena, names, count=3):
 CALLS = {
     "accumulate": lambda a: (
         [[a.floats(3), a.floats(2, 3)], [a.floats(3, dtype=np.float16), a.floats(2, 3)]],
-        {"scale": 0.5, "overwrite": False, "all_finite": a.array((1,), bool), "threads": None, "stream": 0},
+        {
+            "scale": 0.5,
+            "overwrite": False,
+            "all_finite": a.array((1,), bool),
+            "squared_norms": a.array((2, 2), np.float64),
+            "threads": None,
+            "stream": 0,
+        },
     ),
     "accumulate_rows": lambda a: (
         [a.floats(10, 3), a.floats(4, 3), a.array((4,), np.int64, values=[1, 2, 2, 9])],
@@ -95,6 +102,7 @@ CALLS = {
             "decays": [True, False],
             "weight": 1.0,
             "overwrite": False,
+            "applies": True,
             "touched_rows": [None, a.array((4,), bool)],
             "beta_1": 0.9,
             "beta_2": 0.99,
