@@ -11,6 +11,8 @@ from problems import Embedding, Problem
 
 import accumops
 from accumops import AccumulationLogger, GradientAccumulateModel, GradientAccumulateOptimizer, PartialWindow
+from accumops.adapters.tensorflow import operations_within
+from accumops.optimizer.window_record import WindowRecord
 from accumops.training import accumulation_logger
 
 SAMPLES, MICRO = 80, 16  # 5 micro-batches an epoch
@@ -268,6 +270,30 @@ class TestGradientNorm:
         found = fit(model, problem, AccumulationLogger(tmp_path, gradient_norm=False), batch_size=32)
         assert "gradient_norm" not in found
         assert found["accum_steps"] == {0: pytest.approx(8 / 3), 1: pytest.approx(8 / 3)}
+
+    @pytest.mark.parametrize(
+        ("optimizer", "norms", "number"),
+        [
+            (keras.optimizers.SGD(0.1), None, 0),
+            (keras.optimizers.SGD(0.1), True, 1),
+            (keras.optimizers.SGD(0.1, clipnorm=1.0), None, 1),
+            (keras.optimizers.SGD(0.1, clipnorm=1.0), True, 1),
+            (keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)), True, 1),
+        ],
+    )
+    def test_sums_are_read_once_for_all(self, rng, optimizer, norms, number):
+        """The norms that an update needs are those that are noted."""
+        variables = Problem(rng, SAMPLES).model().trainable_variables
+        wrapped = GradientAccumulateOptimizer(optimizer, 4)
+        wrapped.record = None if norms is None else WindowRecord(norms)
+        wrapped.build(variables)
+
+        @tf.function
+        def step():
+            wrapped.apply([tf.ones(variable.shape) for variable in variables])
+
+        operations = operations_within(step.get_concrete_function().graph)
+        assert sum(each.type == "AccumOps>SquaredNorms" for each in operations) == number
 
     @pytest.mark.parametrize("make", [with_model, with_optimizer])
     def test_changes_no_bit_of_the_training(self, rng, tmp_path, make):
