@@ -10,13 +10,14 @@ root=$directory/root
 for package in "$directory"/debs/*.deb; do dpkg -x "$package" "$root"; done
 # Absolute links point out of the directory.
 find "$root" -lname '/*' | while read -r link; do ln -sf "$root$(readlink "$link")" "$link"; done
-# Without -lpthread a weak symbol would come in by the version that this machine's own library has.
+# Without -lpthread a weak symbol would come in by the version that this machine's own library has. GCC 12 warns of
+# moves within libstdc++ 10's own std::function.
 cat >"$directory/g++" <<SCRIPT
 #!/bin/sh
 exec g++ --sysroot="$root" -nostdinc++ -isystem "$root/usr/include/c++/10" \\
   -isystem "$root/usr/include/x86_64-linux-gnu/c++/10" -isystem "$root/usr/include/c++/10/backward" \\
   -B "$root/usr/lib/x86_64-linux-gnu" \\
   -L "$root/usr/lib/gcc/x86_64-linux-gnu/10" -L "$root/usr/lib/x86_64-linux-gnu" -L "$root/lib/x86_64-linux-gnu" \\
-  "\$@" -lpthread
+  "\$@" -Wno-uninitialized -Wno-maybe-uninitialized -lpthread
 SCRIPT
 chmod +x "$directory/g++"

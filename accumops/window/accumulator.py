@@ -247,9 +247,9 @@ class GradientAccumulator(tf.Module):
         """The gradient noise scale, in the unit of the weights: a float64 scalar; see `GradientNoiseScale`.
 
         It needs `track_noise`, windows of two micro-batches at least, and weights that are their numbers of samples:
-        with the default weight it is in micro-batches. It is NaN before such a window has been closed, and infinite where no
-        gradient is seen for noise. Under a strategy `close(reduce=True)` or an optimizer's update tell of it; `close()`
-        does not.
+        with the default weight it is in micro-batches. It is NaN before such a window has been closed, and infinite
+        where no gradient is seen for noise. Under a strategy `close(reduce=True)` or an optimizer's update tell of it;
+        `close()` does not.
 
         Raises:
             ValueError: If nothing is tracked.
