@@ -112,10 +112,9 @@ def test_momentum_contrast():
 
 def test_multi_worker_on_one_host():
     """Two workers are tests/distribute/test_workers.py's."""
-    text = run("multi_worker.py", "--epochs", 2)
-    [(replicas, updates, accuracy)] = numbers("# replicas, # updates, accuracy #", text)
-    assert (replicas, updates) == (1, 19)  # 2 * 38 micro-batches in windows of 4
-    assert accuracy > 0.9
+    [(replicas, updates, accuracy)] = numbers("# replicas, # updates, accuracy #", run("multi_worker.py"))
+    assert (replicas, updates) == (1, 28)  # of 3 * 38 micro-batches in windows of 4; the last one stays open
+    assert accuracy > 0.7
 
 
 @pytest.mark.exhaustive
