@@ -10,24 +10,29 @@ That one is trained on, since Keras builds metrics and functions in a step. The 
 made: at the end of this batch, between the same callbacks.
 """
 
+import contextlib
+import math
 import numbers
 import os
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from accumops import ops
 from accumops.adapters.keras_model import global_seed, is_remote_path, start_at_epoch
 from accumops.arguments import check_bool
-from accumops.training.backup_files import Backup, BackupFiles
+from accumops.training.backup_files import Backup, BackupFiles, check_room
 from accumops.training.callbacks import accumulating_optimizer
 from accumops.window import replicas
 
 _WEIGHTS, _STATE = "model.weights.h5", "state.npz"
 _OF_KERAS = ("latest.weights.h5", "training_metadata.json")
+_BYTES_OF_A_NAME = 8 << 10  # what HDF5 takes for an object, at most
 _COMPARED = 4  # how many backups each process of a strategy tells the others about
 
 
@@ -223,7 +228,10 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         self._newest = self._files.write(record, self._write_files, keep)
 
     def _write_files(self, directory: str) -> None:
-        self.model.save_weights(os.path.join(directory, _WEIGHTS))
+        # HDF5 may end the process when a disk runs full beneath it.
+        check_room(directory, _bytes_of_weights(self.model))
+        with _errors_of_the_disk():
+            self.model.save_weights(os.path.join(directory, _WEIGHTS))
         arrays: dict[str, Any] = {f"seed_{i}": _array(variable) for i, variable in enumerate(self._seeds())}
         seed = global_seed(create=False)
         if seed is not None:
@@ -367,6 +375,25 @@ class _Passing:
             raise _too_short(self._backup, self._passed) from error
         self._passed += steps
         return dict(self._backup.record["logs"])
+
+
+@contextlib.contextmanager
+def _errors_of_the_disk() -> Iterator[None]:
+    """Has an error of the disk be an OSError: h5py raises a RuntimeError where a file cannot be closed."""
+    try:
+        yield
+    except RuntimeError as error:
+        number = re.search(r"errno = (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
+def _bytes_of_weights(model: Any) -> int:
+    """The most bytes that a file of a model's weights and its optimizer's state takes."""
+    variables = [*model.variables, *([] if model.optimizer is None else model.optimizer.variables)]
+    values = sum(math.prod(each.shape) * tf.as_dtype(each.dtype).size for each in variables)
+    return values + (len(variables) + len(model.layers) + 8) * _BYTES_OF_A_NAME
 
 
 def _too_short(backup: Backup, batches: int) -> ValueError:

@@ -12,6 +12,7 @@ is one step for the filesystem. Only then are older backups deleted, and each lo
 leaves that does not rename a directory in one step.
 """
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -131,6 +132,18 @@ class BackupFiles:
             if name.startswith(prefix) and number.isdecimal():
                 found.append((int(number), os.path.join(self.directory, name)))
         return [path for _, path in sorted(found)]
+
+
+def check_room(directory: str, size: int) -> None:
+    """Raises an OSError if the disk of a directory has no room for a file of so many bytes."""
+    room = shutil.disk_usage(directory).free
+    with contextlib.suppress(ImportError):  # Windows has none
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        room = room if limit == resource.RLIM_INFINITY else min(room, limit)
+    if room < size:
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {size} bytes are needed, and {room} free", directory)
 
 
 class DamagedError(Exception):

@@ -1,5 +1,5 @@
-"""Lets the disk run full at random bytes of a backup: `fit` raises an OSError, the last backup stays whole, and a
-training that goes on from it ends with the bits of an undisturbed one.
+"""Leaves a random number of bytes free on the disk before a backup: `fit` raises an OSError or goes on, the last backup
+stays whole, and a training that goes on from it ends with the bits of an undisturbed one.
 
 The disk is a small tmpfs, where this process may mount one, or a limit on the size of files.
 
@@ -96,9 +96,9 @@ def trial(random_, wanted, size, mounts):
     with tempfile.TemporaryDirectory() as top, contextlib.ExitStack() as stack:
         on_tmpfs = mounts and random_.random() < 0.5
         if on_tmpfs:
-            stack.enter_context(small_disk(top, 4 * size + (1 << 20)))
+            stack.enter_context(small_disk(top, 16 * size + (1 << 20)))
         directory = pathlib.Path(top) / "backup"
-        free = random_.randrange(0, int(1.3 * size))
+        free = random_.randrange(0, 12 * size)  # with less than some 8 times its size it is not begun
 
         def restrict():
             check(directory)

@@ -1,8 +1,10 @@
 """BackupAndRestore: a training that dies anywhere goes on bit for bit."""
 
+import errno
 import inspect
 import json
 import os
+import resource
 import subprocess
 import sys
 
@@ -247,6 +249,34 @@ class TestDamage:
             fit(model, BackupAndRestore(tmp_path))
         check_same(state(model), before)
         assert path.exists()
+
+    def test_a_disk_without_room_is_found_before_anything_is_written(self, tmp_path, monkeypatch):
+        path = self.backed_up(tmp_path)
+        model = make("eager")
+        monkeypatch.setattr(model, "save_weights", lambda path: pytest.fail("HDF5 would write"))
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        size = sum(each.stat().st_size for each in path.iterdir())
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            with pytest.raises(OSError, match=f"No space left on device: .* bytes are needed, and {size} free"):
+                fit(model, BackupAndRestore(tmp_path, delete_checkpoint=False), epochs=3)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert sorted(tmp_path.iterdir()) == [path]
+
+    def test_a_full_disk_that_a_closed_file_finds(self, tmp_path, monkeypatch):
+        """h5py keeps a file's end in memory until the file is closed. What fails then is a RuntimeError of its own."""
+        path = self.backed_up(tmp_path)
+        model = make("eager")
+
+        def save_weights(path):
+            raise RuntimeError("Can't close file (errno = 28, error message = 'No space left on device')")
+
+        monkeypatch.setattr(model, "save_weights", save_weights)
+        with pytest.raises(OSError, match="No space left on device") as raised:
+            fit(model, BackupAndRestore(tmp_path, delete_checkpoint=False), epochs=3)
+        assert raised.value.errno == errno.ENOSPC
+        assert sorted(tmp_path.iterdir()) == [path]
 
     def test_a_backup_of_another_model(self, tmp_path):
         self.backed_up(tmp_path)
