@@ -37,6 +37,7 @@ def test_docstrings_say_how_to_run(path):
     assert f"python examples/{path.name}" in ast.get_docstring(ast.parse(path.read_text()))
 
 
+@pytest.mark.exhaustive
 def test_digits_in_fit():
     text = run("digits_in_fit.py")
     (once, _), (split, _) = numbers("loss # test accuracy #", text)
