@@ -37,7 +37,8 @@ def run(code):
 def registered():
     """What every module of accumops together registers."""
     for module in pkgutil.walk_packages(accumops.__path__, "accumops."):
-        if not module.name.endswith((".__main__", "._kernels")) and "._tensorflow_ops" not in module.name:
+        compiled = module.name.startswith(("accumops.ops._", "accumops.ops.libaccumops_kernels"))
+        if not compiled and not module.name.endswith(".__main__"):
             importlib.import_module(module.name)
     return str(sorted(name for name in keras.saving.get_custom_objects() if name.startswith("accumops>")))
 

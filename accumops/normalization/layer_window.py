@@ -105,9 +105,10 @@ class LayerWindow:
     def drop_window(self, unless: tf.Tensor | None = None) -> None:
         """Drops the moments: they never reach the running statistics. If `unless` is true, nothing is dropped."""
         if self.member.built:
-            kept: Any = [0, 0, 1] if unless is None else tf.where(unless, [1, 1, 1], [0, 0, 1])
+            limit_alone = tf.constant([0, 0, 1], tf.int64)
+            kept = limit_alone if unless is None else tf.where(unless, tf.ones_like(limit_alone), limit_alone)
             for window, _ in self.parts():
-                window.counters.assign(window.counters * tf.cast(kept, window.counters.dtype))
+                window.counters.assign(window.counters * kept)
 
     def forget(self) -> None:
         """Drops the moments now, even while a function is traced."""

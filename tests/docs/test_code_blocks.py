@@ -17,7 +17,7 @@ from accumops.cli.bench import SUITES
 
 LANGUAGES = ("python", "pycon", "sh", "text", "bibtex", "cpp", "make", "toml", "yaml")
 # Their blocks take more than ten seconds.
-LONG = ("docs/batch_size.md", "docs/recompute.md")
+LONG = tuple(f"docs/{name}.md" for name in ("batch_size", "exactness", "learning_rate", "recompute", "several_devices"))
 
 
 def with_blocks():

@@ -37,6 +37,7 @@ def test_docstrings_say_how_to_run(path):
     assert f"python examples/{path.name}" in ast.get_docstring(ast.parse(path.read_text()))
 
 
+@pytest.mark.exhaustive
 def test_digits_in_fit():
     text = run("digits_in_fit.py")
     (once, _), (split, _) = numbers("loss # test accuracy #", text)
@@ -112,10 +113,9 @@ def test_momentum_contrast():
 
 def test_multi_worker_on_one_host():
     """Two workers are tests/distribute/test_workers.py's."""
-    text = run("multi_worker.py", "--epochs", 2)
-    [(replicas, updates, accuracy)] = numbers("# replicas, # updates, accuracy #", text)
-    assert (replicas, updates) == (1, 19)  # 2 * 38 micro-batches in windows of 4
-    assert accuracy > 0.9
+    [(replicas, updates, accuracy)] = numbers("# replicas, # updates, accuracy #", run("multi_worker.py"))
+    assert (replicas, updates) == (1, 28)  # of 3 * 38 micro-batches in windows of 4; the last one stays open
+    assert accuracy > 0.7
 
 
 @pytest.mark.exhaustive

@@ -182,6 +182,8 @@ def test_dropped_duplicate_is_found(grid_of, monkeypatch):
 def test_wrong_answer_of_check_finite_is_found(grid_of, monkeypatch):
     def broken(original, *args, **kwargs):
         reports = original(*args, **kwargs)
+        if not kwargs.get("check_finite"):
+            return reports
         return (tf.constant(True), reports[1]) if isinstance(reports, tuple) else tf.constant(True)
 
     grid_of("accumulate")
