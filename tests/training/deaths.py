@@ -84,6 +84,9 @@ class _Files:
     def __init__(self, clock):
         self._clock = clock
 
+    def __getattr__(self, name):
+        return getattr(shutil, name)
+
     def rmtree(self, path, ignore_errors=False):
         for name in sorted(os.listdir(path)):
             self._clock.tick(f"remove {path}/{name}")
