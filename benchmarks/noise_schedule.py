@@ -20,7 +20,7 @@ from sklearn.model_selection import train_test_split
 
 import accumops
 
-MICRO_BATCH, RATE, ACCURACY, CHUNK, MOST = 8, 1e-3, 0.965, 64, 400
+MICRO_BATCH, RATE, ACCURACY, CHUNK, MOST = 8, 1e-3, 0.95, 32, 200
 SCHEDULE = (2, 64)
 
 

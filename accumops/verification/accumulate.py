@@ -318,7 +318,7 @@ def _expect_reports(
         of_gradients = [np.sum(gradient.astype(np.float64) ** 2) for gradient in gradients]
         of_accumulators = [np.sum(each.value.astype(np.float64) ** 2) for each in accumulators]
         norms = np.array([of_gradients, of_accumulators])
-        units = ulp(norms, np.dtype(np.float64)) * max(gradient.size for gradient in gradients)
+        units = 16 * ulp(norms, np.dtype(np.float32))  # squares, and sums of a few of them, are float32
         # An accumulator is rounded before it is squared.
         units[1] += [np.sum(2 * np.abs(each.value) * each.ulp).astype(np.float64) for each in accumulators]
         norms[:, [i for i, each in enumerate(sparse or []) if each]] = np.nan

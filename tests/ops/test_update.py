@@ -450,3 +450,24 @@ def test_malformed_calls_of_the_raw_op_fail_and_change_nothing(case):
     with pytest.raises((tf.errors.OpError, ValueError), match=message):
         raw.accum_ops_update(**arguments)
     np.testing.assert_array_equal(variable.numpy(), [1, 2])
+
+
+@pytest.mark.parametrize("name", ["rate", "decay", "weight", "overwrite", "applies"])
+def test_a_vector_for_a_scalar_that_only_the_call_shows(name):
+    """Under XLA, too: no lowering takes it element by element."""
+    raw = ops.library.load()[0]
+    variable, accumulator = tf.Variable([1.0, 2.0]), tf.Variable([1.0, 1.0])
+    scalars = {"rate": 0.5, "decay": 0.0, "weight": 1.0, "overwrite": False, "applies": True}
+    dtype = tf.bool if isinstance(scalars[name], bool) else tf.float32
+    for jit_compile in (False, True):
+
+        @tf.function(jit_compile=jit_compile, input_signature=[tf.TensorSpec(None, dtype)])
+        def run(value):
+            raw.accum_ops_update(
+                variables=[variable.handle], slots=[], accumulators=[accumulator.handle], touched_rows=[], latest=[],
+                scales=1.0, rule="sgd", decays=[True], **(scalars | {name: value}),
+            )  # fmt: skip
+
+        with pytest.raises(tf.errors.InvalidArgumentError, match="scalar"):
+            run(tf.cast([1, 1], dtype))
+    np.testing.assert_array_equal(variable.numpy(), [1, 2])

@@ -31,7 +31,7 @@ struct Norms {
 // gradient is finite, if the span asks for it.
 bool AccumulateWithNorms(const Span& span, Norms& norms) {
   const auto accumulate = CurrentSpanFunctions().accumulate;
-  const auto squared_norm = CurrentUpdateSpanFunctions().squared_norm;
+  const auto squared_norm = CurrentUpdateSpanFunctions().quick_squared_norm;
   bool finite = true;
   for (std::int64_t begin = 0; begin < span.size; begin += kNormElements) {
     Span piece = span;

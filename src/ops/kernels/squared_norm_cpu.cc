@@ -25,7 +25,7 @@ void SquaredNormsCpu(const SquaredNormItem* items, std::size_t count, double* su
                    const char* from = static_cast<const char*>(item.values) +
                                       begin * static_cast<std::int64_t>(SizeOf(item.dtype));
                    partial[static_cast<std::size_t>(block)] =
-                       functions.squared_norm(from, end - begin, item.dtype, 1);
+                       functions.squared_norm(from, end - begin, item.dtype);
                  });
   for (std::size_t i = 0; i < count; ++i) {
     sums[i] = std::accumulate(partial.begin() + blocks.first(i),

@@ -65,6 +65,9 @@ class AccumulateXlaOp : public XlaOpKernel {
   }
 
   void Compile(XlaOpKernelContext* ctx) override {
+    const int scalars = 2 * count_ + sparse_ + touched_;
+    OP_REQUIRES_OK(ctx, RequireScalarInput(ctx, scalars, "scale"));
+    OP_REQUIRES_OK(ctx, RequireScalarInput(ctx, scalars + 1, "overwrite"));
     xla::XlaBuilder* builder = ctx->builder();
     const xla::XlaOp scale = ctx->Input("scale");
     const xla::XlaOp overwrite = ctx->Input("overwrite");

@@ -32,7 +32,13 @@ class MergeMomentsXlaOp : public XlaOpKernel {
                                                           DataTypeString(moving_type),
                                                           "; they must be float or double.")));
     }
-    if (attributes_.batches != 0) shape = InputTensorShape(ctx, moments);
+    if (attributes_.batches != 0) {
+      shape = InputTensorShape(ctx, moments);
+      OP_REQUIRES_OK(ctx, RequireScalarInput(ctx, count, "count"));
+    }
+    if (attributes_.moving != 0) {
+      OP_REQUIRES_OK(ctx, RequireScalarInput(ctx, moments + 3 * attributes_.batches, "momentum"));
+    }
     OP_REQUIRES(ctx, shape.dims() == 1,
                 absl::InvalidArgumentError(absl::StrCat("Moments have shape ", shape.DebugString(),
                                                         "; they must be vectors.")));

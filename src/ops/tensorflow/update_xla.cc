@@ -27,6 +27,10 @@ class UpdateXlaOp : public XlaOpKernel {
   }
 
   void Compile(XlaOpKernelContext* ctx) override {
+    int scalar = LatestInput(attributes_.has_latest ? attributes_.count : 0) + 1;  // after `scales`
+    for (const char* name : {"rate", "decay", "weight", "overwrite", "applies"}) {
+      OP_REQUIRES_OK(ctx, RequireScalarInput(ctx, scalar++, name));
+    }
     // Every input is read and checked before the first variable is assigned.
     std::vector<Step> steps;
     for (int i = 0; i < attributes_.count; ++i) {

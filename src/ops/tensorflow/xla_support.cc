@@ -1,5 +1,6 @@
 #include "xla_support.h"
 
+#include "absl/strings/str_cat.h"
 #include "xla/hlo/builder/lib/constants.h"
 #include "xla/hlo/builder/xla_builder.h"
 
@@ -14,6 +15,13 @@ TensorShape InputTensorShape(XlaOpKernelContext* ctx, int input) {
     ctx->SetStatus(xla_shape.status());
   }
   return shape;
+}
+
+absl::Status RequireScalarInput(XlaOpKernelContext* ctx, int input, const char* name) {
+  const TensorShape shape = InputTensorShape(ctx, input);
+  if (shape.dims() == 0) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat(name, " must be a scalar, not be of shape ", shape.DebugString(), "."));
 }
 
 xla::XlaComputation Sum(xla::PrimitiveType type) {

@@ -18,6 +18,9 @@ using ::tensorflow::XlaOpKernelContext;
 // The shape of an input. Where XLA does not know it, the context gets an error.
 TensorShape InputTensorShape(XlaOpKernelContext* ctx, int input);
 
+// Fails unless the input is a scalar. A shape function cannot know that of every input.
+absl::Status RequireScalarInput(XlaOpKernelContext* ctx, int input, const char* name);
+
 // a + b of scalars, to reduce with.
 xla::XlaComputation Sum(xla::PrimitiveType type);
 
