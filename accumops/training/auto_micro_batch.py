@@ -100,6 +100,11 @@ class AutoMicroBatch:
             failure = self._failure_of(lambda: logs.append(self._ending()()))
             if failure is None:
                 return logs[0]
+            if not bool(optimizer.accumulator.open):
+                # The update is made, and some of what follows it has failed: all of that may be done twice.
+                optimizer.accumulator.state.connections.clear()
+                optimizer.accumulator.state.members.close()
+                return self._model.get_metrics_result()
             _assign(written, values)
             self._accumulate = None
             gc.collect()
