@@ -82,7 +82,7 @@ class GradientNoise(tf.Module):
         def new_count(name: str, dtype: str, initializer: Any) -> keras.Variable:
             return new_variable(name, (), dtype, initializer, beside=beside, **same)
 
-        # Of the open window.
+        # What the open window has told so far.
         self._squares, self._count, self._sums = (new(name, **summed) for name in ("squares", "count", "sums"))
         # Averages over windows, each without the division by `known`, which all share.
         self._trace, self._square, self._shares, self._known = (

@@ -32,8 +32,8 @@ class NoiseScaleSchedule:
     - `"linear"`: it grows with the effective batch, which suits SGD, within limits
       ([Goyal et al., 2017](https://arxiv.org/abs/1706.02677)).
 
-    The learning rate of the optimizer, or its schedule, is that of a window of `minimum` micro-batches. Schedules of
-    the learning rate count updates, of which there are fewer when windows grow.
+    Give the optimizer the learning rate, or the schedule, that suits a window of `minimum` micro-batches. Schedules of
+    the learning rate count updates, and windows that grow make fewer updates.
 
     Args:
         minimum: The least number of micro-batches, at least 2: one alone tells nothing of noise.
