@@ -171,7 +171,8 @@ def test_what_is_wrong():
 def test_a_linear_model_whose_noise_is_known(sizes, jit_compile):
     """x ~ N(0, 1), y = x w + noise, and the model's weights are 0: E|g|² and the trace follow from moments of x.
 
-    Within two standard errors over 4,000 windows. Single windows are told by `decay=0`.
+    Within three standard errors over 4,000 windows: twenty estimates are seen here, and one in twenty is farther than
+    two from the truth. Single windows are told by `decay=0`.
     """
     dimensions, sigma, windows = 50, 2.0, 4000
     truth = 0.3 * np.random.default_rng(0).standard_normal(dimensions).astype("float32")
@@ -193,4 +194,4 @@ def test_a_linear_model_whose_noise_is_known(sizes, jit_compile):
 
     found = np.array([[float(each) for each in window(tf.constant(seed))] for seed in range(windows)])
     errors = found.std(axis=0) / np.sqrt(windows)
-    assert np.all(np.abs(found.mean(axis=0) - [trace, square]) <= 2 * errors), (found.mean(axis=0), errors)
+    assert np.all(np.abs(found.mean(axis=0) - [trace, square]) <= 3 * errors), (found.mean(axis=0), errors)
