@@ -116,8 +116,8 @@ def _accumulate_fused(
         touched_rows=[flags[i].handle for i in tracked],  # type: ignore[union-attr]
         scale=scale,
         overwrite=overwrite,
-        check_finite=int(check_finite),
-        squared_norms=int(squared_norms),
+        check_finite=[tf.bool] if check_finite else [],
+        squared_norms=[tf.float64] if squared_norms else [],
     )
     if not check_finite and not squared_norms:
         return None

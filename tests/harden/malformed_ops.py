@@ -95,8 +95,8 @@ CALLS = {
             "touched_rows": [],
             "scale": tf.constant(0.5),
             "overwrite": tf.constant(False),
-            "check_finite": 1,
-            "squared_norms": 1,
+            "check_finite": [tf.bool],
+            "squared_norms": [tf.float64],
         },
         {
             "accumulators": [Handle("c"), Handle("a"), Handle("table")],
@@ -105,8 +105,8 @@ CALLS = {
             "touched_rows": [Handle("flags of table")],
             "scale": tf.constant(2.0),
             "overwrite": tf.constant(True),
-            "check_finite": 0,
-            "squared_norms": 1,
+            "check_finite": [],
+            "squared_norms": [tf.float64],
         },
     ),
     "update": (

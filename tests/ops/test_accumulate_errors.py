@@ -11,7 +11,7 @@ INVALID = tf.errors.InvalidArgumentError
 PRECONDITION = tf.errors.FailedPreconditionError
 
 
-def raw(accumulators, gradients, *, indices=(), touched_rows=(), scale=1.0, overwrite=False, check_finite=0):
+def raw(accumulators, gradients, *, indices=(), touched_rows=(), scale=1.0, overwrite=False, check_finite=()):
     """The op itself, without the checks of `ops.accumulate`."""
     module, problem = library.load()
     assert module is not None, problem
@@ -145,7 +145,11 @@ MALFORMED = {
         r"accumulators\[0\].*\[2\]",
         lambda c: raw([tf.stack([c.a.handle, c.b.handle])], [c.gradient]),
     ),
-    "check_finite out of range": (INVALID, "check_finite", lambda c: raw([c.a.handle], [c.gradient], check_finite=2)),
+    "check_finite out of range": (
+        INVALID,
+        "check_finite",
+        lambda c: raw([c.a.handle], [c.gradient], check_finite=[tf.bool] * 2),
+    ),
 }
 
 
@@ -165,7 +169,9 @@ def test_raw_op_raises_and_writes_nothing(name):
 def test_shapes_are_checked_when_a_graph_is_built():
     accumulator = tf.Variable(tf.ones([2, 3]))
     with pytest.raises(ValueError, match=r"gradients\[0\] of shape \[2,4\]"):
-        tf.function(lambda: raw([accumulator.handle], [tf.ones([2, 4])], check_finite=1)).get_concrete_function()
+        tf.function(
+            lambda: raw([accumulator.handle], [tf.ones([2, 4])], check_finite=[tf.bool])
+        ).get_concrete_function()
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
@@ -174,7 +180,7 @@ def test_shapes_unknown_until_run(jit_compile):
 
     @tf.function(input_signature=[tf.TensorSpec(None)], jit_compile=jit_compile)
     def run(gradient):
-        return raw([accumulator.handle], [gradient], check_finite=1)
+        return raw([accumulator.handle], [gradient], check_finite=[tf.bool])
 
     with pytest.raises(INVALID, match=r"accumulators\[0\]"):
         run(tf.ones([3, 2]))

@@ -241,12 +241,13 @@ class AccumulateOp : public ParallelKernel {
  private:
   // Reads how many outputs of a kind there are: one or none.
   static absl::Status ReadFlag(OpKernelConstruction* construction, const char* name, bool* flag) {
-    int outputs;
+    std::vector<DataType> outputs;
     TF_RETURN_IF_ERROR(construction->GetAttr(name, &outputs));
-    if (outputs > 1) {
-      return absl::InvalidArgumentError(absl::StrCat(name, " must be 0 or 1, not ", outputs, "."));
+    if (outputs.size() > 1) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(name, " must have one item or none, not ", outputs.size(), "."));
     }
-    *flag = outputs == 1;
+    *flag = outputs.size() == 1;
     return absl::OkStatus();
   }
 

@@ -67,11 +67,12 @@ absl::Status AccumulateShape(InferenceContext* c) {
   ShapeHandle unused;
   TF_RETURN_IF_ERROR(c->WithRank(c->input(scalars), 0, &unused));
   TF_RETURN_IF_ERROR(c->WithRank(c->input(scalars + 1), 0, &unused));
-  int finite = 0, norms = 0;
+  std::vector<tensorflow::DataType> finite;
   TF_RETURN_IF_ERROR(c->GetAttr("check_finite", &finite));
-  TF_RETURN_IF_ERROR(c->GetAttr("squared_norms", &norms));
-  for (int i = 0; i < finite; ++i) c->set_output(i, c->Scalar());
-  for (int i = 0; i < norms; ++i) c->set_output(finite + i, c->Matrix(2, count - sparse));
+  for (int i = 0; i < c->num_outputs(); ++i) {
+    c->set_output(i,
+                  i < static_cast<int>(finite.size()) ? c->Scalar() : c->Matrix(2, count - sparse));
+  }
   return absl::OkStatus();
 }
 
@@ -82,15 +83,16 @@ REGISTER_OP("AccumOps>Accumulate")
     .Input("touched_rows: M * resource")
     .Input("scale: scale_type")
     .Input("overwrite: bool")
-    .Output("all_finite: check_finite * bool")
-    .Output("norms: squared_norms * double")
+    .Output("all_finite: check_finite")
+    .Output("norms: squared_norms")
     .Attr("N: int >= 0")
     .Attr("M: int >= 0")
     .Attr("gradient_types: list({half, bfloat16, float, double}) >= 0")
     .Attr("index_types: list({int32, int64}) >= 0")
     .Attr("scale_type: {float, double}")
-    .Attr("check_finite: int >= 0 = 0")
-    .Attr("squared_norms: int >= 0 = 0")
+    // Lists and not numbers: TensorFlow would make room for any number of outputs.
+    .Attr("check_finite: list({bool}) >= 0 = []")
+    .Attr("squared_norms: list({double}) >= 0 = []")
     .SetIsStateful()
     .SetShapeFn(AccumulateShape)
     .Doc(R"doc(
@@ -104,8 +106,8 @@ touched_rows: For the last of the sparse gradients, a bool variable each, with a
   The op sets the flags of the rows it adds to (none where scale is 0) and, where overwrite is true, clears only the rows that were flagged.
 scale: A factor for every gradient. With 0 nothing is added, whatever the gradients hold.
 overwrite: Whether to start from zero instead of what the accumulators hold.
-all_finite: With check_finite=1, whether every gradient was finite.
-norms: With squared_norms=1, the sums of squares of the gradients, as they are given, and of the accumulators, as the
+all_finite: With check_finite=[bool], whether every gradient was finite.
+norms: With squared_norms=[double], the sums of squares of the gradients, as they are given, and of the accumulators, as the
   op leaves them: of shape [2, N - len(indices)], for those that receive no rows.
 )doc");
 

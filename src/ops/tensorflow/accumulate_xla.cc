@@ -56,8 +56,11 @@ class AccumulateXlaOp : public XlaOpKernel {
     std::vector<DataType> index_types;
     OP_REQUIRES_OK(construction, construction->GetAttr("index_types", &index_types));
     sparse_ = static_cast<int>(index_types.size());
-    OP_REQUIRES_OK(construction, construction->GetAttr("check_finite", &check_finite_));
-    OP_REQUIRES_OK(construction, construction->GetAttr("squared_norms", &squared_norms_));
+    std::vector<DataType> finite, norms;
+    OP_REQUIRES_OK(construction, construction->GetAttr("check_finite", &finite));
+    OP_REQUIRES_OK(construction, construction->GetAttr("squared_norms", &norms));
+    check_finite_ = static_cast<int>(finite.size());
+    squared_norms_ = static_cast<int>(norms.size());
     OP_REQUIRES(
         construction,
         check_finite_ <= 1 && squared_norms_ <= 1 && sparse_ <= count_ && touched_ <= sparse_,
