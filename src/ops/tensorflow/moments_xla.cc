@@ -35,6 +35,13 @@ class MergeMomentsXlaOp : public XlaOpKernel {
     if (attributes_.batches != 0) {
       shape = InputTensorShape(ctx, moments);
       OP_REQUIRES_OK(ctx, RequireScalarInput(ctx, count, "count"));
+      for (int i = 1; i < 3; ++i) {
+        const TensorShape other = InputTensorShape(ctx, moments + i);
+        OP_REQUIRES(ctx, other == shape,
+                    absl::InvalidArgumentError(
+                        absl::StrCat("Moments have shapes ", shape.DebugString(), " and ",
+                                     other.DebugString(), "; all must have the same.")));
+      }
     }
     if (attributes_.moving != 0) {
       OP_REQUIRES_OK(ctx, RequireScalarInput(ctx, moments + 3 * attributes_.batches, "momentum"));
