@@ -113,9 +113,13 @@ def contenders(problem: Problem, device: str, *, steps: int, micro: int) -> list
         model.compile(adam(gradient_accumulation_steps=steps), training.loss_function(), jit_compile=jit_compile)
         return training.train_steps(model, x, y, micro)
 
-    def ours(batch_size: int, jit_compile: bool = False, **arguments: Any) -> Callable[[], object]:
+    def ours(
+        batch_size: int, jit_compile: bool = False, noise: bool = False, **arguments: Any
+    ) -> Callable[[], object]:
         model = GradientAccumulateModel(new_model(), **arguments)
         model.compile(adam(), training.loss_function(), jit_compile=jit_compile)
+        if noise:
+            model.optimizer.accumulator.track_noise()
         return training.train_steps(model, x, y, batch_size)
 
     accum_steps = functools.partial(ours, micro, accum_steps=steps)
@@ -156,6 +160,8 @@ def contenders(problem: Problem, device: str, *, steps: int, micro: int) -> list
         contender("accumops, micro_batch_size", micro_batch_size),
         contender("accumops, accum_steps, XLA", functools.partial(accum_steps, jit_compile=True)),
         contender("accumops, micro_batch_size, XLA", functools.partial(micro_batch_size, jit_compile=True)),
+        contender("accumops, accum_steps, noise scale", functools.partial(accum_steps, noise=True)),
+        contender("accumops, micro_batch_size, noise scale", functools.partial(micro_batch_size, noise=True)),
         contender("accumops, optimizer in a custom loop", custom_loop),
     ]
     if problem.large_table:
