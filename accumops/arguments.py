@@ -88,6 +88,13 @@ def check_nonfinite(nonfinite: str) -> str:
     return nonfinite
 
 
+def check_statistics(statistics: str) -> str:
+    """Returns `statistics` if it is one of the two choices of batch normalization; raises ValueError otherwise."""
+    if statistics not in ("micro_batch", "window"):
+        raise ValueError(f"`statistics` must be 'micro_batch' or 'window'. Received: {statistics!r}")
+    return statistics
+
+
 def check_bool(name: str, value: bool) -> bool:
     """Returns `value` if it is a bool."""
     if not isinstance(value, bool):

@@ -29,9 +29,10 @@ from accumops import ops
 from accumops.adapters.keras_layer import ExtraCheckpointState, in_stateless_scope
 from accumops.adapters.tensorflow import enclosing_functions
 from accumops.adapters.untracked import Untracked
-from accumops.arguments import check_accum_steps
+from accumops.arguments import check_accum_steps, check_statistics
 from accumops.normalization import replica_moments
 from accumops.normalization.layer_window import LayerWindow, Saved, load_windows, saved_windows
+from accumops.normalization.window_moments import at_hand
 from accumops.renamed import explains_renamed
 from accumops.window import replicas
 from accumops.window.accumulator import GradientAccumulator
@@ -138,7 +139,9 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
     """
 
     @explains_renamed
-    def __init__(self, *args: Any, accum_steps: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, accum_steps: int | None = None, statistics: str = "micro_batch", **kwargs: Any
+    ) -> None:
         if kwargs.get("renorm"):
             raise ValueError(
                 "AccumBatchNormalization does not do batch renormalization: its corrections come from statistics that "
@@ -151,6 +154,7 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
             raise ValueError("AccumBatchNormalization does not do batch renormalization.")
         check_accum_steps(accum_steps)
         self.accum_steps = None if accum_steps is None else int(accum_steps)
+        self.statistics = check_statistics(statistics)
         # Untracked, as windows are saved apart from the weights. `accumulator` is what the layer has joined, and
         # `joined_by` the identities of the variables that it was found by. `alone_in` is the function in which the
         # layer ended windows itself: 0 if that was eagerly, None if it did not. Models keep their windows themselves.
@@ -198,7 +202,10 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
         if not inputs.dtype.is_floating:
             inputs = tf.cast(inputs, tf.float32)
         settings = {"axis": axis, "epsilon": self.epsilon}
-        if training and self.trainable:
+        statistics = at_hand() if self.follows_window else None
+        if training and statistics is not None:
+            outputs = statistics.normalize(inputs, self.gamma, self.beta, mask=mask, **settings)
+        elif training and self.trainable:
             together = self.synchronized and replicas.running() is not None
             normalize = replica_moments.batch_norm if together else ops.batch_norm
             outputs, moments = normalize(inputs, self.gamma, self.beta, mask=mask, **settings)
@@ -208,6 +215,11 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
                 inputs, self.gamma, self.beta, self.moving_mean, self.moving_variance, **settings
             )
         return tf.cast(outputs, self.compute_dtype)
+
+    @property
+    def follows_window(self) -> bool:
+        """Whether the layer normalizes by the moments of the window in training: it is not frozen."""
+        return bool(self.statistics == "window" and self.trainable)
 
     def check_window(self, accum_steps: Any, micro_batch_size: int | str | None = None) -> None:
         """Raises if the layer cannot be trained with windows of `accum_steps` micro-batches.
@@ -315,6 +327,15 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
         found = [each() for each in self._state.of_models]
         return [window for window in found if window is not None and not window.released]
 
+    def add_to_window(self, moments: ops.BatchMoments, *, pooled: bool) -> None:
+        """Adds the moments of a batch to the window that a call of the layer would add to.
+
+        Args:
+            moments: The moments.
+            pooled: Whether they are those of all replicas.
+        """
+        self._add(moments, pooled)
+
     def _add(self, moments: ops.BatchMoments, pooled: bool) -> None:
         adopt = _ADOPT.get()
         collects = _COLLECTS.get() if self._joined() else None
@@ -370,7 +391,7 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments to make this layer again, without its state."""
-        return {**super().get_config(), "accum_steps": self.accum_steps}
+        return {**super().get_config(), "accum_steps": self.accum_steps, "statistics": self.statistics}
 
     def save_own_variables(self, store: dict[str, Any]) -> None:
         """Saves the variables, and the windows that are open."""

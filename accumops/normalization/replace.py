@@ -2,13 +2,16 @@
 
 import keras
 
+from accumops.arguments import check_statistics
 from accumops.normalization.layer import AccumBatchNormalization
 from accumops.normalization.rebuild import Rebuilder
 from accumops.renamed import explains_renamed
 
 
 @explains_renamed
-def replace_batchnorm_layers(model: keras.Model, accum_steps: int | None = None) -> keras.Model:
+def replace_batchnorm_layers(
+    model: keras.Model, accum_steps: int | None = None, *, statistics: str = "micro_batch"
+) -> keras.Model:
     """Returns a copy of a model in which every `keras.layers.BatchNormalization` is an `AccumBatchNormalization`.
 
     The new layers have the configuration, the name and the weights of those that they replace. Everything else is as in
@@ -45,7 +48,11 @@ def replace_batchnorm_layers(model: keras.Model, accum_steps: int | None = None)
     <AccumBatchNormalization name=bn_Conv1, built=True>
     >>> model = accumops.GradientAccumulateModel(net, micro_batch_size=8)
     """
-    return Rebuilder(keras.layers.BatchNormalization, AccumBatchNormalization, accum_steps=accum_steps).run(model)
+    check_statistics(statistics)
+    rebuilder = Rebuilder(
+        keras.layers.BatchNormalization, AccumBatchNormalization, accum_steps=accum_steps, statistics=statistics
+    )
+    return rebuilder.run(model)
 
 
 def restore_batchnorm_layers(model: keras.Model) -> keras.Model:

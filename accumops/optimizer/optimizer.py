@@ -289,6 +289,22 @@ class GradientAccumulateOptimizer(LoadsState):
             given = self._known.positions(trainable_variables)
             state.add_slice(state.prepare_slice(gradients, weight, starts, given))
 
+    def accumulate_part(
+        self, grads: Gradients, trainable_variables: Sequence[keras.Variable], *, starts: tf.Tensor | bool
+    ) -> None:
+        """Accumulates what a part of a model gives its variables as gradients, without counting it; not public.
+
+        When all have been accumulated, the step counts them with `accumulator.state.count_parts`, and calls `close`.
+
+        Args:
+            grads: As for `apply`.
+            trainable_variables: As for `apply`.
+            starts: Whether they are the first of their window, a bool or a bool scalar.
+        """
+        gradients = self._in_order(grads, trainable_variables)
+        if gradients is not None:
+            self._accumulator.state.add_part(gradients, starts)
+
     @tf.autograph.experimental.do_not_convert
     def flush(self) -> None:
         """Ends the open window, full or not, with an update. Does nothing if none is open.

@@ -22,7 +22,8 @@ import tensorflow as tf
 from accumops.adapters.keras_losses import following
 from accumops.adapters.keras_metrics import count_scalars, number_of_metrics, scalars_of, stack
 from accumops.adapters.keras_model import loss_tracker
-from accumops.memory.slices import whole_tensors
+from accumops.memory.slices import Slices, whole_tensors
+from accumops.training.layerwise_step import LayerwiseStep
 from accumops.training.left_out import Undo
 from accumops.training.slicing import Carried, fold_slices
 from accumops.training.weighting import count_samples, share_of
@@ -58,12 +59,15 @@ class TrainingStep:
         self._model = model
         self._compiled_pass: Any = None
         self._window_loss: WindowLoss | None = None
+        self._layerwise: LayerwiseStep | None = None
         self._samples_of_window: tuple[tf.Tensor, ...] = ()
 
     def start_anew(self) -> None:
         """Forgets what was known of the model: it has been compiled."""
         self._compiled_pass = None
         self._window_loss = WindowLoss(self._model) if self._model.loss_over == "window" else None
+        follow = any(layer.follows_window for layer in self._model.normalizations())
+        self._layerwise = LayerwiseStep(self._model, 2) if follow else None
 
     def compile_passes(self, compiled: bool) -> None:
         """Has XLA compile each pass by itself, or no longer."""
@@ -127,7 +131,10 @@ class TrainingStep:
         samples = count_samples(*keras.utils.unpack_x_y_sample_weight(data)[:2])
         self._samples_of_window = (samples,)
         try:
-            if self._window_loss is not None:
+            if self._layerwise is not None:
+                with within_window(self._window(samples, samples)):
+                    self._accumulate_layerwise(data, size, self._layerwise)
+            elif self._window_loss is not None:
                 with within_window(self._window(samples, samples)):
                     self._accumulate_window(data, size, self._window_loss)
             else:
@@ -176,6 +183,39 @@ class TrainingStep:
         # Gradients of parts of one loss are added, and not averaged.
         optimizer.accumulator.state.count(passed.slices, tf.ones([], self._share_dtype()))
         loss_tracker(model).update_state(self._mean_loss(passed.loss, passed.samples), sample_weight=passed.samples)
+
+    @tf.autograph.experimental.do_not_convert
+    def _accumulate_layerwise(self, data: Any, size: int, layerwise: LayerwiseStep) -> None:
+        model, state = self._model, self._model.optimizer.accumulator.state
+        model.optimizer.accumulator.reset()  # as above
+        none = tf.zeros([], self._share_dtype())
+        number = number_of_metrics(model)
+        sums = {"total": [none], "losses": [none], "seen": [none]}
+        sums["scalars"] = [tf.zeros([number], none.dtype)] if number else []
+
+        def count(data: Any, y_pred: Any, calls: Any, loss: tf.Tensor, added: tf.Tensor, sums: Any) -> tf.Tensor:
+            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+            samples = count_samples(x, y)
+            self._check_sums()
+            scalars = self._compute_metrics(x, y, y_pred, sample_weight, samples)
+            share = tf.cast(self._share(calls, data, samples), none.dtype)
+            loss = self._mean_loss(loss + tf.cast(added, loss.dtype), samples)
+            sums["total"] = [sums["total"][0] + share]
+            sums["losses"] = [sums["losses"][0] + tf.math.multiply_no_nan(tf.cast(loss, none.dtype), share)]
+            sums["seen"] = [sums["seen"][0] + tf.cast(samples, none.dtype)]
+            if scalars is not None:
+                sums["scalars"] = [each + scalars for each in sums["scalars"]]
+            return share
+
+        slices = Slices(data, size, empty=model.mirroring is not None, uncut=self.whole_inputs(data))
+        number, sums = layerwise.train(slices, bool(model.jit_compile), count, sums)
+        (total,), (losses,), (seen,) = sums["total"], sums["losses"], sums["seen"]
+        state.count_parts(number, total)
+        tracker = loss_tracker(model)
+        value = losses if self._sums() else tf.math.divide_no_nan(losses, total)
+        tracker.update_state(tf.cast(value, tracker.dtype), sample_weight=seen)
+        for each in sums["scalars"]:
+            count_scalars(model, each, seen)
 
     @tf.autograph.experimental.do_not_convert
     def whole_inputs(self, data: Any) -> list[tf.Tensor]:
@@ -260,29 +300,37 @@ class TrainingStep:
             with following(samples, model) as calls:
                 loss = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
             scaled = model.optimizer.scale_loss(loss)
-        if self._sums() and model.losses:
-            raise ValueError(
-                "With a loss of reduction='sum', regularizers and `add_loss` would count once for each micro-batch, "
-                "and not once for the large batch. Use a loss that is a mean, or the optimizer's `weight_decay`."
-            )
+        self._check_sums()
         is_part = model.micro_batch_size is not None or model.mirroring is not None
         scalars = self._compute_metrics(x, y, y_pred, sample_weight, samples if is_part else None)
-        share = share_of(
-            model.normalization,
-            calls,
-            samples=samples,
-            x=x,
-            y=y,
-            sample_weight=sample_weight,
-            dtype=self._share_dtype(),
-            on_replica=model.mirroring is not None,
-        )
+        share = self._share(calls, data, samples)
         mean_loss = self._mean_loss(loss, samples)
         variables = model.trainable_variables
         if not variables:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
             return Pass(None, share, mean_loss, samples, scalars)
         return Pass(tape.gradient(scaled, variables), share, mean_loss, samples, scalars)
+
+    def _check_sums(self) -> None:
+        if self._sums() and self._model.losses:
+            raise ValueError(
+                "With a loss of reduction='sum', regularizers and `add_loss` would count once for each micro-batch, "
+                "and not once for the large batch. Use a loss that is a mean, or the optimizer's `weight_decay`."
+            )
+
+    def _share(self, calls: Any, data: Any, samples: int | tf.Tensor) -> float | tf.Tensor:
+        """What a micro-batch counts for in its window."""
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        return share_of(
+            self._model.normalization,
+            calls,
+            samples=samples,
+            x=x,
+            y=y,
+            sample_weight=sample_weight,
+            dtype=self._share_dtype(),
+            on_replica=self._model.mirroring is not None,
+        )
 
     def _window(self, samples: tf.Tensor, samples_of_window: tf.Tensor | None = None) -> CurrentWindow:
         """What a layer can ask about the window of a micro-batch.

@@ -64,7 +64,7 @@ class WindowState(tf.Module):
         """What is known of the gradients' noise, where somebody has asked for it."""
         self.built = False
         self._owner = owner
-        self._untracked = Untracked(members=Members(owner), strategy=None)
+        self._untracked = Untracked(members=Members(owner), strategy=None, parts=set())
 
     def build(
         self,
@@ -208,10 +208,31 @@ class WindowState(tf.Module):
         self._add(batch)
         self.connections.add_slice(batch.present, batch.given)
 
+    def add_part(self, gradients: Sequence[tf.Tensor | tf.IndexedSlices | None], starts: tf.Tensor | bool) -> None:
+        """Adds gradients of a part of the variables, with a share of 1; `count_parts` counts all of a window.
+
+        Args:
+            gradients: A gradient or None for each variable.
+            starts: Whether they are the first of their window.
+        """
+        gradients = list(map(as_gradient, gradients, self.accumulators))
+        present = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        share = Share(tf.ones([], self.weight.dtype), True)
+        rows = self.touched_rows.prepare(gradients)
+        self._untracked.parts.update(present)
+        self._add(MicroBatch(gradients, present, range(len(gradients)), rows, share, starts))
+
+    def count_parts(self, steps: int | tf.Tensor, weight: tf.Tensor) -> None:
+        """As `count`, for a window that `add_part` has filled."""
+        present = sorted(self._untracked.parts)
+        self.connections.add_slice(present, range(len(self.accumulators)))
+        self.count(steps, weight)
+
     def _add(self, batch: MicroBatch) -> None:
         with Recording() as accumulation:
             if self.strategy is None:
-                found = self._sum(batch, range(len(self.accumulators)))
+                everything = range(len(self.accumulators))
+                found = self._sum(batch, batch.present if batch.starts is False else everything)
             else:
                 found = self._sum_on_replica(self.strategy, batch)
         with tf.control_dependencies(accumulation.operations):
@@ -426,6 +447,7 @@ class WindowState(tf.Module):
 
     def reset(self) -> None:
         """Drops the open window, if there is one."""
+        self._untracked.parts.clear()
         self.parts.end()
         self._discard()
 

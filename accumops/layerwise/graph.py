@@ -1,0 +1,149 @@
+"""The calls of a model's graph as one list, those of graphs within it included."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from accumops.adapters.keras_functional import Node, call_node, graph_of, nodes_of
+from accumops.adapters.keras_layer import layers_within
+
+Key = tuple[tuple[int, ...], int]
+"""A tensor of the graph: the calls of graphs that it is in, and the identity of the symbolic tensor. A graph that is
+called twice has each of its tensors twice."""
+
+
+class Call(NamedTuple):
+    """A call of an operation."""
+
+    node: Node
+    place: tuple[int, ...]
+    inputs: tuple[Key, ...]
+    outputs: tuple[Key, ...]
+    casts: tuple[str | None, ...] = ()
+    """For the call that hands a graph its inputs: their dtypes there."""
+
+    @property
+    def operation(self) -> Any:
+        """What is called."""
+        return self.node.operation
+
+    def run(self, values: dict[Key, Any], settings: dict[str, Any]) -> None:
+        """Makes the call. Without all of its inputs it is left out, as Keras does.
+
+        Args:
+            values: The tensors of the graph. Those of the call's outputs are added.
+            settings: What the graph was called with besides its inputs, such as `training`.
+        """
+        if self.casts:
+            for source, target, dtype in zip(self.inputs, self.outputs, self.casts, strict=True):
+                if source in values:
+                    values[target] = values[source] if dtype is None else tf.cast(values[source], dtype)
+            return
+        own = {key[1]: values[key] for key in self.inputs if key in values}
+        call_node(self.node, own, settings)
+        values.update({key: own[key[1]] for key in self.outputs if key[1] in own})
+
+
+class Graph(NamedTuple):
+    """The calls of a graph."""
+
+    calls: list[Call]
+    inputs: list[Key]
+    outputs: list[Key]
+    bytes_of: dict[Key, int]
+    """The bytes of a sample in each tensor, 0 where they are not known."""
+
+
+def graph_of_calls(model: keras.Model, couples: Callable[[Any], bool]) -> Graph:
+    """Returns the calls of a model, in the order in which Keras makes them.
+
+    Graphs within the graph are opened if they have layers that couple samples.
+
+    Args:
+        model: The model.
+        couples: Whether a layer couples samples.
+
+    Raises:
+        ValueError: If the model is no graph that Keras knows, or such a layer is not called by a graph; with its name.
+    """
+    graph = _opened(model, model)
+    sizes: dict[Key, int] = {}
+
+    def walk(graph: keras.Function, place: tuple[int, ...], names: dict[int, Key]) -> Iterator[Call]:
+        def key(identity: int) -> Key:
+            return names.get(identity, (place, identity))
+
+        for number, node in enumerate(nodes_of(graph)):
+            inputs = tuple(map(key, node.inputs))
+            outputs = tuple((place, each) for each in node.outputs)
+            for each, tensor in zip(outputs, node.keras_node.outputs, strict=True):
+                sizes[each] = _bytes_of_sample(tensor)
+            operation = node.operation
+            if not (isinstance(operation, keras.Layer) and _within(operation, couples)):
+                yield Call(node, place, inputs, outputs)
+                continue
+            inner, inside = _opened(operation, model), (*place, number)
+            given = node.keras_node.input_tensors
+            if len(inner.inputs) != len(inputs) or any(
+                len(a.shape) != len(b.shape) for a, b in zip(inner.inputs, given, strict=True)
+            ):
+                raise ValueError(
+                    f"The model '{operation.name}' within '{model.name}' is called with other inputs than it was made "
+                    "for, and has layers with statistics='window'. Call it with tensors of the shapes of its inputs."
+                )
+            starts = tuple((inside, id(each)) for each in inner.inputs)
+            casts = tuple(
+                None if a.dtype == b.dtype else a.dtype for a, b in zip(inner.inputs, given, strict=True)
+            )
+            sizes.update(zip(starts, map(_bytes_of_sample, inner.inputs), strict=True))
+            yield Call(node, inside, inputs, starts, casts)
+            yield from walk(inner, inside, {})
+            ends = {id(outer): (inside, id(each)) for outer, each in zip(node.keras_node.outputs, inner.outputs, strict=True)}
+            names |= ends
+
+    names: dict[int, Key] = {}
+    calls = list(walk(graph, (), names))
+    made = {id(call.operation) for call in calls if isinstance(call.operation, keras.Layer)}
+    for layer in layers_within(model):
+        if couples(layer) and id(layer) not in made:
+            raise ValueError(
+                f"The layer '{layer.name}' has statistics='window', and '{model.name}' cannot be cut there: another "
+                "layer calls it in its code. Use statistics='micro_batch' for it, or call it in a functional model."
+            )
+    outputs = [names.get(id(each), ((), id(each))) for each in graph.outputs]
+    return Graph(calls, [((), id(each)) for each in graph.inputs], outputs, sizes)
+
+
+def _opened(layer: keras.Layer, model: keras.Model) -> keras.Function:
+    """The graph of a model within a model."""
+    graph = graph_of(layer)
+    if graph is None or not type(layer).call.__module__.startswith("keras."):
+        what = f"'{model.name}'" if layer is model else f"'{layer.name}' within '{model.name}'"
+        coupled = [each.name for each in layers_within(layer) if getattr(each, "follows_window", False)]
+        raise ValueError(
+            f"The layer '{coupled[0] if coupled else layer.name}' has statistics='window', and {what} cannot be cut "
+            f"there: only the code of {type(layer).__name__} knows when it is called. Use a functional or Sequential "
+            "model, or statistics='micro_batch'."
+        )
+    return graph
+
+
+def _within(layer: keras.Layer, couples: Callable[[Any], bool]) -> bool:
+    """Whether there are layers that couple samples within a layer."""
+    return any(couples(each) for each in layers_within(layer, include_self=False))
+
+
+def _bytes_of_sample(tensor: keras.KerasTensor) -> int:
+    return math.prod(1 if size is None else size for size in tensor.shape[1:]) * tf.as_dtype(tensor.dtype).size
+
+
+def uses_of(calls: Sequence[Call]) -> dict[Key, list[int]]:
+    """The positions of the calls that use each tensor."""
+    uses: dict[Key, list[int]] = {}
+    for i, call in enumerate(calls):
+        for key in call.inputs:
+            uses.setdefault(key, []).append(i)
+    return uses

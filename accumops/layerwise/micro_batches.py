@@ -1,0 +1,111 @@
+"""The micro-batches of a window, one after another, and tensors that are kept for each of them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from accumops.memory.slices import Slices
+
+Index = tf.Tensor | None
+"""The number of a micro-batch in the loop, or None for one that is run behind it."""
+
+
+class Kept(NamedTuple):
+    """Tensors of each micro-batch."""
+
+    arrays: list[tf.TensorArray]
+    last: list[tf.Tensor] = []
+    """Those of the micro-batch that is run behind the loop."""
+
+    def read(self, i: Index) -> list[tf.Tensor]:
+        """Returns the tensors of a micro-batch."""
+        return self.last if i is None else [array.read(i) for array in self.arrays]
+
+    def written(self, i: Index, tensors: Sequence[tf.Tensor]) -> "Kept":
+        """Returns this with the tensors of a micro-batch."""
+        if i is None:
+            return Kept(self.arrays, list(tensors))
+        return Kept([array.write(i, each) for array, each in zip(self.arrays, tensors, strict=True)], self.last)
+
+
+Carried = dict[str, list[tf.Tensor]]
+Body = Callable[[Index, Any, dict[str, Kept], Carried], None]
+
+
+class MicroBatches:
+    """The micro-batches of a window.
+
+    Args:
+        slices: The window's data.
+        static_sizes: Whether the graph has to know the sizes of slices, as XLA needs it: the last micro-batch, which
+            may be smaller, is then run behind the loop.
+    """
+
+    def __init__(self, slices: Slices, static_sizes: bool) -> None:
+        self.slices = slices
+        self.number = (slices.count + slices.size - 1) // slices.size
+        self._apart = static_sizes and not slices.divides
+        self._in_loop = (slices.count - 1) // slices.size if self._apart else self.number
+
+    def room_for(self, specs: Sequence[tf.TensorSpec], *, rows: bool = True) -> Kept:
+        """Returns room for tensors of each micro-batch.
+
+        Args:
+            specs: What they are like.
+            rows: Whether they have a row for each sample.
+        """
+        fixed = self._apart or self.slices.divides
+        shapes = [
+            tf.TensorShape([self.slices.size if fixed else None, *spec.shape[1:]]) if rows else spec.shape
+            for spec in specs
+        ]
+        return Kept(
+            [
+                tf.TensorArray(spec.dtype, self._in_loop, element_shape=shape, clear_after_read=False)
+                for spec, shape in zip(specs, shapes, strict=True)
+            ]
+        )
+
+    def example(self) -> Any:
+        """A micro-batch."""
+        return self._cut(tf.zeros_like(self._in_loop)) if not self._apart else self.slices.full(0)
+
+    def each(self, body: Body, kept: dict[str, Kept], carried: Carried) -> tuple[dict[str, Kept], Carried]:
+        """Runs a body for each micro-batch, one after another.
+
+        Args:
+            body: Takes the index of a micro-batch, its data, what is kept, and tensors that go from one micro-batch to
+                the next. It puts what it has written and its own tensors in place of what it was given.
+            kept: What the body writes to.
+            carried: The tensors that the first micro-batch is given.
+
+        Returns:
+            Both, as the last micro-batch has left them.
+        """
+        last = {name: each.last for name, each in kept.items()}
+
+        def step(i: tf.Tensor, arrays: dict[str, list[tf.TensorArray]], carried: Carried) -> Any:
+            written = {name: Kept(each) for name, each in arrays.items()}
+            carried = dict(carried)
+            body(i, self._cut(i), written, carried)
+            return i + 1, {name: each.arrays for name, each in written.items()}, carried
+
+        first = (tf.zeros_like(self._in_loop), {name: each.arrays for name, each in kept.items()}, carried)
+        _, arrays, carried = tf.while_loop(lambda i, *_: i < self._in_loop, step, first, parallel_iterations=1)
+        written = {name: Kept(each, last[name]) for name, each in arrays.items()}
+        carried = dict(carried)
+        if self._apart:
+            count, size = self.slices.count, self.slices.size
+            body(None, self.slices.part(self._in_loop * size, count), written, carried)
+        return written, carried
+
+    def is_first(self, i: Index) -> tf.Tensor:
+        """Whether a micro-batch is the first one."""
+        return tf.equal(self._in_loop if i is None else i, 0)
+
+    def _cut(self, i: tf.Tensor) -> Any:
+        size = self.slices.size
+        if self._apart or self.slices.divides:
+            return self.slices.full(i * size)
+        return self.slices.part(i * size, tf.minimum((i + 1) * size, self.slices.count))

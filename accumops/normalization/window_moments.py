@@ -1,0 +1,180 @@
+"""What a batch normalization layer does where a window runs layer by layer. The layer is called in three ways:
+
+    Measured   before the window's moments are known: it gives the moments of a micro-batch, and returns its input
+    Supplied   when they are: it normalizes by them. The gradient takes them for constants
+    Tied       in the backward pass: it gives the rest of the gradient, which passes through the moments
+
+With x' = (x - mean) / deviation, y = gamma * x' + beta, and the gradient dy of y, the gradient of x is (Ioffe and
+Szegedy 2015, https://arxiv.org/abs/1502.03167)
+
+    dx = gamma / deviation * (dy - sum(dy) / count - x' * sum(dy * x') / count)
+
+where both sums go over the window. `Supplied` gives the first term, and the sums as its gradients of beta and gamma.
+`Tied` gives the other two terms.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import tensorflow as tf
+
+from accumops import ops
+from accumops.ops.reference import statistics_dtype
+
+
+class WindowMoments(NamedTuple):
+    """The moments of a channel's values: float64, so that merging them loses nothing."""
+
+    count: tf.Tensor
+    """The number of values, a scalar."""
+    mean: tf.Tensor
+    squares: tf.Tensor
+    """The sum of squared distances from the mean."""
+
+    @classmethod
+    def none(cls, channels: int) -> "WindowMoments":
+        """The moments of no values."""
+        zeros = tf.zeros([channels], tf.float64)
+        return cls(tf.zeros([], tf.float64), zeros, zeros)
+
+    @classmethod
+    def of(cls, moments: ops.BatchMoments) -> "WindowMoments":
+        """The moments that `ops.batch_norm` gives of a batch."""
+        count, mean, rest, variance = (tf.cast(each, tf.float64) for each in moments)
+        return cls(count, mean + rest, variance * count)
+
+    def merged(self, other: "WindowMoments") -> "WindowMoments":
+        """The moments of both, by the formula of Chan, Golub and LeVeque; those of no values count as nothing."""
+        count = self.count + other.count
+        share = tf.math.divide_no_nan(other.count, count)
+        some = other.count > 0
+        distance = tf.where(some, other.mean - self.mean, tf.zeros_like(self.mean))
+        squares = tf.where(some, other.squares, tf.zeros_like(other.squares)) + distance**2 * self.count * share
+        return WindowMoments(count, self.mean + distance * share, self.squares + squares)
+
+    @property
+    def variance(self) -> tf.Tensor:
+        """The biased variance."""
+        return tf.math.divide_no_nan(self.squares, self.count)
+
+    def as_batch(self) -> ops.BatchMoments:
+        """The moments as those of one batch."""
+        return ops.BatchMoments(tf.cast(self.count, tf.int64), self.mean, tf.zeros_like(self.mean), self.variance)
+
+
+class Statistics(Protocol):
+    """What stands for the moments of a layer's own batch."""
+
+    def normalize(
+        self, x: tf.Tensor, gamma: Any, beta: Any, *, axis: int, epsilon: float, mask: tf.Tensor | None
+    ) -> tf.Tensor:
+        """Returns what the layer returns. The arguments are those of `ops.batch_norm`."""
+        ...
+
+
+_AT_HAND: contextvars.ContextVar[Statistics | None] = contextvars.ContextVar("statistics", default=None)
+
+
+@contextlib.contextmanager
+def statistics_at_hand(statistics: Statistics) -> Iterator[None]:
+    """Gives statistics to the layer with `statistics="window"` that is called in a block."""
+    token = _AT_HAND.set(statistics)
+    try:
+        yield
+    finally:
+        _AT_HAND.reset(token)
+
+
+def at_hand() -> Statistics | None:
+    """The statistics that `statistics_at_hand` gives, or None."""
+    return _AT_HAND.get()
+
+
+class Measured(Statistics):
+    """Takes the moments of what a layer is called with."""
+
+    def __init__(self) -> None:
+        self.moments: WindowMoments | None = None
+
+    def normalize(
+        self, x: tf.Tensor, gamma: Any, beta: Any, *, axis: int, epsilon: float, mask: tf.Tensor | None
+    ) -> tf.Tensor:
+        """Returns `x`, and keeps its moments."""
+        _, moments = ops.batch_norm(x, None, None, axis=axis, epsilon=epsilon, mask=mask)
+        self.moments = WindowMoments.of(moments)
+        return x
+
+
+class Supplied(Statistics):
+    """Normalizes by the window's moments.
+
+    Args:
+        moments: The moments.
+    """
+
+    def __init__(self, moments: WindowMoments) -> None:
+        self._moments = moments
+        self.factors: tuple[tf.Tensor, tf.Tensor] | None = None
+        """What it has multiplied by and added. Their gradients are the sums that `Tied` needs."""
+
+    def normalize(
+        self, x: tf.Tensor, gamma: Any, beta: Any, *, axis: int, epsilon: float, mask: tf.Tensor | None
+    ) -> tf.Tensor:
+        """Returns the normalized `x`."""
+        dtype, channels = statistics_dtype(x.dtype), tf.shape(self._moments.mean)
+        gamma = tf.ones(channels, dtype) if gamma is None else tf.cast(gamma, dtype)
+        beta = tf.zeros(channels, dtype) if beta is None else tf.cast(beta, dtype)
+        self.factors = tf.identity(gamma), tf.identity(beta)
+        return ops.batch_norm_inference(
+            x, *self.factors, self._moments.mean, self._moments.variance, axis=axis, epsilon=epsilon
+        )
+
+
+class Sums(NamedTuple):
+    """Sums over the window, for each channel, in the dtype of statistics."""
+
+    of_gamma: tf.Tensor
+    """Of the gradient of the output times the normalized input."""
+    of_beta: tf.Tensor
+    """Of the gradient of the output."""
+
+
+class Tied(Statistics):
+    """Gives the part of a gradient that passes through the window's moments.
+
+    Args:
+        moments: The moments.
+        sums: The sums over the window.
+    """
+
+    def __init__(self, moments: WindowMoments, sums: Sums) -> None:
+        self._moments, self._sums = moments, sums
+        self.tie: tf.Tensor | None = None
+        """A scalar whose gradient is this part."""
+
+    def normalize(
+        self, x: tf.Tensor, gamma: Any, beta: Any, *, axis: int, epsilon: float, mask: tf.Tensor | None
+    ) -> tf.Tensor:
+        """Returns `x`, and keeps the tie."""
+        dtype = statistics_dtype(x.dtype)
+        variance = tf.cast(self._moments.variance, dtype)
+        scale = tf.math.rsqrt(variance + tf.constant(epsilon, dtype))
+        scale *= 1.0 if gamma is None else tf.stop_gradient(tf.cast(gamma, dtype))
+        scale = tf.math.divide_no_nan(-scale, tf.cast(self._moments.count, dtype))
+        of_gamma, of_beta = (tf.cast(each, dtype) for each in self._sums)
+
+        @tf.custom_gradient
+        def tie(x: tf.Tensor) -> Any:
+            def gradient(upstream: tf.Tensor) -> tf.Tensor:
+                # -(sum(dy) + x' * sum(dy * x')) * gamma / deviation / count is a normalization, too.
+                part = ops.batch_norm_inference(
+                    x, scale * of_gamma, scale * of_beta, self._moments.mean, variance, axis=axis, epsilon=epsilon
+                )
+                return part if mask is None else tf.where(mask[..., tf.newaxis], part, tf.zeros_like(part))
+
+            return tf.zeros([], dtype), gradient
+
+        self.tie = tie(x)
+        return x
