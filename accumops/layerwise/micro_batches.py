@@ -47,6 +47,15 @@ class MicroBatches:
         self.number = (slices.count + slices.size - 1) // slices.size
         self._apart = static_sizes and not slices.divides
         self._in_loop = (slices.count - 1) // slices.size if self._apart else self.number
+        self._left: list[tf.Tensor] = []
+
+    def left(self) -> tf.Tensor:
+        """How many micro-batches the loops so far have left out: 0, known when all of them have ended.
+
+        TensorFlow may let what waits for a loop start too early, if nothing uses what the loop returns. So whatever has
+        to wait for loops, such as the update behind them, has to use this.
+        """
+        return tf.add_n(self._left) if self._left else tf.zeros_like(self._in_loop)
 
     def room_for(self, specs: Sequence[tf.TensorSpec], *, rows: bool = True) -> Kept:
         """Returns room for tensors of each micro-batch.
@@ -62,7 +71,9 @@ class MicroBatches:
         ]
         return Kept(
             [
-                tf.TensorArray(spec.dtype, self._in_loop, element_shape=shape, clear_after_read=False)
+                tf.TensorArray(
+                    spec.dtype, self._in_loop, element_shape=shape, infer_shape=False, clear_after_read=False
+                )
                 for spec, shape in zip(specs, shapes, strict=True)
             ]
         )
@@ -92,7 +103,8 @@ class MicroBatches:
             return i + 1, {name: each.arrays for name, each in written.items()}, carried
 
         first = (tf.zeros_like(self._in_loop), {name: each.arrays for name, each in kept.items()}, carried)
-        _, arrays, carried = tf.while_loop(lambda i, *_: i < self._in_loop, step, first, parallel_iterations=1)
+        end, arrays, carried = tf.while_loop(lambda i, *_: i < self._in_loop, step, first, parallel_iterations=1)
+        self._left.append(self._in_loop - end)
         written = {name: Kept(each, last[name]) for name, each in arrays.items()}
         carried = dict(carried)
         if self._apart:

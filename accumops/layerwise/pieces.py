@@ -95,6 +95,7 @@ class PiecesOfModel:
         moments: Sequence[WindowMoments],
         measures: bool = False,
         ties: Sequence[tuple[WindowMoments, Sums]] = (),
+        watch: Callable[[tf.Tensor], None] = lambda tensor: None,
     ) -> list[tf.Tensor]:
         """Makes the calls of a piece.
 
@@ -105,6 +106,7 @@ class PiecesOfModel:
             moments: The moments of its coupled calls.
             measures: Whether to return the moments of the coupled calls at its end.
             ties: For these calls, their moments and sums, to return ties.
+            watch: Has a tape watch a tensor.
 
         Returns:
             The leaves of what it gives, or of the outputs for the last piece; and behind them moments or ties.
@@ -112,7 +114,7 @@ class PiecesOfModel:
         values, rest = dict[Key, Any](), iter(tensors)
         for key in piece.needs:
             values[key] = self.leaves[key].filled([next(rest) for _ in self.leaves[key].tensors])
-        piece.supplied = [Supplied(each) for each in moments]
+        piece.supplied = [Supplied(each, watch) for each in moments]
         more: list[tf.Tensor] = []
 
         def run(inputs: list[Any], settings: dict[str, Any]) -> list[Any]:

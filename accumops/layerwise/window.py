@@ -35,6 +35,13 @@ Gradients = Sequence[tf.Tensor | tf.IndexedSlices | None]
 Add = Callable[[Gradients, Sequence[keras.Variable], "tf.Tensor | bool"], None]
 
 
+Watch = Callable[[tf.Tensor], None]
+
+
+def _nothing(tensor: tf.Tensor) -> None:
+    """Watches nothing."""
+
+
 class Loss(Protocol):
     """The loss of a micro-batch."""
 
@@ -152,7 +159,7 @@ class LayerwiseWindow:
             with tf.GradientTape() as tape:
                 tape.watch(self._floating(received, values))
                 for piece in own:
-                    run, _ = self._first_run(piece, i, x, values, kept, carried)
+                    run, _ = self._first_run(piece, i, x, values, kept, carried, tape.watch)
                 before = tf.add_n([tf.zeros([]), *(each.read(i)[0] for each in self._losses.values() if each.arrays)])
                 value, factor = loss(data, self._model.outputs.filled(run.outputs), run.losses, before, carried)
             kept["factors"] = kept["factors"].written(i, [factor])
@@ -180,7 +187,7 @@ class LayerwiseWindow:
                 tape.watch(self._floating(received, values))
                 losses, ties = [], []
                 for piece in own:
-                    run, ties = self._again(piece, i, x, values, ties=piece is own[-1])
+                    run, ties = self._again(piece, i, x, values, ties=piece is own[-1], watch=tape.watch)
                     losses += run.losses
             targets = [*self._floating(given, values), *losses, *ties]
             upstream = [leaf for key in given for leaf in self._gradients[key].read(i)]
@@ -266,13 +273,20 @@ class LayerwiseWindow:
         return values
 
     def _first_run(
-        self, piece: Piece, i: Index, x: Any, values: dict[Key, Any], kept: dict[str, Kept], carried: Carried
+        self,
+        piece: Piece,
+        i: Index,
+        x: Any,
+        values: dict[Key, Any],
+        kept: dict[str, Kept],
+        carried: Carried,
+        watch: Watch = _nothing,
     ) -> tuple[Run, list[WindowMoments]]:
         """Runs a piece for the first time, and keeps what running it again takes."""
         state = dict(zip(map(id, self._state_variables), carried["state"], strict=True))
         before = [state[id(each)] for each in piece.stretch.variables]
         kept[f"state {piece.begin}"] = kept[f"state {piece.begin}"].written(i, before)
-        run = self._run(piece, before, x, values, collect_moments=True, measures=True)
+        run = self._run(piece, before, x, values, collect_moments=True, measures=True, watch=watch)
         state |= dict(zip(map(id, piece.stretch.variables), run.state, strict=True))
         carried["state"] = [state[id(each)] for each in self._state_variables]
         name = f"losses {piece.begin}"
@@ -285,11 +299,18 @@ class LayerwiseWindow:
         return run._replace(outputs=outputs), _in_threes(moments)
 
     def _again(
-        self, piece: Piece, i: Index, x: Any, values: dict[Key, Any], *, ties: bool = False
+        self,
+        piece: Piece,
+        i: Index,
+        x: Any,
+        values: dict[Key, Any],
+        *,
+        ties: bool = False,
+        watch: Watch = _nothing,
     ) -> tuple[Run, list[tf.Tensor]]:
         """Runs a piece again."""
         tied = list(zip(self._moments[piece.stage + 1], self._sums[piece.stage + 1], strict=True)) if ties else []
-        run = self._run(piece, self._first[piece.begin].read(i), x, values, collect_moments=False, ties=tied)
+        run = self._run(piece, self._first[piece.begin].read(i), x, values, collect_moments=False, ties=tied, watch=watch)
         end = len(run.outputs) - len(tied)
         self._unpack(piece, run.outputs[:end], values)
         return run, run.outputs[end:]

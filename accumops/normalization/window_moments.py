@@ -15,7 +15,7 @@ where both sums go over the window. `Supplied` gives the first term, and the sum
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import tensorflow as tf
@@ -112,10 +112,11 @@ class Supplied(Statistics):
 
     Args:
         moments: The moments.
+        watch: Has a tape watch a tensor, if one runs.
     """
 
-    def __init__(self, moments: WindowMoments) -> None:
-        self._moments = moments
+    def __init__(self, moments: WindowMoments, watch: Callable[[tf.Tensor], None] = lambda tensor: None) -> None:
+        self._moments, self._watch = moments, watch
         self.factors: tuple[tf.Tensor, tf.Tensor] | None = None
         """What it has multiplied by and added. Their gradients are the sums that `Tied` needs."""
 
@@ -127,6 +128,8 @@ class Supplied(Statistics):
         gamma = tf.ones(channels, dtype) if gamma is None else tf.cast(gamma, dtype)
         beta = tf.zeros(channels, dtype) if beta is None else tf.cast(beta, dtype)
         self.factors = tf.identity(gamma), tf.identity(beta)
+        for each in self.factors:
+            self._watch(each)
         return ops.batch_norm_inference(
             x, *self.factors, self._moments.mean, self._moments.variance, axis=axis, epsilon=epsilon
         )

@@ -5,6 +5,7 @@ import numbers
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import numpy as np
 import tensorflow as tf
 
 from accumops.ops import library, reference
@@ -110,6 +111,8 @@ def batch_norm_inference(
     fused = library.fused_ops([x])
     if fused is None:
         return reference.batch_norm_inference(x, gamma, beta, mean, variance, axis=axis, epsilon=epsilon)
+    if variance.dtype == tf.float64:  # the fused op has a float32 epsilon
+        variance += epsilon - float(np.float32(epsilon))
     return fused.accum_ops_batch_norm_inference(
         x=x, gamma=gamma, beta=beta, mean=mean, variance=variance, axis=axis, epsilon=epsilon
     )

@@ -35,7 +35,7 @@ class LayerwiseStep:
         static_sizes: bool,
         count: Callable[[Any, Any, list[Any], tf.Tensor, tf.Tensor, Carried], tf.Tensor],
         carried: Carried,
-    ) -> tuple[tf.Tensor, Carried]:
+    ) -> tuple[tf.Tensor, tf.Tensor, Carried]:
         """Adds the gradients of a batch's micro-batches to the accumulators.
 
         Args:
@@ -46,7 +46,7 @@ class LayerwiseStep:
             carried: The tensors that its first call gets.
 
         Returns:
-            The number of micro-batches, and the tensors that the last call of `count` has left.
+            The number of micro-batches, `MicroBatches.left`, and the tensors that the last call of `count` has left.
         """
         model = self._model
         data = MicroBatches(slices, static_sizes)
@@ -76,4 +76,5 @@ class LayerwiseStep:
             add,
             model.trainable_variables,
         )
-        return data.number, window.run(loss, carried)
+        carried = window.run(loss, carried)
+        return data.number, data.left(), carried

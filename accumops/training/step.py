@@ -208,9 +208,9 @@ class TrainingStep:
             return share
 
         slices = Slices(data, size, empty=model.mirroring is not None, uncut=self.whole_inputs(data))
-        number, sums = layerwise.train(slices, bool(model.jit_compile), count, sums)
+        number, left, sums = layerwise.train(slices, bool(model.jit_compile), count, sums)
         (total,), (losses,), (seen,) = sums["total"], sums["losses"], sums["seen"]
-        state.count_parts(number, total)
+        state.count_parts(number, total + tf.cast(left, total.dtype))
         tracker = loss_tracker(model)
         value = losses if self._sums() else tf.math.divide_no_nan(losses, total)
         tracker.update_state(tf.cast(value, tracker.dtype), sample_weight=seen)
