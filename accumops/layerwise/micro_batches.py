@@ -1,7 +1,8 @@
 """The micro-batches of a window, one after another, and tensors that are kept for each of them."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import tensorflow as tf
 
@@ -11,22 +12,39 @@ Index = tf.Tensor | None
 """The number of a micro-batch in the loop, or None for one that is run behind it."""
 
 
-class Kept(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Kept:
     """Tensors of each micro-batch."""
 
     arrays: list[tf.TensorArray]
-    last: list[tf.Tensor] = []
+    shapes: list[tf.TensorShape]
+    """What is known of the shape of each tensor."""
+    lets_go: bool
+    """Whether an array can let go of the tensors of a micro-batch. XLA has one block of memory for all of them."""
+    last: list[tf.Tensor] = dataclasses.field(default_factory=list)
     """Those of the micro-batch that is run behind the loop."""
 
     def read(self, i: Index) -> list[tf.Tensor]:
         """Returns the tensors of a micro-batch."""
-        return self.last if i is None else [array.read(i) for array in self.arrays]
+        if i is None:
+            return self.last
+        return [tf.ensure_shape(array.read(i), shape) for array, shape in zip(self.arrays, self.shapes, strict=True)]
 
     def written(self, i: Index, tensors: Sequence[tf.Tensor]) -> "Kept":
         """Returns this with the tensors of a micro-batch."""
         if i is None:
-            return Kept(self.arrays, list(tensors))
-        return Kept([array.write(i, each) for array, each in zip(self.arrays, tensors, strict=True)], self.last)
+            return dataclasses.replace(self, last=list(tensors))
+        return self.of([array.write(i, each) for array, each in zip(self.arrays, tensors, strict=True)])
+
+    def without(self, i: Index) -> "Kept":
+        """Returns this without the tensors of a micro-batch, whose memory is let go; they are not read again."""
+        if i is None or not self.lets_go:
+            return self
+        return self.written(i, [tf.zeros([0] * shape.rank, each.dtype) for each, shape in zip(self.arrays, self.shapes)])
+
+    def of(self, arrays: Sequence[tf.TensorArray]) -> "Kept":
+        """Returns this with other arrays, as a loop has left them."""
+        return dataclasses.replace(self, arrays=list(arrays))
 
 
 Carried = dict[str, list[tf.Tensor]]
@@ -45,6 +63,7 @@ class MicroBatches:
     def __init__(self, slices: Slices, static_sizes: bool) -> None:
         self.slices = slices
         self.number = (slices.count + slices.size - 1) // slices.size
+        self._static_sizes = static_sizes
         self._apart = static_sizes and not slices.divides
         self._in_loop = (slices.count - 1) // slices.size if self._apart else self.number
         self._left: list[tf.Tensor] = []
@@ -69,14 +88,18 @@ class MicroBatches:
             tf.TensorShape([self.slices.size if fixed else None, *spec.shape[1:]]) if rows else spec.shape
             for spec in specs
         ]
-        return Kept(
-            [
-                tf.TensorArray(
-                    spec.dtype, self._in_loop, element_shape=shape, infer_shape=False, clear_after_read=False
-                )
-                for spec, shape in zip(specs, shapes, strict=True)
-            ]
-        )
+        lets_go = rows and not self._static_sizes
+        arrays = [
+            tf.TensorArray(
+                spec.dtype,
+                self._in_loop,
+                element_shape=tf.TensorShape([None] * shape.rank) if lets_go else shape,
+                infer_shape=False,
+                clear_after_read=False,
+            )
+            for spec, shape in zip(specs, shapes, strict=True)
+        ]
+        return Kept(arrays, shapes, lets_go)
 
     def example(self) -> Any:
         """A micro-batch."""
@@ -94,10 +117,8 @@ class MicroBatches:
         Returns:
             Both, as the last micro-batch has left them.
         """
-        last = {name: each.last for name, each in kept.items()}
-
         def step(i: tf.Tensor, arrays: dict[str, list[tf.TensorArray]], carried: Carried) -> Any:
-            written = {name: Kept(each) for name, each in arrays.items()}
+            written = {name: kept[name].of(each) for name, each in arrays.items()}
             carried = dict(carried)
             body(i, self._cut(i), written, carried)
             return i + 1, {name: each.arrays for name, each in written.items()}, carried
@@ -105,7 +126,7 @@ class MicroBatches:
         first = (tf.zeros_like(self._in_loop), {name: each.arrays for name, each in kept.items()}, carried)
         end, arrays, carried = tf.while_loop(lambda i, *_: i < self._in_loop, step, first, parallel_iterations=1)
         self._left.append(self._in_loop - end)
-        written = {name: Kept(each, last[name]) for name, each in arrays.items()}
+        written = {name: kept[name].of(each) for name, each in arrays.items()}
         carried = dict(carried)
         if self._apart:
             count, size = self.slices.count, self.slices.size

@@ -129,7 +129,7 @@ class LayerwiseWindow:
 
         def body(i: Index, data: Any, kept: dict[str, Kept], carried: Carried) -> None:
             x = self._inputs_of(data)
-            values = self._reach(stage, i, x)
+            values = self._reach(stage, i, x, kept)
             for piece in own:
                 run, moments = self._first_run(piece, i, x, values, kept, carried)
                 if cut is not None and cut.position == piece.end:
@@ -155,7 +155,7 @@ class LayerwiseWindow:
 
         def body(i: Index, data: Any, kept: dict[str, Kept], carried: Carried) -> None:
             x = self._inputs_of(data)
-            values = self._reach(stage, i, x)
+            values = self._reach(stage, i, x, kept)
             with tf.GradientTape() as tape:
                 tape.watch(self._floating(received, values))
                 for piece in own:
@@ -182,7 +182,7 @@ class LayerwiseWindow:
 
         def body(i: Index, data: Any, kept: dict[str, Kept], carried: Carried) -> None:
             x = self._inputs_of(data)
-            values = self._reach(stage, i, x)
+            values = self._reach(stage, i, x, kept)
             with tf.GradientTape() as tape:
                 tape.watch(self._floating(received, values))
                 losses, ties = [], []
@@ -190,15 +190,16 @@ class LayerwiseWindow:
                     run, ties = self._again(piece, i, x, values, ties=piece is own[-1], watch=tape.watch)
                     losses += run.losses
             targets = [*self._floating(given, values), *losses, *ties]
-            upstream = [leaf for key in given for leaf in self._gradients[key].read(i)]
+            upstream = [leaf for number in range(len(given)) for leaf in kept[f"given {number}"].read(i)]
+            for number in range(len(given)):
+                kept[f"given {number}"] = kept[f"given {number}"].without(i)
             factor = self._factors.read(i)[0] if losses else None
             upstream += [tf.fill(tf.shape(each), tf.cast(factor, each.dtype)) for each in losses]
             upstream += [tf.ones_like(each) for each in ties]
             self._add_gradients(tape, targets, upstream, own, variables, received, i, values, kept, carried)
 
-        self._with_gradients(body, own, received, {}, {})
-        for key in given:
-            del self._gradients[key]
+        room = {f"given {number}": self._gradients.pop(key) for number, key in enumerate(given)}
+        self._with_gradients(body, own, received, room, {})
 
     def _with_gradients(
         self, body: Any, own: list[Piece], received: list[Key], room: dict[str, Kept], carried: Carried
@@ -214,6 +215,9 @@ class LayerwiseWindow:
             for layer, dtype in zip(coupled, dtypes, strict=True)
             for _ in range(2)
         ]
+        cut, _ = self._model.path_to(own[0].stage)
+        if cut is not None and cut.stage == own[0].stage - 1:
+            room["cut before"] = self._cut_at.pop(cut.stage)  # no other stage is run from it any more
         kept, carried = self._data.each(body, room, carried)
         self._gradients.update({key: kept[f"gradient {number}"] for number, key in enumerate(received)})
         sums = carried.pop("sums")
@@ -259,12 +263,17 @@ class LayerwiseWindow:
 
     # Runs of pieces
 
-    def _reach(self, stage: int, i: Index, x: Any) -> dict[Key, Any]:
-        """Returns the tensors of a micro-batch where a stage begins."""
+    def _reach(self, stage: int, i: Index, x: Any, kept: dict[str, Kept]) -> dict[Key, Any]:
+        """Returns the tensors of a micro-batch where a stage begins.
+
+        The tensors of the cut before it are let go if the loop has them among what it writes.
+        """
         cut, between = self._model.path_to(stage)
         values: dict[Key, Any] = {}
         if cut is not None:
-            rest = iter(self._cut_at[cut.stage].read(i))
+            rest = iter((kept.get("cut before") or self._cut_at[cut.stage]).read(i))
+            if "cut before" in kept:
+                kept["cut before"] = kept["cut before"].without(i)
             for key in self._stages.crossing(cut.position):
                 leaves = self._model.leaves[key]
                 values[key] = leaves.filled([next(rest) for _ in leaves.tensors])
