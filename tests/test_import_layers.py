@@ -13,7 +13,7 @@ FLOORS = (
     {"window"},
     {"optimizer", "normalization"},
     {"memory", "losses", "layers"},
-    {"planning"},
+    {"planning", "layerwise"},
     {"training"},
     {"verification"},
     {"benchmark"},

@@ -113,9 +113,7 @@ def contenders(problem: Problem, device: str, *, steps: int, micro: int) -> list
         model.compile(adam(gradient_accumulation_steps=steps), training.loss_function(), jit_compile=jit_compile)
         return training.train_steps(model, x, y, micro)
 
-    def ours(
-        batch_size: int, jit_compile: bool = False, noise: bool = False, **arguments: Any
-    ) -> Callable[[], object]:
+    def ours(batch_size: int, jit_compile: bool = False, noise: bool = False, **arguments: Any) -> Callable[[], object]:
         model = GradientAccumulateModel(new_model(), **arguments)
         model.compile(adam(), training.loss_function(), jit_compile=jit_compile)
         if noise:

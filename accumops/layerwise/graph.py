@@ -1,7 +1,7 @@
 """The calls of a model's graph as one list, those of graphs within it included."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import keras
@@ -95,13 +95,14 @@ def graph_of_calls(model: keras.Model, couples: Callable[[Any], bool]) -> Graph:
                     "for, and has layers with statistics='window'. Call it with tensors of the shapes of its inputs."
                 )
             starts = tuple((inside, id(each)) for each in inner.inputs)
-            casts = tuple(
-                None if a.dtype == b.dtype else a.dtype for a, b in zip(inner.inputs, given, strict=True)
-            )
+            casts = tuple(None if a.dtype == b.dtype else a.dtype for a, b in zip(inner.inputs, given, strict=True))
             sizes.update(zip(starts, map(_bytes_of_sample, inner.inputs), strict=True))
             yield Call(node, inside, inputs, starts, casts)
             yield from walk(inner, inside, {})
-            ends = {id(outer): (inside, id(each)) for outer, each in zip(node.keras_node.outputs, inner.outputs, strict=True)}
+            ends = {
+                id(outer): (inside, id(each))
+                for outer, each in zip(node.keras_node.outputs, inner.outputs, strict=True)
+            }
             names |= ends
 
     names: dict[int, Key] = {}
@@ -138,12 +139,3 @@ def _within(layer: keras.Layer, couples: Callable[[Any], bool]) -> bool:
 
 def _bytes_of_sample(tensor: keras.KerasTensor) -> int:
     return math.prod(1 if size is None else size for size in tensor.shape[1:]) * tf.as_dtype(tensor.dtype).size
-
-
-def uses_of(calls: Sequence[Call]) -> dict[Key, list[int]]:
-    """The positions of the calls that use each tensor."""
-    uses: dict[Key, list[int]] = {}
-    for i, call in enumerate(calls):
-        for key in call.inputs:
-            uses.setdefault(key, []).append(i)
-    return uses

@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import tensorflow as tf
 
 from accumops.memory.slices import Slices
 
-Index = tf.Tensor | None
+Index: TypeAlias = "tf.Tensor | None"
 """The number of a micro-batch in the loop, or None for one that is run behind it."""
 
 
@@ -40,7 +40,9 @@ class Kept:
         """Returns this without the tensors of a micro-batch, whose memory is let go; they are not read again."""
         if i is None or not self.lets_go:
             return self
-        return self.written(i, [tf.zeros([0] * shape.rank, each.dtype) for each, shape in zip(self.arrays, self.shapes)])
+        return self.written(
+            i, [tf.zeros([0] * shape.rank, each.dtype) for each, shape in zip(self.arrays, self.shapes, strict=True)]
+        )
 
     def of(self, arrays: Sequence[tf.TensorArray]) -> "Kept":
         """Returns this with other arrays, as a loop has left them."""
@@ -117,6 +119,7 @@ class MicroBatches:
         Returns:
             Both, as the last micro-batch has left them.
         """
+
         def step(i: tf.Tensor, arrays: dict[str, list[tf.TensorArray]], carried: Carried) -> Any:
             written = {name: kept[name].of(each) for name, each in arrays.items()}
             carried = dict(carried)
@@ -132,6 +135,32 @@ class MicroBatches:
             count, size = self.slices.count, self.slices.size
             body(None, self.slices.part(self._in_loop * size, count), written, carried)
         return written, carried
+
+    def samples(self, i: Index) -> tf.Tensor:
+        """The number of samples of a micro-batch."""
+        size, count = self.slices.size, self.slices.count
+        return count - self._in_loop * size if i is None else tf.minimum(size, count - i * size)
+
+    def all_rows(self, kept: Kept, number: int) -> tf.Tensor:
+        """Returns one of the kept tensors, with the rows of all micro-batches."""
+        array, shape = kept.arrays[number], kept.shapes[number]
+        if kept.lets_go:
+            rows = array.concat()
+        else:
+            stacked = array.stack()
+            rows = tf.reshape(stacked, tf.concat([[self._in_loop * self.slices.size], tf.shape(stacked)[2:]], 0))
+        if self._apart:
+            rows = tf.concat([rows, kept.last[number]], 0)
+        return tf.ensure_shape(rows, [None, *shape[1:]])
+
+    def rows_of(self, whole: tf.Tensor, i: Index) -> tf.Tensor:
+        """Returns the rows of a micro-batch, of a tensor that has those of all."""
+        size, rest = self.slices.size, whole.shape.rank - 1
+        if i is None:
+            return whole[self._in_loop * size :]
+        if self._apart or self.slices.divides:
+            return tf.slice(whole, [i * size] + [0] * rest, [size] + [-1] * rest)
+        return whole[i * size : tf.minimum((i + 1) * size, self.slices.count)]
 
     def is_first(self, i: Index) -> tf.Tensor:
         """Whether a micro-batch is the first one."""

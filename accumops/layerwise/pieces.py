@@ -9,16 +9,12 @@ import keras
 import tensorflow as tf
 
 from accumops.adapters.keras_functional import graph_of, run_of, set_run
-from accumops.adapters.keras_layer import values_of
-from accumops.layerwise.graph import Call, Key, graph_of_calls
-from accumops.layerwise.micro_batches import Index, Kept, MicroBatches
+from accumops.layerwise.graph import Key, graph_of_calls
 from accumops.layerwise.plan import Cut, plan_every
 from accumops.layerwise.stages import Stages, stages_of
 from accumops.memory.recompute import Leaves
-from accumops.memory.replay import Run, Stretch
-from accumops.normalization import replica_moments
+from accumops.memory.replay import Stretch
 from accumops.normalization.window_moments import Measured, Sums, Supplied, Tied, WindowMoments, statistics_at_hand
-from accumops.window import replicas
 
 Gradients = Sequence[tf.Tensor | tf.IndexedSlices | None]
 
@@ -82,6 +78,7 @@ class PiecesOfModel:
         """The pieces, in their order."""
         self.leaves: dict[Key, Leaves] = {}
         self.outputs = Leaves(None)
+        self.output_specs: list[tf.TensorSpec] = []
         self._specs: dict[str, dict[Key, list[tf.TensorSpec]]] = {}
         self.trained = _behind_trained(self.stages)
 
@@ -166,7 +163,9 @@ class PiecesOfModel:
                 ]
                 given, _ = piece.stretch.check(x, [spec for key in piece.needs for spec in specs[key]], moments)
                 rest = iter(given)
-                if not piece.is_last:
+                if piece.is_last:
+                    self.output_specs = given
+                else:
                     specs.update({key: [next(rest) for _ in self.leaves[key].tensors] for key in piece.gives})
             self._specs[kind] = specs
         return self._specs[kind]
@@ -197,4 +196,3 @@ def _behind_trained(stages: Stages) -> set[Key]:
         if trains or found.intersection(call.inputs):
             found.update(call.outputs)
     return found
-

@@ -8,8 +8,6 @@ A stage is cut where the fewest bytes cross: at the end of a residual block one 
 more do. So the cut lies anywhere in the stage, and not always at its coupled layer.
 """
 
-import itertools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from accumops.layerwise.stages import Stages
@@ -40,12 +38,15 @@ def cuts_of(stages: Stages) -> list[Cut]:
 def plan_every(stages: Stages, every: int) -> list[Cut]:
     """Returns the cuts that keep the fewest bytes, with at most `every` stages from one to the next."""
     cuts = cuts_of(stages)
-    best: list[tuple[int, list[Cut]]] = []  # for each stage: what the cuts before it keep, if it is the last that is cut
+    best: list[
+        tuple[int, list[Cut]]
+    ] = []  # for each stage: what the cuts before it keep, if it is the last that is cut
     for cut in cuts:
-        before = [(0, [])] if cut.stage < every else []
+        before: list[tuple[int, list[Cut]]] = [(0, [])] if cut.stage < every else []
         before += best[max(0, cut.stage - every) : cut.stage]
         kept, chosen = min(before, key=lambda each: each[0])
         best.append((kept + cut.bytes, [*chosen, cut]))
     last = len(stages) - 1
-    ends = ([(0, [])] if last < every else []) + best[max(0, last - every) : last]
+    none: list[tuple[int, list[Cut]]] = [(0, [])] if last < every else []
+    ends = none + best[max(0, last - every) : last]
     return min(ends, key=lambda each: each[0])[1]

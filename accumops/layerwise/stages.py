@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from accumops.layerwise.graph import Call, Graph, Key, uses_of
+from accumops.layerwise.graph import Call, Graph, Key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Stages:
     graph: Graph
 
     def __post_init__(self) -> None:
-        made = {key: -1 for key in self.graph.inputs}
-        last = {key: -1 for key in self.graph.inputs}
+        made = dict.fromkeys(self.graph.inputs, -1)
+        last = dict.fromkeys(self.graph.inputs, -1)
         for i, call in enumerate(self.calls):
-            made |= {key: i for key in call.outputs}
-            last |= {key: i for key in call.inputs}
+            made |= dict.fromkeys(call.outputs, i)
+            last |= dict.fromkeys(call.inputs, i)
         last |= {key: len(self.calls) for key in self.graph.outputs}
         object.__setattr__(self, "_made", made)
         object.__setattr__(self, "_last", last)
@@ -78,12 +78,11 @@ def stages_of(graph: Graph, couples: Callable[[Any], bool]) -> Stages:
     # The coupled calls of a stage come first: the stage begins when their moments are known.
     order = sorted(range(len(calls)), key=lambda i: (stage[i], not coupled[i], i))
     ordered, of_order = [calls[i] for i in order], [stage[i] for i in order]
-    begins = [next((at for at, each in enumerate(of_order) if each >= number), len(order)) for number in range(depth + 1)]
+    begins = [
+        next((at for at, each in enumerate(of_order) if each >= number), len(order)) for number in range(depth + 1)
+    ]
     positions: list[list[int]] = [[] for _ in range(depth + 1)]
     for at, i in enumerate(order):
         if coupled[i]:
             positions[stage[i]].append(at)
     return Stages(ordered, begins, positions, graph)
-
-
-__all__ = ["Stages", "stages_of", "uses_of"]

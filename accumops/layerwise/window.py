@@ -26,6 +26,7 @@ from accumops.adapters.keras_layer import values_of
 from accumops.layerwise.graph import Key
 from accumops.layerwise.micro_batches import Carried, Index, Kept, MicroBatches
 from accumops.layerwise.pieces import Piece, PiecesOfModel
+from accumops.memory.recompute import Leaves
 from accumops.memory.replay import Run
 from accumops.normalization import replica_moments
 from accumops.normalization.window_moments import Sums, WindowMoments
@@ -36,6 +37,7 @@ Add = Callable[[Gradients, Sequence[keras.Variable], "tf.Tensor | bool"], None]
 
 
 Watch = Callable[[tf.Tensor], None]
+WindowLoss = Callable[[Any, "tf.Tensor | None"], tf.Tensor]
 
 
 def _nothing(tensor: tf.Tensor) -> None:
@@ -45,7 +47,9 @@ def _nothing(tensor: tf.Tensor) -> None:
 class Loss(Protocol):
     """The loss of a micro-batch."""
 
-    def __call__(self, data: Any, outputs: Any, losses: Sequence[tf.Tensor], before: tf.Tensor, carried: Carried) -> Any:
+    def __call__(
+        self, data: Any, outputs: Any, losses: Sequence[tf.Tensor], before: tf.Tensor, carried: Carried
+    ) -> Any:
         """Returns the loss, times what it counts for in the window, and the factor in it of losses that layers add.
 
         Args:
@@ -89,8 +93,13 @@ class LayerwiseWindow:
         """The sum of the losses that layers of a piece have added."""
         self._cut_at: dict[int, Kept] = {}
         """The tensors at each cut, by its stage."""
-        self._factors = data.room_for([])
+        self._adds_losses = False
+        self._factors: Kept | None = None
         """What each micro-batch's added losses count for."""
+        self._factor_of_sample: tf.Tensor | None = None
+        """Where the loss is one of the window: what they count for, by sample."""
+        self._outputs = data.room_for([])
+        """The leaves of the outputs, where the loss is one of the window."""
         self._moments: dict[int, list[WindowMoments]] = {0: []}
         """The moments of each stage's coupled calls."""
         self._sums: dict[int, list[Sums]] = {}
@@ -98,7 +107,7 @@ class LayerwiseWindow:
         """The gradients of tensors that lead from an earlier stage into the one in hand or a later one."""
 
     def run(self, loss: Loss, carried: Carried) -> Carried:
-        """Adds up the gradients of the window's losses.
+        """Adds up the gradients of the micro-batches' losses.
 
         Args:
             loss: The loss.
@@ -113,10 +122,53 @@ class LayerwiseWindow:
         carried = self._last_stage(loss, carried)
         for stage in reversed(range(last)):
             self._backward(stage)
+        self._finish()
+        return carried
+
+    def run_over_window(self, loss: WindowLoss, dtype: tf.DType) -> None:
+        """Adds up the gradients of one loss of the whole window.
+
+        Args:
+            loss: Takes the outputs of the window, and the mean over its samples of the losses that layers have added,
+                or None if none do. Returns the loss.
+            dtype: The dtype to add layers' losses in.
+        """
+        for stage in range(len(self._stages)):
+            self._forward(stage)
+        slices = self._data.slices
+        samples = tf.cast(slices.count, dtype)
+        added = tf.zeros([], dtype)
+        with tf.GradientTape() as tape:
+            rows = [self._data.all_rows(self._outputs, number) for number in range(len(self._outputs.arrays))]
+            tape.watch([each for each in rows if each.dtype.is_floating])
+            if self._adds_losses:
+                added += self._sum_of_losses(dtype) / samples
+                tape.watch(added)
+            value = loss(self._model.outputs.filled(rows), added if self._adds_losses else None)
+        of_variables, of_rows, of_added = tape.gradient(value, (self._trainable, rows, added))
+        self._add(of_variables, self._trainable, True)
+        self._factor_of_sample = None if of_added is None else of_added / samples
+        upstream = [None if each is None else tf.convert_to_tensor(each) for each in of_rows]
+        for stage in reversed(range(len(self._stages))):
+            self._backward(stage, upstream if stage == len(self._stages) - 1 else None)
+        self._finish()
+
+    def _finish(self) -> None:
+        """Assigns what the calls would have assigned."""
         for variable in self._state_variables:
             variable.assign(self._state[id(variable)])
         self._move_statistics()
-        return carried
+
+    def _sum_of_losses(self, dtype: tf.DType) -> tf.Tensor:
+        """The sum of what layers have added to the micro-batches, each times its samples."""
+
+        def body(i: Index, data: Any, kept: dict[str, Kept], carried: Carried) -> None:
+            samples = tf.cast(self._data.samples(i), dtype)
+            losses = [tf.cast(each.read(i)[0], dtype) for each in self._losses.values()]
+            carried["sum"] = [carried["sum"][0] + samples * tf.add_n(losses)]
+
+        _, carried = self._data.each(body, {}, {"sum": [tf.zeros([], dtype)]})
+        return carried["sum"][0]
 
     # Forward
 
@@ -134,16 +186,21 @@ class LayerwiseWindow:
                 run, moments = self._first_run(piece, i, x, values, kept, carried)
                 if cut is not None and cut.position == piece.end:
                     kept["cut"] = kept["cut"].written(i, self._packed(keys, values))
+            if own[-1].is_last:
+                kept["outputs"] = kept["outputs"].written(i, run.outputs)
             merged = [a.merged(b) for a, b in zip(_in_threes(carried["moments"]), moments, strict=True)]
             carried["moments"] = list(itertools.chain(*merged))
 
         room = self._room(own) | {"cut": self._data.room_for(self._specs_of(keys))}
+        if own[-1].is_last:
+            room["outputs"] = self._data.room_for(self._model.output_specs)
         carried = self._carried_state(own)
         carried["moments"] = [part for each in channels for part in WindowMoments.none(each)]
         kept, carried = self._data.each(body, room, carried)
         self._take(own, kept, carried)
         if cut is not None:
             self._cut_at[stage] = kept["cut"]
+        self._outputs = kept.get("outputs", self._outputs)
         self._moments[stage + 1] = _over_replicas(_in_threes(carried["moments"]))
 
     def _last_stage(self, loss: Loss, carried: Carried) -> Carried:
@@ -173,8 +230,13 @@ class LayerwiseWindow:
 
     # Backward
 
-    def _backward(self, stage: int) -> None:
-        """Runs a stage again, and its gradient."""
+    def _backward(self, stage: int, of_outputs: Sequence[tf.Tensor | None] | None = None) -> None:
+        """Runs a stage again, and its gradient.
+
+        Args:
+            stage: The stage.
+            of_outputs: For the last stage, the gradients of the leaves of the window's outputs.
+        """
         own = self._model.pieces_of(stage)
         received = [key for key in self._needs(own) if self._takes_gradient(key)]
         given = [key for piece in own for key in piece.gives if key in self._gradients]
@@ -185,21 +247,36 @@ class LayerwiseWindow:
             values = self._reach(stage, i, x, kept)
             with tf.GradientTape() as tape:
                 tape.watch(self._floating(received, values))
-                losses, ties = [], []
+                losses: list[tf.Tensor] = []
+                ties: list[tf.Tensor] = []
+                outputs: list[tf.Tensor] = []
                 for piece in own:
                     run, ties = self._again(piece, i, x, values, ties=piece is own[-1], watch=tape.watch)
                     losses += run.losses
+                    outputs = run.outputs
             targets = [*self._floating(given, values), *losses, *ties]
             upstream = [leaf for number in range(len(given)) for leaf in kept[f"given {number}"].read(i)]
             for number in range(len(given)):
                 kept[f"given {number}"] = kept[f"given {number}"].without(i)
-            factor = self._factors.read(i)[0] if losses else None
+            factor = self._factor(i) if losses else tf.zeros([])
             upstream += [tf.fill(tf.shape(each), tf.cast(factor, each.dtype)) for each in losses]
             upstream += [tf.ones_like(each) for each in ties]
+            for output, gradient in zip(outputs, of_outputs or [], strict=False):
+                if gradient is not None:
+                    targets.append(output)
+                    upstream.append(self._data.rows_of(gradient, i))
             self._add_gradients(tape, targets, upstream, own, variables, received, i, values, kept, carried)
 
         room = {f"given {number}": self._gradients.pop(key) for number, key in enumerate(given)}
         self._with_gradients(body, own, received, room, {})
+
+    def _factor(self, i: Index) -> tf.Tensor:
+        """What the losses count for that layers have added to a micro-batch."""
+        if self._factors is not None:
+            return self._factors.read(i)[0]
+        if self._factor_of_sample is None:
+            return tf.zeros([])
+        return self._factor_of_sample * tf.cast(self._data.samples(i), self._factor_of_sample.dtype)
 
     def _with_gradients(
         self, body: Any, own: list[Piece], received: list[Key], room: dict[str, Kept], carried: Carried
@@ -298,6 +375,7 @@ class LayerwiseWindow:
         run = self._run(piece, before, x, values, collect_moments=True, measures=True, watch=watch)
         state |= dict(zip(map(id, piece.stretch.variables), run.state, strict=True))
         carried["state"] = [state[id(each)] for each in self._state_variables]
+        self._adds_losses = self._adds_losses or bool(run.losses)
         name = f"losses {piece.begin}"
         total = tf.add_n([tf.zeros([]), *(tf.cast(tf.reduce_sum(each), tf.float32) for each in run.losses)])
         kept[name] = kept[name].written(i, [total])
@@ -319,7 +397,9 @@ class LayerwiseWindow:
     ) -> tuple[Run, list[tf.Tensor]]:
         """Runs a piece again."""
         tied = list(zip(self._moments[piece.stage + 1], self._sums[piece.stage + 1], strict=True)) if ties else []
-        run = self._run(piece, self._first[piece.begin].read(i), x, values, collect_moments=False, ties=tied, watch=watch)
+        run = self._run(
+            piece, self._first[piece.begin].read(i), x, values, collect_moments=False, ties=tied, watch=watch
+        )
         end = len(run.outputs) - len(tied)
         self._unpack(piece, run.outputs[:end], values)
         return run, run.outputs[end:]
@@ -356,8 +436,6 @@ class LayerwiseWindow:
         self._state = dict(zip(self._state, carried.pop("state"), strict=True))
 
     def _packed(self, keys: Sequence[Key], values: dict[Key, Any]) -> list[tf.Tensor]:
-        from accumops.memory.recompute import Leaves
-
         return [leaf for key in keys for leaf in Leaves(values[key]).tensors]
 
     def _specs_of(self, keys: Sequence[Key]) -> list[tf.TensorSpec]:

@@ -29,7 +29,7 @@ from accumops import ops
 from accumops.adapters.keras_layer import ExtraCheckpointState, in_stateless_scope
 from accumops.adapters.tensorflow import enclosing_functions
 from accumops.adapters.untracked import Untracked
-from accumops.arguments import check_accum_steps, check_statistics
+from accumops.arguments import check_accum_steps, check_count, check_statistics
 from accumops.normalization import replica_moments
 from accumops.normalization.layer_window import LayerWindow, Saved, load_windows, saved_windows
 from accumops.normalization.window_moments import at_hand
@@ -140,7 +140,12 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
 
     @explains_renamed
     def __init__(
-        self, *args: Any, accum_steps: int | None = None, statistics: str = "micro_batch", **kwargs: Any
+        self,
+        *args: Any,
+        accum_steps: int | None = None,
+        statistics: str = "micro_batch",
+        every: int = 2,
+        **kwargs: Any,
     ) -> None:
         if kwargs.get("renorm"):
             raise ValueError(
@@ -155,6 +160,8 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
         check_accum_steps(accum_steps)
         self.accum_steps = None if accum_steps is None else int(accum_steps)
         self.statistics = check_statistics(statistics)
+        check_count("every", every, "a number of layers")
+        self.every = int(every)
         # Untracked, as windows are saved apart from the weights. `accumulator` is what the layer has joined, and
         # `joined_by` the identities of the variables that it was found by. `alone_in` is the function in which the
         # layer ended windows itself: 0 if that was eagerly, None if it did not. Models keep their windows themselves.
@@ -232,10 +239,17 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
             ValueError: If the layer was made with another `accum_steps`. With `micro_batch_size` also if it is
                 `synchronized` under a mirroring strategy, whose replicas cannot communicate within a loop.
         """
-        if micro_batch_size is not None and self.synchronized and replicas.spreads(self):
+        if micro_batch_size is not None and self.synchronized and not self.follows_window and replicas.spreads(self):
             raise ValueError(
                 f"The layer '{self.name}' has synchronized=True, and with `micro_batch_size` replicas cannot "
                 "communicate between micro-batches: use `accum_steps`."
+            )
+        if self.follows_window and micro_batch_size is None and accum_steps != 1:
+            raise ValueError(
+                f"The layer '{self.name}' has statistics='window', and with accum_steps={accum_steps} the samples of a "
+                "window are not there at the same time. Train it with "
+                "`GradientAccumulateModel(model, micro_batch_size=...)` and whole windows as batches, or use "
+                "statistics='micro_batch'."
             )
         if self.accum_steps is None or self.accum_steps == accum_steps:
             return
@@ -391,7 +405,12 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments to make this layer again, without its state."""
-        return {**super().get_config(), "accum_steps": self.accum_steps, "statistics": self.statistics}
+        return {
+            **super().get_config(),
+            "accum_steps": self.accum_steps,
+            "statistics": self.statistics,
+            "every": self.every,
+        }
 
     def save_own_variables(self, store: dict[str, Any]) -> None:
         """Saves the variables, and the windows that are open."""

@@ -2,7 +2,7 @@
 
 import keras
 
-from accumops.arguments import check_statistics
+from accumops.arguments import check_count, check_statistics
 from accumops.normalization.layer import AccumBatchNormalization
 from accumops.normalization.rebuild import Rebuilder
 from accumops.renamed import explains_renamed
@@ -10,7 +10,7 @@ from accumops.renamed import explains_renamed
 
 @explains_renamed
 def replace_batchnorm_layers(
-    model: keras.Model, accum_steps: int | None = None, *, statistics: str = "micro_batch"
+    model: keras.Model, accum_steps: int | None = None, *, statistics: str = "micro_batch", every: int = 2
 ) -> keras.Model:
     """Returns a copy of a model in which every `keras.layers.BatchNormalization` is an `AccumBatchNormalization`.
 
@@ -49,8 +49,13 @@ def replace_batchnorm_layers(
     >>> model = accumops.GradientAccumulateModel(net, micro_batch_size=8)
     """
     check_statistics(statistics)
+    check_count("every", every, "a number of layers")
     rebuilder = Rebuilder(
-        keras.layers.BatchNormalization, AccumBatchNormalization, accum_steps=accum_steps, statistics=statistics
+        keras.layers.BatchNormalization,
+        AccumBatchNormalization,
+        accum_steps=accum_steps,
+        statistics=statistics,
+        every=every,
     )
     return rebuilder.run(model)
 

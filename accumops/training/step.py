@@ -23,7 +23,7 @@ from accumops.adapters.keras_losses import following
 from accumops.adapters.keras_metrics import count_scalars, number_of_metrics, scalars_of, stack
 from accumops.adapters.keras_model import loss_tracker
 from accumops.memory.slices import Slices, whole_tensors
-from accumops.training.layerwise_step import LayerwiseStep
+from accumops.training.layerwise_step import LayerwiseStep, layerwise_step
 from accumops.training.left_out import Undo
 from accumops.training.slicing import Carried, fold_slices
 from accumops.training.weighting import count_samples, share_of
@@ -65,9 +65,9 @@ class TrainingStep:
     def start_anew(self) -> None:
         """Forgets what was known of the model: it has been compiled."""
         self._compiled_pass = None
-        self._window_loss = WindowLoss(self._model) if self._model.loss_over == "window" else None
-        follow = any(layer.follows_window for layer in self._model.normalizations())
-        self._layerwise = LayerwiseStep(self._model, 2) if follow else None
+        self._layerwise = layerwise_step(self._model)
+        over_window = self._model.loss_over == "window"
+        self._window_loss = WindowLoss(self._model, self._layerwise) if over_window else None
 
     def compile_passes(self, compiled: bool) -> None:
         """Has XLA compile each pass by itself, or no longer."""
@@ -131,12 +131,12 @@ class TrainingStep:
         samples = count_samples(*keras.utils.unpack_x_y_sample_weight(data)[:2])
         self._samples_of_window = (samples,)
         try:
-            if self._layerwise is not None:
-                with within_window(self._window(samples, samples)):
-                    self._accumulate_layerwise(data, size, self._layerwise)
-            elif self._window_loss is not None:
+            if self._window_loss is not None:
                 with within_window(self._window(samples, samples)):
                     self._accumulate_window(data, size, self._window_loss)
+            elif self._layerwise is not None:
+                with within_window(self._window(samples, samples)):
+                    self._accumulate_layerwise(data, size, self._layerwise)
             else:
                 self._accumulate_slices(data, size)
         finally:
@@ -181,7 +181,9 @@ class TrainingStep:
         optimizer.accumulator.reset()  # as above
         passed = window_loss.train(data, size, self.whole_inputs(data), self._share_dtype())
         # Gradients of parts of one loss are added, and not averaged.
-        optimizer.accumulator.state.count(passed.slices, tf.ones([], self._share_dtype()))
+        state = optimizer.accumulator.state
+        count = state.count if self._layerwise is None else state.count_parts
+        count(passed.slices, tf.ones([], self._share_dtype()) + tf.cast(passed.left, self._share_dtype()))
         loss_tracker(model).update_state(self._mean_loss(passed.loss, passed.samples), sample_weight=passed.samples)
 
     @tf.autograph.experimental.do_not_convert

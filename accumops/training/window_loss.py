@@ -16,6 +16,7 @@ from accumops.adapters.keras_losses import following
 from accumops.adapters.keras_model import mask_of, with_mask
 from accumops.memory.slices import Slices
 from accumops.memory.window_gradients import Carried, Gradients, WindowPasses
+from accumops.training.layerwise_step import LayerwiseStep
 from accumops.training.weighting import count_samples
 
 
@@ -25,6 +26,8 @@ class WindowPass(NamedTuple):
     loss: tf.Tensor
     samples: tf.Tensor
     slices: tf.Tensor
+    left: tf.Tensor
+    """0, for what has to wait for the gradients."""
 
 
 class WindowLoss:
@@ -32,10 +35,12 @@ class WindowLoss:
 
     Args:
         model: The `GradientAccumulateModel`, compiled.
+        layerwise: How its windows run, if they do layer by layer.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, layerwise: LayerwiseStep | None) -> None:
         self._model = model
+        self._layerwise = layerwise
         self._passes = WindowPasses(model, lambda x: model(x, training=True))
 
     def train(self, data: Any, size: int, uncut: Sequence[tf.Tensor], dtype: tf.DType) -> WindowPass:
@@ -73,9 +78,14 @@ class WindowLoss:
             return carried
 
         slices = Slices(x, size, empty=empty, uncut=uncut)
-        self._passes.run(slices, scaled_loss, add, dtype=dtype)
+        left = tf.zeros([], tf.int32)
+        if self._layerwise is None:
+            self._passes.run(slices, scaled_loss, add, dtype=dtype)
+        else:
+            left = self._layerwise.train_over_window(slices, bool(model.jit_compile), scaled_loss, dtype)
         model.compute_metrics(x, y, computed["y_pred"], sample_weight=sample_weight)
-        return WindowPass(computed["loss"], count_samples(x, y), (slices.count + slices.size - 1) // slices.size)
+        number = (slices.count + slices.size - 1) // slices.size
+        return WindowPass(computed["loss"], count_samples(x, y), number, left)
 
 
 def _of_all_replicas(structure: Any) -> Any:
