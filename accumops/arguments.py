@@ -9,6 +9,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from accumops.sizes import bytes_from
+
 Schedule = Callable[[tf.Tensor], "tf.Tensor | int"]
 """Gives `accum_steps` for a count of updates, an int64 scalar."""
 
@@ -93,6 +95,24 @@ def check_statistics(statistics: str) -> str:
     if statistics not in ("micro_batch", "window"):
         raise ValueError(f"`statistics` must be 'micro_batch' or 'window'. Received: {statistics!r}")
     return statistics
+
+
+def check_window_memory(statistics: str, every: int | None, memory: str | int | None) -> None:
+    """Raises unless at most one of `every` and `memory` is given, and only where a window's statistics are asked for.
+
+    Raises:
+        TypeError: If one has another type than it should.
+        ValueError: If it has another value.
+    """
+    given = [name for name, value in (("every", every), ("memory", memory)) if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"Give `every` or `memory`, not both. Received: every={every!r}, memory={memory!r}")
+    if given and statistics != "window":
+        raise ValueError(f"`{given[0]}` is for statistics='window'. Received: statistics={statistics!r}")
+    if every is not None:
+        check_count("every", every, "a number of layers")
+    if memory is not None:
+        bytes_from("memory", memory)
 
 
 def check_bool(name: str, value: bool) -> bool:

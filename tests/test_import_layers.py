@@ -7,7 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1] / "accumops"
 FLOORS = (
-    {"renamed"},
+    {"renamed", "sizes"},
     {"arguments", "adapters"},
     {"ops"},
     {"window"},

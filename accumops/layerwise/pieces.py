@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from accumops.adapters.keras_functional import graph_of, run_of, set_run
 from accumops.layerwise.graph import Key, graph_of_calls
-from accumops.layerwise.plan import Cut, plan_every
+from accumops.layerwise.plan import Cut
 from accumops.layerwise.stages import Stages, stages_of
 from accumops.memory.recompute import Leaves
 from accumops.memory.replay import Stretch
@@ -63,17 +63,17 @@ class PiecesOfModel:
     Args:
         model: The functional or Sequential model, built.
         call: Calls it with a micro-batch of inputs, in training.
-        every: How many stages there may be from one cut to the next.
+        plan: Returns the cuts of the model's stages.
 
     Raises:
         ValueError: If the model cannot be cut at a layer that couples samples.
     """
 
-    def __init__(self, model: keras.Model, call: Callable[[Any], Any], every: int) -> None:
+    def __init__(self, model: keras.Model, call: Callable[[Any], Any], plan: Callable[[Stages], list[Cut]]) -> None:
         self._graph = graph_of(model)
         self._call = call
         self.stages = stages_of(graph_of_calls(model, couples), couples)
-        self.cuts = plan_every(self.stages, every)
+        self.cuts = plan(self.stages)
         self.pieces = list(self._cut_in_pieces())
         """The pieces, in their order."""
         self.leaves: dict[Key, Leaves] = {}

@@ -192,11 +192,11 @@ def plan_for(costs: Sequence[Costs], goal: float) -> Plan | None:
         costs: Those of each region.
         goal: Bytes.
     """
-    start = _States.start()
-    history: list[list[_States]] = []
+    start = States.start()
+    history: list[list[States]] = []
     for each in costs:
         # Two points for each position: any call may follow, or only one that is not recomputed.
-        reached = [start, _States.none()]
+        reached = [start, States.none()]
         for q in range(1, each.count + 1):
             kept, handed_on = each.plain[q - 1], each.handed_on[q - 1]
             points = (2 * q - 2, 2 * q - 1)
@@ -208,7 +208,7 @@ def plan_for(costs: Sequence[Costs], goal: float) -> Plan | None:
                 if each.peak[p, q] <= goal
             ]
             before_plain = [reached[i].moved(kept, peak, 0.0, goal, i, 0) for i in points] if handed_on else []
-            reached += [_States.best([*plain, *recomputed]), _States.best(before_plain)]
+            reached += [States.best([*plain, *recomputed]), States.best(before_plain)]
         history.append(reached)
         start = reached[-2]
     if not len(start.kept):
@@ -218,7 +218,9 @@ def plan_for(costs: Sequence[Costs], goal: float) -> Plan | None:
     return Plan(segments, float(start.peak[best]), float(start.seconds[best]))
 
 
-class _States(NamedTuple):
+class States(NamedTuple):
+    """Ways to reach a position, none of which another one beats in both what it keeps and how long it takes."""
+
     kept: np.ndarray
     seconds: np.ndarray
     peak: np.ndarray
@@ -226,22 +228,24 @@ class _States(NamedTuple):
     """The point, the state there, and whether the calls from there on are recomputed."""
 
     @classmethod
-    def start(cls) -> "_States":
+    def start(cls) -> "States":
+        """The one way to be at the first position."""
         return cls(np.zeros(1), np.zeros(1), np.zeros(1), np.zeros((1, 3), int))
 
     @classmethod
-    def none(cls) -> "_States":
+    def none(cls) -> "States":
+        """No way."""
         return cls(np.zeros(0), np.zeros(0), np.zeros(0), np.zeros((0, 3), int))
 
-    def moved(self, kept: float, peak: float, seconds: float, goal: float, point: int, recomputed: int) -> "_States":
+    def moved(self, kept: float, peak: float, seconds: float, goal: float, point: int, recomputed: int) -> "States":
         """The states behind calls that keep, take and last so much, where that keeps to the goal."""
         index = np.flatnonzero(self.kept + peak <= goal)
         origin = np.column_stack([np.full(len(index), point), index, np.full(len(index), recomputed)])
         peaks = np.maximum(self.peak[index], self.kept[index] + peak)
-        return _States(self.kept[index] + kept, self.seconds[index] + seconds, peaks, origin)
+        return States(self.kept[index] + kept, self.seconds[index] + seconds, peaks, origin)
 
     @classmethod
-    def best(cls, candidates: "Sequence[_States]") -> "_States":
+    def best(cls, candidates: "Sequence[States]") -> "States":
         """Those that no other one beats, or some of them, spread evenly."""
         if not candidates:
             return cls.none()
@@ -255,8 +259,8 @@ class _States(NamedTuple):
 
 
 def _ends(
-    costs: Sequence[Costs], history: Sequence[list[_States]], best: int
-) -> Iterator[tuple[Costs, list[_States], int]]:
+    costs: Sequence[Costs], history: Sequence[list[States]], best: int
+) -> Iterator[tuple[Costs, list[States], int]]:
     """Each region with its states and the state that the best path has at its end, in their order."""
     ends = []
     for each, reached in zip(reversed(costs), reversed(history), strict=True):
@@ -267,7 +271,7 @@ def _ends(
     return reversed(ends)
 
 
-def _path(costs: Costs, reached: Sequence[_States], state: int) -> list[Segment]:
+def _path(costs: Costs, reached: Sequence[States], state: int) -> list[Segment]:
     segments, point, begin = [], 2 * costs.count, costs.region.begin
     while point > 1:
         before, state, recomputed = map(int, reached[point].origin[state])

@@ -18,8 +18,8 @@ from accumops.memory.cuts import Costs, cheap_plan, costs_by_region, plan_for, p
 from accumops.memory.layer_costs import CallCosts, costs_of, seconds_of
 from accumops.memory.recompute import Recomputation
 from accumops.memory.segments import Region, Segment, regions_of, run_regions
-from accumops.memory.sizes import bytes_from, readable
 from accumops.renamed import explains_renamed
+from accumops.sizes import bytes_from, readable
 
 # The times of each graph's calls: measured once, so that a lower goal never gets segments that take more.
 _SECONDS: weakref.WeakKeyDictionary[keras.Function, list[list[float]]] = weakref.WeakKeyDictionary()

@@ -29,7 +29,7 @@ from accumops import ops
 from accumops.adapters.keras_layer import ExtraCheckpointState, in_stateless_scope
 from accumops.adapters.tensorflow import enclosing_functions
 from accumops.adapters.untracked import Untracked
-from accumops.arguments import check_accum_steps, check_count, check_statistics
+from accumops.arguments import check_accum_steps, check_statistics, check_window_memory
 from accumops.normalization import replica_moments
 from accumops.normalization.layer_window import LayerWindow, Saved, load_windows, saved_windows
 from accumops.normalization.window_moments import at_hand
@@ -144,7 +144,8 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
         *args: Any,
         accum_steps: int | None = None,
         statistics: str = "micro_batch",
-        every: int = 2,
+        every: int | None = None,
+        memory: str | int | None = None,
         **kwargs: Any,
     ) -> None:
         if kwargs.get("renorm"):
@@ -160,8 +161,9 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
         check_accum_steps(accum_steps)
         self.accum_steps = None if accum_steps is None else int(accum_steps)
         self.statistics = check_statistics(statistics)
-        check_count("every", every, "a number of layers")
-        self.every = int(every)
+        check_window_memory(self.statistics, every, memory)
+        self.every = None if every is None else int(every)
+        self.memory = memory
         # Untracked, as windows are saved apart from the weights. `accumulator` is what the layer has joined, and
         # `joined_by` the identities of the variables that it was found by. `alone_in` is the function in which the
         # layer ended windows itself: 0 if that was eagerly, None if it did not. Models keep their windows themselves.

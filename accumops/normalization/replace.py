@@ -2,7 +2,7 @@
 
 import keras
 
-from accumops.arguments import check_count, check_statistics
+from accumops.arguments import check_statistics, check_window_memory
 from accumops.normalization.layer import AccumBatchNormalization
 from accumops.normalization.rebuild import Rebuilder
 from accumops.renamed import explains_renamed
@@ -10,7 +10,12 @@ from accumops.renamed import explains_renamed
 
 @explains_renamed
 def replace_batchnorm_layers(
-    model: keras.Model, accum_steps: int | None = None, *, statistics: str = "micro_batch", every: int = 2
+    model: keras.Model,
+    accum_steps: int | None = None,
+    *,
+    statistics: str = "micro_batch",
+    every: int | None = None,
+    memory: str | int | None = None,
 ) -> keras.Model:
     """Returns a copy of a model in which every `keras.layers.BatchNormalization` is an `AccumBatchNormalization`.
 
@@ -49,13 +54,14 @@ def replace_batchnorm_layers(
     >>> model = accumops.GradientAccumulateModel(net, micro_batch_size=8)
     """
     check_statistics(statistics)
-    check_count("every", every, "a number of layers")
+    check_window_memory(statistics, every, memory)
     rebuilder = Rebuilder(
         keras.layers.BatchNormalization,
         AccumBatchNormalization,
         accum_steps=accum_steps,
         statistics=statistics,
         every=every,
+        memory=memory,
     )
     return rebuilder.run(model)
 

@@ -10,7 +10,6 @@ import tensorflow as tf
 from accumops.adapters.keras_functional import graph_of
 from accumops.arguments import check_count
 from accumops.memory.profile import memory_of_device
-from accumops.memory.sizes import bytes_from, readable
 from accumops.memory.slices import whole_tensors
 from accumops.planning.loaded_pass import Point
 from accumops.planning.measuring import measurer_of
@@ -19,6 +18,7 @@ from accumops.planning.plan_cache import key_of, store_plan, stored_plan
 from accumops.planning.search import Subject, Try, fastest, search
 from accumops.planning.traced_pass import TracedPass, trace_pass
 from accumops.planning.training_memory import default_limit, fixed_memory
+from accumops.sizes import bytes_from, readable
 
 
 def find_micro_batch_size(

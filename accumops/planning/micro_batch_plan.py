@@ -9,7 +9,7 @@ import keras
 from accumops.adapters.keras_functional import graph_of
 from accumops.memory.pictures import figure_of
 from accumops.memory.segments import Segment, regions_of, run_regions
-from accumops.memory.sizes import readable
+from accumops.sizes import readable
 
 _NAME_OF_WRAPPER = "accumops>GradientAccumulateModel"
 

@@ -11,8 +11,8 @@ import tensorflow as tf
 from accumops.adapters.keras_layer import layers_within
 from accumops.adapters.keras_model import own_metrics
 from accumops.arguments import Schedule, check_bool, check_count, check_nonfinite
-from accumops.memory.sizes import bytes_from
 from accumops.optimizer.checks import check_gradient_clipping
+from accumops.sizes import bytes_from
 from accumops.training.callbacks import AccumStepsScheduler
 from accumops.training.partial_window import check_policy
 from accumops.training.weighting import Normalization, check_normalization

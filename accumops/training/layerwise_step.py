@@ -8,12 +8,19 @@ import tensorflow as tf
 
 from accumops.adapters.keras_layer import regularization_losses
 from accumops.adapters.keras_losses import following
+from accumops.layerwise.graph import graph_of_calls
 from accumops.layerwise.micro_batches import Carried, MicroBatches
 from accumops.layerwise.pieces import PiecesOfModel, couples
+from accumops.layerwise.plan import Cut, plan_every, plan_for_memory
+from accumops.layerwise.stages import Stages
 from accumops.layerwise.window import Gradients, LayerwiseWindow
 from accumops.memory.slices import Slices
+from accumops.normalization.layer import AccumBatchNormalization
+from accumops.sizes import bytes_from
 from accumops.training.weighting import count_samples
 
+EVERY = 2
+"""The layers from one kept tensor to the next, if nobody says."""
 Count = Callable[[Any, Any, list[Any], tf.Tensor, tf.Tensor, Carried], tf.Tensor]
 
 
@@ -38,9 +45,9 @@ def layerwise_step(model: Any) -> "LayerwiseStep | None":
             f"{what}, so that all samples of a window depend on each other, and none can be left out as "
             "nonfinite='skip' does. Use nonfinite='drop', which leaves out the window."
         )
-    step = LayerwiseStep(model)
+    step = LayerwiseStep(model, layers)
     if model.model.built:
-        step.prepare()
+        step.check()
     return step
 
 
@@ -49,22 +56,47 @@ class LayerwiseStep:
 
     Args:
         model: The `GradientAccumulateModel`, compiled.
+        layers: The layers that need it.
+
+    Raises:
+        ValueError: If the layers do not agree on how much the windows keep.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, layers: Sequence[AccumBatchNormalization]) -> None:
         self._model = model
-        self._pieces: PiecesOfModel | None = None
+        self._pieces: dict[tuple[int | None, int], PiecesOfModel] = {}
+        for name in ("memory", "every"):
+            given = {getattr(layer, name) for layer in layers}
+            if len(given) > 1:
+                raise ValueError(
+                    f"All layers with statistics='window' of a model must have the same `{name}`. Received: {given}"
+                )
+        self._memory, self._every = layers[0].memory, layers[0].every
 
-    def prepare(self) -> PiecesOfModel:
-        """Returns the model in pieces.
+    def check(self) -> None:
+        """Raises a ValueError if the model cannot be cut, with the layer's name."""
+        graph_of_calls(self._model.model, couples)
 
-        Raises:
-            ValueError: If it cannot be cut.
-        """
-        if self._pieces is None:
-            every = min(layer.every for layer in self._model.normalizations() if couples(layer))
-            self._pieces = PiecesOfModel(self._model.model, lambda x: self._model(x, training=True), every)
-        return self._pieces
+    def _in_pieces(self, slices: Slices) -> PiecesOfModel:
+        """The model in pieces, for windows like this one."""
+        model = self._model.model
+        samples = slices.known if self._memory is not None else None
+        key = samples, slices.size
+
+        def plan(stages: Stages) -> list[Cut]:
+            if self._memory is None:
+                return plan_every(stages, self._every or EVERY)
+            if samples is None:
+                raise ValueError(
+                    "`memory` of batch normalization with statistics='window' needs batches whose size is known, such "
+                    "as those of `dataset.batch(size, drop_remainder=True)`. Or give `every` in place of it."
+                )
+            with tf.init_scope():
+                return plan_for_memory(model, stages, samples, slices.size, bytes_from("memory", self._memory))
+
+        if key not in self._pieces:
+            self._pieces[key] = PiecesOfModel(model, lambda x: self._model(x, training=True), plan)
+        return self._pieces[key]
 
     def train(
         self, slices: Slices, static_sizes: bool, count: Count, carried: Carried
@@ -130,4 +162,4 @@ class LayerwiseStep:
         def add(gradients: Gradients, variables: Sequence[keras.Variable], starts: tf.Tensor | bool) -> None:
             model.optimizer.accumulate_part(gradients, variables, starts=starts)
 
-        return LayerwiseWindow(self.prepare(), data, inputs_of, add, model.trainable_variables)
+        return LayerwiseWindow(self._in_pieces(data.slices), data, inputs_of, add, model.trainable_variables)
