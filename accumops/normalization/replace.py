@@ -55,7 +55,7 @@ def replace_batchnorm_layers(
         TypeError: If `model` is not a Keras model, or an argument has another type.
         ValueError: If `model` is a subclassed model or a `GradientAccumulateModel`, a layer makes its batch
             normalization in its own code or cannot be made again from its config, or an argument has a value that it
-            cannot have. In training, if no window keeps to `memory`; the message has the smallest goal that one keeps to.
+            cannot have. In training, if no window keeps to `memory`; the message has the smallest goal that is kept.
 
     Example:
 
