@@ -42,7 +42,8 @@ class Call(NamedTuple):
                 if source in values:
                     values[target] = values[source] if dtype is None else tf.cast(values[source], dtype)
             return
-        own = {key[1]: values[key] for key in self.inputs if key in values}
+        pairs = zip(self.node.inputs, self.inputs, strict=True)
+        own = {identity: values[key] for identity, key in pairs if key in values}
         call_node(self.node, own, settings)
         values.update({key: own[key[1]] for key in self.outputs if key[1] in own})
 
@@ -98,12 +99,10 @@ def graph_of_calls(model: keras.Model, couples: Callable[[Any], bool]) -> Graph:
             casts = tuple(None if a.dtype == b.dtype else a.dtype for a, b in zip(inner.inputs, given, strict=True))
             sizes.update(zip(starts, map(_bytes_of_sample, inner.inputs), strict=True))
             yield Call(node, inside, inputs, starts, casts)
-            yield from walk(inner, inside, {})
-            ends = {
-                id(outer): (inside, id(each))
-                for outer, each in zip(node.keras_node.outputs, inner.outputs, strict=True)
-            }
-            names |= ends
+            inner_names: dict[int, Key] = {}
+            yield from walk(inner, inside, inner_names)
+            for outer, each in zip(node.keras_node.outputs, inner.outputs, strict=True):
+                names[id(outer)] = inner_names.get(id(each), (inside, id(each)))
 
     names: dict[int, Key] = {}
     calls = list(walk(graph, (), names))

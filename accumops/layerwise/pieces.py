@@ -45,6 +45,7 @@ class Piece:
         """The coupled calls at the end of the piece, which need its outputs of all samples."""
         made = {key for call in self.calls for key in call.outputs} | set(stages.graph.inputs)
         used = {key: None for call in [*self.calls, *self.measures] for key in call.inputs}
+        used |= dict.fromkeys(stages.graph.outputs if self.is_last else ())
         self.needs = [key for key in used if key not in made]
         """The tensors from before that it uses."""
         used_behind = set(stages.crossing(end))

@@ -396,7 +396,9 @@ class LayerwiseWindow:
         watch: Watch = _nothing,
     ) -> tuple[Run, list[tf.Tensor]]:
         """Runs a piece again."""
-        tied = list(zip(self._moments[piece.stage + 1], self._sums[piece.stage + 1], strict=True)) if ties else []
+        tied = []
+        if ties and not piece.is_last:
+            tied = list(zip(self._moments[piece.stage + 1], self._sums[piece.stage + 1], strict=True))
         run = self._run(
             piece, self._first[piece.begin].read(i), x, values, collect_moments=False, ties=tied, watch=watch
         )
