@@ -226,7 +226,7 @@ def _check(model: Any, effective_batch_size: Any, recompute: Any, margin: Any) -
         if getattr(layer, "follows_window", False):
             raise ValueError(
                 f"The layer '{layer.name}' has statistics='window': its windows keep tensors of all their samples, "
-                "which no measurement of a micro-batch shows. Choose `micro_batch_size`, and limit what windows keep with "
+                "which no measurement of a micro-batch shows. Choose `micro_batch_size`, and limit what is kept with "
                 '`replace_batchnorm_layers(model, statistics="window", memory=...)`.'
             )
     if effective_batch_size is not None:
