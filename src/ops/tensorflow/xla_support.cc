@@ -1,27 +1,34 @@
 #include "xla_support.h"
 
-#include "absl/strings/str_cat.h"
+#include "input_checks.h"
 #include "xla/hlo/builder/lib/constants.h"
 #include "xla/hlo/builder/xla_builder.h"
 
 namespace accumops {
+namespace {
 
-TensorShape InputTensorShape(XlaOpKernelContext* ctx, int input) {
+TensorShape ToTensorShape(XlaOpKernelContext* ctx, const absl::StatusOr<xla::Shape>& input) {
   TensorShape shape;
-  const auto xla_shape = ctx->InputXlaShape(input);
-  if (xla_shape.ok()) {
-    for (const std::int64_t size : xla_shape->dimensions()) shape.AddDim(size);
+  if (input.ok()) {
+    for (const std::int64_t size : input->dimensions()) shape.AddDim(size);
   } else {
-    ctx->SetStatus(xla_shape.status());
+    ctx->SetStatus(input.status());
   }
   return shape;
 }
 
-absl::Status RequireScalarInput(XlaOpKernelContext* ctx, int input, const char* name) {
-  const TensorShape shape = InputTensorShape(ctx, input);
-  if (shape.dims() == 0) return absl::OkStatus();
-  return absl::InvalidArgumentError(
-      absl::StrCat(name, " must be a scalar, not be of shape ", shape.DebugString(), "."));
+}  // namespace
+
+TensorShape InputTensorShape(XlaOpKernelContext* ctx, int input) {
+  return ToTensorShape(ctx, ctx->InputXlaShape(input));
+}
+
+TensorShape InputTensorShape(XlaOpKernelContext* ctx, const char* name) {
+  return ToTensorShape(ctx, ctx->InputXlaShape(name));
+}
+
+absl::Status RequireScalar(XlaOpKernelContext* ctx, const char* name) {
+  return CheckScalar(name, InputTensorShape(ctx, name));
 }
 
 xla::XlaComputation Sum(xla::PrimitiveType type) {

@@ -15,11 +15,13 @@ using ::tensorflow::TensorShape;
 using ::tensorflow::XlaOpKernel;
 using ::tensorflow::XlaOpKernelContext;
 
-// The shape of an input. Where XLA does not know it, the context gets an error.
+// The shape of an input, with upper bounds of sizes that XLA learns only when it runs. Where XLA
+// does not know the shape, the context gets an error.
 TensorShape InputTensorShape(XlaOpKernelContext* ctx, int input);
+TensorShape InputTensorShape(XlaOpKernelContext* ctx, const char* name);
 
-// Fails unless the input is a scalar. A shape function cannot know that of every input.
-absl::Status RequireScalarInput(XlaOpKernelContext* ctx, int input, const char* name);
+// Fails unless the input `name` is a scalar. A shape function cannot know that of every input.
+absl::Status RequireScalar(XlaOpKernelContext* ctx, const char* name);
 
 // a + b of scalars, to reduce with.
 xla::XlaComputation Sum(xla::PrimitiveType type);
