@@ -236,6 +236,47 @@ def test_a_resource_of_xla_that_is_no_variable():
         run()
 
 
+def test_sizes_that_xla_knows_late():
+    """Which rows a mask takes is known when it runs. Their number cannot be checked before something is written."""
+    case = Case()
+
+    @tf.function(autograph=False, jit_compile=True)
+    def dense(mask):
+        return raw([case.a.handle], [tf.boolean_mask(case.gradient, mask)])
+
+    for mask in ([True, True], [True, False]):
+        with pytest.raises(INVALID, match=r"gradients\[0\] is f32\[<=2,3\]"):
+            dense(tf.constant(mask))
+        check_untouched(case)
+
+    grows = tf.Variable(case.gradient, shape=[None, 3])
+
+    @tf.function(autograph=False, jit_compile=True)
+    def into_rows_of_a_mask(mask):
+        grows.assign(tf.boolean_mask(case.gradient, mask))
+        return raw([grows.handle], [case.gradient])
+
+    with pytest.raises(INVALID, match=r"accumulators\[0\].*f32\[<=2,3\]"):
+        into_rows_of_a_mask(tf.constant([True, False]))
+    np.testing.assert_array_equal(grows.numpy(), np.ones([2, 3]))
+
+
+def test_rows_that_xla_knows_late_are_added():
+    table, flags = tf.Variable(tf.zeros([3, 2])), tf.Variable([False] * 3)
+    values = tf.constant([[1.0, 2], [3, 4], [5, 6]])
+
+    @tf.function(autograph=False, jit_compile=True)
+    def run(mask):
+        rows = tf.where(mask)[:, 0]
+        return raw(
+            [table.handle], [tf.boolean_mask(values, mask)], indices=[rows], touched_rows=[flags.handle], scale=2.0
+        )
+
+    run(tf.constant([False, True, True]))
+    np.testing.assert_array_equal(table.numpy(), [[0, 0], [6, 8], [10, 12]])
+    assert flags.numpy().tolist() == [False, True, True]
+
+
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [

@@ -171,6 +171,21 @@ def test_shapes_of_a_gradient_unknown_until_run(name, shape, message, jit_compil
         run(tf.ones(shape, dtype))
 
 
+def test_channels_that_xla_counts_late():
+    values = tf.ones([3])
+
+    @tf.function(autograph=False, jit_compile=True)
+    def run(mask, name):
+        return forward(**({name: tf.boolean_mask(values, mask)} if name == "gamma" else {"x": late_channels(mask)}))
+
+    def late_channels(mask):
+        return tf.transpose(tf.boolean_mask(tf.ones([3, 2, 4]), mask))
+
+    for name, message in (("gamma", r"gamma is f32\[<=3\]"), ("x", r"x is f32\[4,2,<=3\]")):
+        with pytest.raises(INVALID, match=message):
+            run(tf.constant([True, True, False]), name)
+
+
 X = tf.ones([4, 2, 3])
 ONES = tf.ones([3])
 

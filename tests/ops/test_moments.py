@@ -381,6 +381,19 @@ def test_a_momentum_or_count_of_a_shape_unknown_until_it_runs(moving, jit_compil
     assert merge.values() != UNTOUCHED
 
 
+def test_channels_that_xla_counts_late():
+    merge = Merge()
+
+    @tf.function(autograph=False, jit_compile=True)
+    def run(mask):
+        merge.run(moments=[tf.boolean_mask(tf.ones([3]), mask)] * 3)
+
+    for mask in ([True, True, True], [True, True, False]):
+        with pytest.raises(INVALID, match=r"moments\[0\] is f32\[<=3\]"):
+            run(tf.constant(mask))
+        assert merge.values() == UNTOUCHED
+
+
 @pytest.mark.gpu
 def test_variables_on_different_devices():
     merge = Merge()

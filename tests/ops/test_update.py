@@ -499,6 +499,27 @@ def test_malformed_calls_of_the_raw_op_fail_and_change_nothing(case, way):
     np.testing.assert_array_equal(accumulator.numpy(), [1, 1])
 
 
+def test_sizes_that_xla_knows_late():
+    """Which values a mask takes is known when it runs. Their number cannot be checked before something is written."""
+    raw = ops.library.load()[0]
+    variable = tf.Variable([1.0, 2.0])
+
+    @tf.function(jit_compile=True, autograph=False)
+    def run(mask, late):
+        gradient, scales = tf.boolean_mask([1.0, 1.0], mask), tf.boolean_mask([1.0], mask[:1])
+        raw.accum_ops_update(
+            variables=[variable.handle], slots=[], accumulators=[], touched_rows=[], rate=1.0, decay=0.0, weight=1.0,
+            latest=[gradient if late == "latest" else [1.0, 1.0]], scales=scales if late == "scales" else 1.0,
+            overwrite=False, applies=True, rule="sgd", decays=[False],
+        )  # fmt: skip
+
+    for late, message in (("latest", r"latest\[0\] is f32\[<=2\]"), ("scales", r"scales is f32\[<=1\]")):
+        for mask in ([True, True], [True, False]):
+            with pytest.raises(INVALID, match=message):
+                run(tf.constant(mask), late)
+            np.testing.assert_array_equal(variable.numpy(), [1, 2])
+
+
 @pytest.mark.parametrize("name", ["rate", "decay", "weight", "overwrite", "applies"])
 def test_a_vector_for_a_scalar_that_only_the_call_shows(name):
     """Under XLA, too: no lowering takes it element by element."""

@@ -2,6 +2,7 @@
 // gradients' producers.
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "accumulate_attributes.h"
 #include "input_checks.h"
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
@@ -73,8 +74,12 @@ class AccumulateXlaOp : public XlaOpKernel {
       const int gradient_input = static_cast<int>(attributes_.count + i);
       const int index_input =
           static_cast<int>(2 * attributes_.count + (is_dense ? 0 : i - attributes_.dense()));
-      const TensorShape gradient_shape = InputTensorShape(ctx, gradient_input);
-      const TensorShape index_shape = is_dense ? TensorShape() : InputTensorShape(ctx, index_input);
+      // How many rows a sparse gradient has may be known late: each is added where its index says.
+      const Dimensions known = {is_dense ? 0 : 1};
+      const TensorShape gradient_shape =
+          InputTensorShape(ctx, gradient_input, absl::StrCat("gradients[", i, "]"), known);
+      const TensorShape index_shape =
+          is_dense ? TensorShape() : InputTensorShape(ctx, index_input, "indices", known);
       OP_REQUIRES_OK(ctx,
                      CheckAccumulator(variables, attributes_, i, ctx->input_type(gradient_input),
                                       gradient_shape, is_dense ? nullptr : &index_shape));

@@ -18,11 +18,14 @@ xla::PrimitiveType WideType(DataType dtype) {
   return dtype == tensorflow::DT_DOUBLE ? xla::F64 : xla::F32;
 }
 
+// All sizes may be known late: how many values a channel has is read when it runs.
+constexpr Dimensions kNone = {0, 0};
+
 // An array, the dimension of its channels, and its values in the statistics' type.
 class Channels {
  public:
   Channels(xla::XlaOp x, const TensorShape& shape, int axis, xla::PrimitiveType type)
-      : builder_(x.builder()), axis_(axis), type_(type), values_(Widen(x)) {
+      : builder_(x.builder()), x_(x), axis_(axis), type_(type), values_(Widen(x)) {
     for (int i = 0; i < shape.dims(); ++i) {
       sizes_.push_back(shape.dim_size(i));
       if (i != axis) others_.push_back(i);
@@ -44,14 +47,19 @@ class Channels {
     return Widen(xla::Reduce(xla::ConvertElementType(values, xla::F64),
                              xla::Zero(builder_, xla::F64), accumops::Sum(xla::F64), others_));
   }
-  std::int64_t count() const {
-    std::int64_t count = 1;
-    for (const std::int64_t i : others_) count *= sizes_[i];
+  // How many values a channel has. A size that XLA learns when it runs is read then; others are
+  // constants.
+  xla::XlaOp count() const {
+    xla::XlaOp count = xla::One(builder_, xla::S64);
+    for (const std::int64_t i : others_) {
+      count = count * xla::ConvertElementType(xla::GetDimensionSize(x_, i), xla::S64);
+    }
     return count;
   }
 
  private:
   xla::XlaBuilder* builder_;
+  xla::XlaOp x_;
   std::vector<std::int64_t> sizes_;
   std::vector<std::int64_t> others_;
   std::int64_t axis_;
@@ -78,13 +86,13 @@ class BatchNormXlaOp : public XlaOpKernel {
   absl::StatusOr<Channels> Read(XlaOpKernelContext* ctx,
                                 std::initializer_list<const char*> names) const {
     const int axis = attributes_.axis;
-    const TensorShape shape = InputTensorShape(ctx, "x");
+    const TensorShape shape = InputTensorShape(ctx, "x", {axis, axis + 1});
     TF_RETURN_IF_ERROR(CheckAxis(axis, shape));
     for (const char* name : names) {
       TF_RETURN_IF_ERROR(CheckChannels(name, InputTensorShape(ctx, name), shape.dim_size(axis)));
     }
     if (has_mask()) {
-      TF_RETURN_IF_ERROR(CheckMask(axis, shape, InputTensorShape(ctx, "mask")));
+      TF_RETURN_IF_ERROR(CheckMask(axis, shape, InputTensorShape(ctx, "mask", kNone)));
     }
     return Channels(ctx->Input("x"), shape, axis, type());
   }
@@ -102,7 +110,7 @@ class ForwardXlaOp : public BatchNormXlaOp {
     const auto channels = Read(ctx, {"gamma", "beta"});
     OP_REQUIRES_OK(ctx, channels.status());
     const Channels& x = *channels;
-    xla::XlaOp count = xla::ConstantR0<std::int64_t>(ctx->builder(), x.count());
+    xla::XlaOp count = x.count();
     if (has_mask()) {
       const xla::XlaOp mask = xla::ConvertElementType(ctx->Input("mask"), xla::S64);
       count = xla::ReduceAll(mask, xla::Zero(ctx->builder(), xla::S64), Sum(xla::S64));
@@ -135,7 +143,8 @@ class GradientXlaOp : public BatchNormXlaOp {
   void Compile(XlaOpKernelContext* ctx) override {
     const auto channels = Read(ctx, {"gamma", "mean", "rest", "inverse"});
     OP_REQUIRES_OK(ctx, channels.status());
-    OP_REQUIRES_OK(ctx, CheckGradient(InputTensorShape(ctx, "dy"), InputTensorShape(ctx, "x")));
+    OP_REQUIRES_OK(
+        ctx, CheckGradient(InputTensorShape(ctx, "dy", kNone), InputTensorShape(ctx, "x", kNone)));
     OP_REQUIRES_OK(ctx, RequireScalar(ctx, "count"));
     const Channels& x = *channels;
     const xla::XlaOp dy = x.Widen(ctx->Input(0));

@@ -1,6 +1,7 @@
 // AccumOps>MergeMoments lowered to XLA, for functions with jit_compile=True.
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "input_checks.h"
 #include "moments.h"
 #include "moments_attributes.h"
@@ -29,7 +30,7 @@ class MergeMomentsXlaOp : public XlaOpKernel {
     const int moments = count + attributes_.batches;
     std::vector<TensorShape> shapes;
     for (int i = 0; i < 3 * attributes_.batches; ++i) {
-      shapes.push_back(InputTensorShape(ctx, moments + i));
+      shapes.push_back(InputTensorShape(ctx, moments + i, absl::StrCat("moments[", i, "]")));
     }
     std::int64_t channels = 0;
     OP_REQUIRES_OK(ctx, CheckMoments(variables, attributes_, shapes, &channels));

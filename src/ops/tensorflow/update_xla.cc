@@ -1,6 +1,7 @@
 // AccumOps>Update and AccumOps>SquaredNorms lowered to XLA, for functions with jit_compile=True.
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "input_checks.h"
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "tensorflow/compiler/tf2xla/xla_op_registry.h"
@@ -75,7 +76,8 @@ class UpdateXlaOp : public XlaOpKernel {
                         accumulator);
     }
     if (attributes_.has_latest) {
-      const TensorShape given = InputTensorShape(ctx, LatestInput(i));
+      const TensorShape given =
+          InputTensorShape(ctx, LatestInput(i), absl::StrCat("latest[", i, "]"));
       TF_RETURN_IF_ERROR(CheckLatest(variables, static_cast<std::size_t>(i), given));
       const xla::XlaOp latest = xla::ConvertElementType(ctx->Input(LatestInput(i)), xla::F32);
       const xla::XlaOp weight = ctx->Input("weight");

@@ -1,5 +1,6 @@
 #include "xla_support.h"
 
+#include "absl/strings/str_cat.h"
 #include "input_checks.h"
 #include "xla/hlo/builder/lib/constants.h"
 #include "xla/hlo/builder/xla_builder.h"
@@ -7,24 +8,33 @@
 namespace accumops {
 namespace {
 
-TensorShape ToTensorShape(XlaOpKernelContext* ctx, const absl::StatusOr<xla::Shape>& input) {
+TensorShape ToTensorShape(XlaOpKernelContext* ctx, const absl::StatusOr<xla::Shape>& input,
+                          const std::string& name, Dimensions known) {
   TensorShape shape;
-  if (input.ok()) {
-    for (const std::int64_t size : input->dimensions()) shape.AddDim(size);
-  } else {
+  if (!input.ok()) {
     ctx->SetStatus(input.status());
+    return shape;
+  }
+  for (int i = 0; i < static_cast<int>(input->dimensions().size()); ++i) {
+    if (i >= known.first && i < known.end && input->is_dynamic_dimension(i)) {
+      ctx->SetStatus(absl::InvalidArgumentError(
+          absl::StrCat(name, " is ", input->ToString(), ": XLA must know the size of dimension ", i,
+                       " before the function runs.")));
+    }
+    shape.AddDim(input->dimensions(i));
   }
   return shape;
 }
 
 }  // namespace
 
-TensorShape InputTensorShape(XlaOpKernelContext* ctx, int input) {
-  return ToTensorShape(ctx, ctx->InputXlaShape(input));
+TensorShape InputTensorShape(XlaOpKernelContext* ctx, int input, const std::string& name,
+                             Dimensions known) {
+  return ToTensorShape(ctx, ctx->InputXlaShape(input), name, known);
 }
 
-TensorShape InputTensorShape(XlaOpKernelContext* ctx, const char* name) {
-  return ToTensorShape(ctx, ctx->InputXlaShape(name));
+TensorShape InputTensorShape(XlaOpKernelContext* ctx, const char* name, Dimensions known) {
+  return ToTensorShape(ctx, ctx->InputXlaShape(name), name, known);
 }
 
 absl::Status RequireScalar(XlaOpKernelContext* ctx, const char* name) {

@@ -35,6 +35,13 @@ absl::Status XlaVariableList::Add(std::initializer_list<const char*> lists) {
           absl::StrCat(Describe(i), " is a TensorArray or a stack, not a variable."));
     }
     if (!variable.initialized()) return Uninitialized(*this, i);
+    const auto shape = ctx_->builder()->GetShape(variable.value());
+    TF_RETURN_IF_ERROR(shape.status());
+    if (!shape->is_static()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(Describe(i), " is ", shape->ToString(),
+                       ": XLA must know its shape before the function runs."));
+    }
   }
   return absl::OkStatus();
 }
