@@ -1,5 +1,7 @@
 // AccumOps>Accumulate: its signature, and the shapes that can be checked when a graph is built.
 #include "absl/strings/str_cat.h"
+#include "accumulate_attributes.h"
+#include "shape_support.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/shape_inference.h"
@@ -11,34 +13,17 @@ using ::tensorflow::shape_inference::DimensionHandle;
 using ::tensorflow::shape_inference::InferenceContext;
 using ::tensorflow::shape_inference::ShapeHandle;
 
-// The shape of the variable behind input `index`, as far as it is known, and its type.
-ShapeHandle VariableShape(InferenceContext* c, int index, tensorflow::DataType* dtype) {
-  const auto* data = c->input_handle_shapes_and_types(index);
-  if (data == nullptr || data->empty()) return c->UnknownShape();
-  *dtype = data->front().dtype;
-  return data->front().shape;
-}
-
 absl::Status AccumulateShape(InferenceContext* c) {
-  std::vector<ShapeHandle> accumulators, gradients, indices, touched;
-  TF_RETURN_IF_ERROR(c->input("accumulators", &accumulators));
+  std::vector<ShapeHandle> gradients, indices;
   TF_RETURN_IF_ERROR(c->input("gradients", &gradients));
   TF_RETURN_IF_ERROR(c->input("indices", &indices));
-  TF_RETURN_IF_ERROR(c->input("touched_rows", &touched));
-  const int count = static_cast<int>(accumulators.size());
-  const int sparse = static_cast<int>(indices.size());
-  if (gradients.size() != accumulators.size() || sparse > count ||
-      touched.size() > indices.size()) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("Accumulate takes one gradient for each accumulator, at most as many indices, "
-                     "and at most as "
-                     "many touched rows as indices; got ",
-                     count, " accumulators, ", gradients.size(), " gradients, ", sparse,
-                     " indices and ", touched.size(), " touched rows."));
-  }
+  AccumulateAttributes attributes;
+  TF_RETURN_IF_ERROR(attributes.Read(*c));
+  TF_RETURN_IF_ERROR(RequireOneVariableEach(c, {"accumulators", "touched_rows"}));
+  const int count = static_cast<int>(attributes.count);
+  const int sparse = static_cast<int>(attributes.sparse);
   for (int i = 0; i < count; ++i) {
-    tensorflow::DataType dtype;
-    const ShapeHandle variable = VariableShape(c, i, &dtype);
+    const ShapeHandle variable = VariableShape(c, i);
     ShapeHandle merged;
     absl::Status status;
     if (i < count - sparse) {
@@ -63,15 +48,13 @@ absl::Status AccumulateShape(InferenceContext* c) {
                        ": ", status.message()));
     }
   }
-  const int scalars = 2 * count + sparse + static_cast<int>(touched.size());
+  const int scalars = 2 * count + sparse + static_cast<int>(attributes.tracked);
   ShapeHandle unused;
   TF_RETURN_IF_ERROR(c->WithRank(c->input(scalars), 0, &unused));
   TF_RETURN_IF_ERROR(c->WithRank(c->input(scalars + 1), 0, &unused));
-  std::vector<tensorflow::DataType> finite;
-  TF_RETURN_IF_ERROR(c->GetAttr("check_finite", &finite));
-  for (int i = 0; i < c->num_outputs(); ++i) {
-    c->set_output(i,
-                  i < static_cast<int>(finite.size()) ? c->Scalar() : c->Matrix(2, count - sparse));
+  if (attributes.check_finite) c->set_output(0, c->Scalar());
+  if (attributes.squared_norms) {
+    c->set_output(c->num_outputs() - 1, c->Matrix(2, count - sparse));
   }
   return absl::OkStatus();
 }
