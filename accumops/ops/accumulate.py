@@ -50,8 +50,8 @@ def accumulate(
     Returns:
         None; with `check_finite` a scalar bool tensor, true if all gradients are finite, whatever `scale` is. With
         `squared_norms` a float64 tensor of shape `[2, len(accumulators)]`: the sum of squares of each gradient, as it
-        is given, and of each accumulator, as the op leaves it, right to about 1e-6 of themselves. They are Inf where
-        the square of a float32 overflows, and NaN where the gradient is `tf.IndexedSlices`. With both, a tuple of the
+        is given, and of each accumulator, as the op leaves it, right to about 1e-6 of themselves. A sum is finite
+        exactly if all its values are. It is NaN where the gradient is `tf.IndexedSlices`. With both, a tuple of the
         two.
 
     Raises:
