@@ -1,5 +1,6 @@
 // AccumOps>Accumulate lowered to XLA, for functions with jit_compile=True. XLA fuses it with the
 // gradients' producers.
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -53,6 +54,7 @@ class AccumulateXlaOp : public XlaOpKernel {
   explicit AccumulateXlaOp(OpKernelConstruction* construction) : XlaOpKernel(construction) {
     OP_REQUIRES_OK(construction, construction->GetAttr("N", &count_));
     OP_REQUIRES_OK(construction, construction->GetAttr("M", &touched_));
+    OP_REQUIRES_OK(construction, construction->GetAttr("R", &flags_));
     std::vector<DataType> index_types;
     OP_REQUIRES_OK(construction, construction->GetAttr("index_types", &index_types));
     sparse_ = static_cast<int>(index_types.size());
@@ -61,16 +63,17 @@ class AccumulateXlaOp : public XlaOpKernel {
     OP_REQUIRES_OK(construction, construction->GetAttr("squared_norms", &norms));
     check_finite_ = static_cast<int>(finite.size());
     squared_norms_ = static_cast<int>(norms.size());
-    OP_REQUIRES(
-        construction,
-        check_finite_ <= 1 && squared_norms_ <= 1 && sparse_ <= count_ && touched_ <= sparse_,
-        absl::InvalidArgumentError("Accumulate got lists of lengths that do not match."));
+    OP_REQUIRES(construction,
+                check_finite_ <= 1 && squared_norms_ <= 1 && flags_ <= 1 && sparse_ <= count_ &&
+                    touched_ <= sparse_,
+                absl::InvalidArgumentError("Accumulate got lists of lengths that do not match."));
   }
 
   void Compile(XlaOpKernelContext* ctx) override {
     const int scalars = 2 * count_ + sparse_ + touched_;
     OP_REQUIRES_OK(ctx, RequireScalarInput(ctx, scalars, "scale"));
     OP_REQUIRES_OK(ctx, RequireScalarInput(ctx, scalars + 1, "overwrite"));
+    if (flags_ > 0) OP_REQUIRES_OK(ctx, RequireScalarInput(ctx, scalars + 2, "norms_if"));
     xla::XlaBuilder* builder = ctx->builder();
     const xla::XlaOp scale = ctx->Input("scale");
     const xla::XlaOp overwrite = ctx->Input("overwrite");
@@ -157,13 +160,19 @@ class AccumulateXlaOp : public XlaOpKernel {
     }
     if (check_finite_ > 0) ctx->SetOutput(0, all_finite);
     if (squared_norms_ > 0) {
-      const std::int64_t dense = count_ - sparse_;
+      const TensorShape shape({2, count_ - sparse_});
       gradient_norms.insert(gradient_norms.end(), accumulator_norms.begin(),
                             accumulator_norms.end());
-      ctx->SetOutput(check_finite_,
-                     dense == 0
-                         ? xla::Broadcast(xla::Zero(builder, xla::F64), {2, 0})
-                         : xla::Reshape(xla::ConcatInDim(builder, gradient_norms, 0), {2, dense}));
+      xla::XlaOp norms =
+          shape.num_elements() == 0
+              ? xla::Broadcast(xla::Zero(builder, xla::F64), shape.dim_sizes())
+              : xla::Reshape(xla::ConcatInDim(builder, gradient_norms, 0), shape.dim_sizes());
+      if (flags_ > 0) {
+        const double nan = std::numeric_limits<double>::quiet_NaN();
+        norms =
+            WhereOr(norms, ctx->Input(scalars + 2), xla::ConstantR0<double>(builder, nan), shape);
+      }
+      ctx->SetOutput(check_finite_, norms);
     }
   }
 
@@ -177,6 +186,7 @@ class AccumulateXlaOp : public XlaOpKernel {
   int count_ = 0;
   int sparse_ = 0;
   int touched_ = 0;
+  int flags_ = 0;
   int check_finite_ = 0;
   int squared_norms_ = 0;
 };
