@@ -52,10 +52,10 @@ class GradientNoiseScale(EffectiveBatchSize):
     def on_train_begin(self, logs: Any = None) -> None:
         """Has the training step note the norms; a function that was traced without them is made anew."""
         super().on_train_begin(logs)
-        state = self.optimizer.accumulator.state
-        before = state.noise
+        notes = self.optimizer.accumulator.state.notes
+        before = notes.noise
         if before is None or before.decay != self.decay:
-            state.track_noise(self.decay)
+            notes.track_noise(self.decay)
             self.model.make_train_function(force=True)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
@@ -63,7 +63,7 @@ class GradientNoiseScale(EffectiveBatchSize):
         super().on_epoch_end(epoch, logs)
         if logs is None:
             return
-        noise = self.optimizer.accumulator.state.noise
+        noise = self.optimizer.accumulator.state.notes.noise
         scale = shares = norm = math.nan
         if noise is not None and noise.built:
             scale, shares, norm = (float(each) for each in (noise.scale, noise.shares, noise.norm))

@@ -23,17 +23,8 @@ import keras
 import tensorflow as tf
 
 from accumops.window.noise_schedule import FollowedSteps, NoiseScaleSchedule
+from accumops.window.squared_norms import SquaredNorms
 from accumops.window.state_variables import PER_REPLICA, new_variable
-
-
-@dataclasses.dataclass(frozen=True)
-class Norms:
-    """What the op that accumulates reports of a micro-batch, over all variables with dense gradients."""
-
-    gradient: tf.Tensor
-    """The squared norm of the micro-batch's gradient."""
-    sums: tf.Tensor
-    """The squared norm of the window's sums with it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,21 +95,22 @@ class GradientNoise(tf.Module):
 
     # A micro-batch
 
-    def add(self, norms: Norms, share: tf.Tensor, starts: tf.Tensor | bool) -> None:
+    def add(self, norms: SquaredNorms, share: tf.Tensor, starts: tf.Tensor | bool) -> None:
         """Notes a micro-batch that has been added to the window.
 
         Args:
-            norms: What the op has reported.
+            norms: What the op has reported of it.
             share: What the micro-batch counts for.
             starts: Whether it is the first of its window.
         """
+        self.positions.update(norms.positions)
         share = tf.cast(share, tf.float64)
         kept = tf.cast(tf.logical_not(starts), tf.float64)
         # A share of 0 counts as nothing, whatever the gradient is; so does what an ended window has left.
-        squares = tf.math.multiply_no_nan(norms.gradient, share)
+        squares = tf.math.multiply_no_nan(tf.reduce_sum(norms.gradients), share)
         self._squares.assign(tf.math.multiply_no_nan(tf.convert_to_tensor(self._squares), kept) + squares)
         self._count.assign(self._count * kept + tf.cast(share != 0, tf.float64))
-        self._sums.assign(norms.sums)
+        self._sums.assign(tf.reduce_sum(norms.sums))
 
     # The end of the window
 
