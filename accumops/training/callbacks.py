@@ -14,7 +14,11 @@ from accumops.renamed import explains_renamed
 
 def accumulating_optimizer(model: Any) -> GradientAccumulateOptimizer | None:
     """Returns the optimizer of a model that accumulates, also within a LossScaleOptimizer, or None."""
-    optimizer = getattr(model, "optimizer", None)
+    return accumulating_within(getattr(model, "optimizer", None))
+
+
+def accumulating_within(optimizer: Any) -> GradientAccumulateOptimizer | None:
+    """Returns an optimizer if it accumulates, the one that does within it, or None."""
     while optimizer is not None and not isinstance(optimizer, GradientAccumulateOptimizer):
         optimizer = getattr(optimizer, "inner_optimizer", None)
     return optimizer
