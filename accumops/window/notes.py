@@ -69,7 +69,7 @@ class Notes(tf.Module):
         """Whether a window's last gradients have to be in its sums where it ends."""
         return self.noise is not None or self.tracks_norms
 
-    def track_noise(self, decay: float) -> None:
+    def track_noise(self, decay: float) -> GradientNoise:
         """Has functions that are traced from now on note the noise of gradients.
 
         Args:
@@ -89,11 +89,12 @@ class Notes(tf.Module):
                 self._build_noise(self.noise)
         if self.noise.followed is None:
             self.noise.decay = decay
+        return self.noise
 
     def _build_noise(self, noise: GradientNoise) -> None:
         strategy = self._untracked.strategy
         with tf.init_scope(), contextlib.nullcontext() if strategy is None else strategy.scope():
-            noise.build(self._untracked.beside, mirrored=strategy is not None)
+            noise.build(self._untracked.beside, self._untracked.counters.step, mirrored=strategy is not None)
         if noise.followed is not None:
             self._untracked.counters.follow(noise.followed.steps)
 
