@@ -14,7 +14,9 @@ INVALID = tf.errors.InvalidArgumentError
 PRECONDITION = tf.errors.FailedPreconditionError
 
 
-def raw(accumulators, gradients, *, indices=(), touched_rows=(), scale=1.0, overwrite=False, check_finite=()):
+def raw(
+    accumulators, gradients, *, indices=(), touched_rows=(), scale=1.0, overwrite=False, norms_if=(), check_finite=()
+):
     """The op itself, without the checks of `ops.accumulate`."""
     module, problem = library.load()
     assert module is not None, problem
@@ -25,6 +27,7 @@ def raw(accumulators, gradients, *, indices=(), touched_rows=(), scale=1.0, over
         touched_rows=list(touched_rows),
         scale=tf.constant(scale),
         overwrite=tf.constant(overwrite),
+        norms_if=list(norms_if),
         check_finite=check_finite,
     )
 
@@ -83,6 +86,8 @@ MALFORMED = {
     ),
     "scale is a vector": (INVALID, "scale|rank 0", lambda c: raw([c.a.handle], [c.gradient], scale=[1.0, 2.0])),
     "overwrite is a vector": (INVALID, "overwrite|rank 0", lambda c: raw([c.a.handle], [c.gradient], overwrite=[True])),
+    "norms_if is a vector": (INVALID, "norms_if", lambda c: raw([c.a.handle], [c.gradient], norms_if=[[True]])),
+    "norms_if are two": (INVALID, "norms_if", lambda c: raw([c.a.handle], [c.gradient], norms_if=[True, True])),
     "indices are a matrix": (
         INVALID,
         r"indices\[0\].*\[1,2\]|rank 1",

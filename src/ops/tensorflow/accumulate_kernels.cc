@@ -1,5 +1,7 @@
 // AccumOps>Accumulate on the CPU and, where the library has CUDA kernels, on GPUs: checks the
 // inputs, calls a launcher.
+#include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -27,6 +29,7 @@ struct Inputs {
   OpInputList indices;
   const Tensor* scale = nullptr;
   const Tensor* overwrite = nullptr;
+  bool wants_norms = true;  // if there is an output for them
 
   absl::Status Read(OpKernelContext* ctx);
   std::vector<AccumulateItem> DenseItems() const;
@@ -38,6 +41,12 @@ absl::Status Inputs::Read(OpKernelContext* ctx) {
   TF_RETURN_IF_ERROR(ctx->input_list("indices", &indices));
   TF_RETURN_IF_ERROR(RequireScalar(ctx, "scale", &scale));
   TF_RETURN_IF_ERROR(RequireScalar(ctx, "overwrite", &overwrite));
+  OpInputList norms_if;
+  TF_RETURN_IF_ERROR(ctx->input_list("norms_if", &norms_if));
+  if (norms_if.size() > 1 || (norms_if.size() == 1 && norms_if[0].dims() != 0)) {
+    return absl::InvalidArgumentError("norms_if must be one scalar or none.");
+  }
+  wants_norms = norms_if.size() == 0 || norms_if[0].scalar<bool>()();
   TF_RETURN_IF_ERROR(variables.Add(ctx, "accumulators"));
   TF_RETURN_IF_ERROR(variables.Add(ctx, "touched_rows"));
   TF_RETURN_IF_ERROR(variables.Lock());
@@ -116,6 +125,10 @@ struct Cpu {
     }
     return absl::OkStatus();
   }
+  static absl::Status FillWithNan(OpKernelContext*, double* values, std::size_t count) {
+    std::fill_n(values, count, std::numeric_limits<double>::quiet_NaN());
+    return absl::OkStatus();
+  }
   static constexpr CopyBytes kCopy = CopyOnHost;
 };
 
@@ -147,6 +160,9 @@ struct Gpu {
     }
     return absl::OkStatus();
   }
+  static absl::Status FillWithNan(OpKernelContext* ctx, double* values, std::size_t count) {
+    return FromCuda(FillWithNanCuda(values, count, CudaStream(ctx)));
+  }
   static constexpr CopyBytes kCopy = CopyOnDevice;
 };
 #endif
@@ -172,7 +188,12 @@ class AccumulateOp : public ParallelKernel {
       Tensor* output = nullptr;
       const TensorShape shape({2, static_cast<std::int64_t>(attributes_.dense())});
       OP_REQUIRES_OK(ctx, ctx->allocate_output(attributes_.check_finite ? 1 : 0, shape, &output));
-      report.squared_norms = static_cast<double*>(output->data());
+      auto* const norms = static_cast<double*>(output->data());
+      if (inputs.wants_norms) {
+        report.squared_norms = norms;
+      } else {
+        OP_REQUIRES_OK(ctx, Launchers::FillWithNan(ctx, norms, 2 * attributes_.dense()));
+      }
     }
     OP_REQUIRES_OK(ctx, Launchers::CheckIndices(inputs));
     OP_REQUIRES_OK(ctx,
@@ -187,8 +208,9 @@ class AccumulateOp : public ParallelKernel {
 REGISTER_KERNEL_BUILDER(Name("AccumOps>Accumulate").Device(tensorflow::DEVICE_CPU),
                         AccumulateOp<Cpu>);
 #if defined(ACCUMOPS_CUDA)
-REGISTER_KERNEL_BUILDER(Name("AccumOps>Accumulate").Device(tensorflow::DEVICE_GPU),
-                        AccumulateOp<Gpu>);
+REGISTER_KERNEL_BUILDER(
+    Name("AccumOps>Accumulate").Device(tensorflow::DEVICE_GPU).HostMemory("norms_if"),
+    AccumulateOp<Gpu>);
 #endif
 
 }  // namespace

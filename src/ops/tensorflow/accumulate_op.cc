@@ -50,8 +50,9 @@ absl::Status AccumulateShape(InferenceContext* c) {
   }
   const int scalars = 2 * count + sparse + static_cast<int>(attributes.tracked);
   ShapeHandle unused;
-  TF_RETURN_IF_ERROR(c->WithRank(c->input(scalars), 0, &unused));
-  TF_RETURN_IF_ERROR(c->WithRank(c->input(scalars + 1), 0, &unused));
+  for (int i = scalars; i < c->num_inputs(); ++i) {
+    TF_RETURN_IF_ERROR(c->WithRank(c->input(i), 0, &unused));
+  }
   if (attributes.check_finite) c->set_output(0, c->Scalar());
   if (attributes.squared_norms) {
     c->set_output(c->num_outputs() - 1, c->Matrix(2, count - sparse));
@@ -66,10 +67,12 @@ REGISTER_OP("AccumOps>Accumulate")
     .Input("touched_rows: M * resource")
     .Input("scale: scale_type")
     .Input("overwrite: bool")
+    .Input("norms_if: R * bool")
     .Output("all_finite: check_finite")
     .Output("norms: squared_norms")
     .Attr("N: int >= 0")
     .Attr("M: int >= 0")
+    .Attr("R: int >= 0")
     .Attr("gradient_types: list({half, bfloat16, float, double}) >= 0")
     .Attr("index_types: list({int32, int64}) >= 0")
     .Attr("scale_type: {float, double}")
@@ -89,6 +92,7 @@ touched_rows: For the last of the sparse gradients, a bool variable each, with a
   The op sets the flags of the rows it adds to (none where scale is 0) and, where overwrite is true, clears only the rows that were flagged.
 scale: A factor for every gradient. With 0 nothing is added, whatever the gradients hold.
 overwrite: Whether to start from zero instead of what the accumulators hold.
+norms_if: None, or one flag, on the host: where it is false, the norms are NaN and cost nothing.
 all_finite: With check_finite=[bool], whether every gradient was finite.
 norms: With squared_norms=[double], the sums of squares of the gradients, as they are given, and of the accumulators, as the
   op leaves them: of shape [2, N - len(indices)], for those that receive no rows.

@@ -1,5 +1,6 @@
 // AccumOps>Accumulate lowered to XLA, for functions with jit_compile=True. XLA fuses it with the
 // gradients' producers.
+#include <limits>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -59,6 +60,10 @@ class AccumulateXlaOp : public XlaOpKernel {
   void Compile(XlaOpKernelContext* ctx) override {
     OP_REQUIRES_OK(ctx, RequireScalar(ctx, "scale"));
     OP_REQUIRES_OK(ctx, RequireScalar(ctx, "overwrite"));
+    if (attributes_.flags > 0) {
+      OP_REQUIRES(ctx, InputTensorShape(ctx, ctx->num_inputs() - 1, "norms_if").dims() == 0,
+                  absl::InvalidArgumentError("norms_if must be one scalar or none."));
+    }
     XlaVariableList variables(ctx);
     OP_REQUIRES_OK(ctx, variables.Add({"accumulators", "touched_rows"}));
     xla::XlaBuilder* builder = ctx->builder();
@@ -127,13 +132,19 @@ class AccumulateXlaOp : public XlaOpKernel {
     }
     if (attributes_.check_finite) ctx->SetOutput(0, all_finite);
     if (attributes_.squared_norms) {
-      const auto dense = static_cast<std::int64_t>(attributes_.dense());
+      const TensorShape shape({2, static_cast<std::int64_t>(attributes_.dense())});
       gradient_norms.insert(gradient_norms.end(), accumulator_norms.begin(),
                             accumulator_norms.end());
-      ctx->SetOutput(attributes_.check_finite ? 1 : 0,
-                     dense == 0
-                         ? xla::Broadcast(xla::Zero(builder, xla::F64), {2, 0})
-                         : xla::Reshape(xla::ConcatInDim(builder, gradient_norms, 0), {2, dense}));
+      xla::XlaOp norms =
+          shape.num_elements() == 0
+              ? xla::Broadcast(xla::Zero(builder, xla::F64), shape.dim_sizes())
+              : xla::Reshape(xla::ConcatInDim(builder, gradient_norms, 0), shape.dim_sizes());
+      if (attributes_.flags > 0) {
+        const double nan = std::numeric_limits<double>::quiet_NaN();
+        norms = WhereOr(norms, ctx->Input(ctx->num_inputs() - 1),
+                        xla::ConstantR0<double>(builder, nan), shape);
+      }
+      ctx->SetOutput(attributes_.check_finite ? 1 : 0, norms);
     }
   }
 
