@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 import tensorflow as tf
 
-from accumops.memory.slices import Slices
+from accumops.memory.slices import Slices, padded
 
 Index: TypeAlias = "tf.Tensor | None"
 """The number of a micro-batch in the loop, or None for one that is run behind it."""
@@ -68,6 +68,8 @@ class MicroBatches:
         self._static_sizes = static_sizes
         self._apart = static_sizes and not slices.divides
         self._in_loop = (slices.count - 1) // slices.size if self._apart else self.number
+        # XLA compiles the loop even if no micro-batch is in it, and needs what the loop cuts and reads to be there.
+        self._in_full = slices.padded() if self._apart else slices
         self._left: list[tf.Tensor] = []
 
     def left(self) -> tf.Tensor:
@@ -94,7 +96,7 @@ class MicroBatches:
         arrays = [
             tf.TensorArray(
                 spec.dtype,
-                self._in_loop,
+                tf.maximum(self._in_loop, 1) if self._static_sizes else self._in_loop,
                 element_shape=tf.TensorShape([None] * shape.rank) if lets_go else shape,
                 infer_shape=False,
                 clear_after_read=False,
@@ -105,7 +107,7 @@ class MicroBatches:
 
     def example(self) -> Any:
         """A micro-batch."""
-        return self._cut(tf.zeros_like(self._in_loop)) if not self._apart else self.slices.full(0)
+        return self._cut(tf.zeros_like(self._in_loop)) if not self._apart else self._in_full.full(0)
 
     def each(self, body: Body, kept: dict[str, Kept], carried: Carried) -> tuple[dict[str, Kept], Carried]:
         """Runs a body for each micro-batch, one after another.
@@ -147,7 +149,7 @@ class MicroBatches:
         if kept.lets_go:
             rows = array.concat()
         else:
-            stacked = array.stack()
+            stacked = array.stack()[: self._in_loop]
             rows = tf.reshape(stacked, tf.concat([[self._in_loop * self.slices.size], tf.shape(stacked)[2:]], 0))
         if self._apart:
             rows = tf.concat([rows, kept.last[number]], 0)
@@ -158,6 +160,8 @@ class MicroBatches:
         size, rest = self.slices.size, whole.shape.rank - 1
         if i is None:
             return whole[self._in_loop * size :]
+        if self._apart:
+            whole = padded(whole, size - self.slices.count)
         if self._apart or self.slices.divides:
             return tf.slice(whole, [i * size] + [0] * rest, [size] + [-1] * rest)
         return whole[i * size : tf.minimum((i + 1) * size, self.slices.count)]
@@ -169,5 +173,5 @@ class MicroBatches:
     def _cut(self, i: tf.Tensor) -> Any:
         size = self.slices.size
         if self._apart or self.slices.divides:
-            return self.slices.full(i * size)
+            return self._in_full.full(i * size)
         return self.slices.part(i * size, tf.minimum((i + 1) * size, self.slices.count))

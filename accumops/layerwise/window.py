@@ -40,6 +40,10 @@ Watch = Callable[[tf.Tensor], None]
 WindowLoss = Callable[[Any, "tf.Tensor | None"], tf.Tensor]
 
 
+_NUMBER = tf.TensorSpec([], tf.float64)
+"""What losses of layers and what they count for are summed and kept in, whatever the model computes in."""
+
+
 def _nothing(tensor: tf.Tensor) -> None:
     """Watches nothing."""
 
@@ -217,12 +221,12 @@ class LayerwiseWindow:
                 tape.watch(self._floating(received, values))
                 for piece in own:
                     run, _ = self._first_run(piece, i, x, values, kept, carried, tape.watch)
-                before = tf.add_n([tf.zeros([]), *(each.read(i)[0] for each in self._losses.values() if each.arrays)])
+                before = tf.add_n([_no_loss(), *(each.read(i)[0] for each in self._losses.values() if each.arrays)])
                 value, factor = loss(data, self._model.outputs.filled(run.outputs), run.losses, before, carried)
             kept["factors"] = kept["factors"].written(i, [factor])
             self._add_gradients(tape, [value], None, own, self._trainable, received, i, values, kept, carried)
 
-        room = self._room(own) | {"factors": self._data.room_for([tf.TensorSpec([], tf.float32)], rows=False)}
+        room = self._room(own) | {"factors": self._data.room_for([_NUMBER], rows=False)}
         kept, carried = self._with_gradients(body, own, received, room, self._carried_state(own) | carried)
         self._take(own, kept, carried)
         self._factors = kept["factors"]
@@ -377,7 +381,7 @@ class LayerwiseWindow:
         carried["state"] = [state[id(each)] for each in self._state_variables]
         self._adds_losses = self._adds_losses or bool(run.losses)
         name = f"losses {piece.begin}"
-        total = tf.add_n([tf.zeros([]), *(tf.cast(tf.reduce_sum(each), tf.float32) for each in run.losses)])
+        total = tf.add_n([_no_loss(), *(tf.cast(tf.reduce_sum(each), _NUMBER.dtype) for each in run.losses)])
         kept[name] = kept[name].written(i, [total])
         count = 3 * len(piece.measures)
         end = len(run.outputs) - count
@@ -424,7 +428,7 @@ class LayerwiseWindow:
         for piece in pieces:
             specs = [tf.TensorSpec(each.shape, each.dtype) for each in piece.stretch.variables]
             room[f"state {piece.begin}"] = self._data.room_for(specs, rows=False)
-            room[f"losses {piece.begin}"] = self._data.room_for([tf.TensorSpec([], tf.float32)], rows=False)
+            room[f"losses {piece.begin}"] = self._data.room_for([_NUMBER], rows=False)
         return room
 
     def _carried_state(self, pieces: Sequence[Piece]) -> Carried:
@@ -467,6 +471,10 @@ class LayerwiseWindow:
         moments = [each for stage in sorted(self._moments) for each in self._moments[stage]]
         for call, each in zip(calls, moments, strict=True):
             call.operation.add_to_window(each.as_batch(), pooled=replicas.running() is not None)
+
+
+def _no_loss() -> tf.Tensor:
+    return tf.zeros(_NUMBER.shape, _NUMBER.dtype)
 
 
 def _or_zeros(gradient: tf.Tensor | None, like: tf.Tensor) -> tf.Tensor:

@@ -1,5 +1,6 @@
 """A batch that is cut into slices."""
 
+import copy
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -73,6 +74,12 @@ class Slices:
         """The slice that begins at a position where another slice follows, so that it has its full size."""
         return self._map(lambda leaf: self._cut(leaf, begin, True))
 
+    def padded(self) -> "Slices":
+        """The same samples, with rows of zeros behind them up to the size of a slice if they are fewer."""
+        longer = copy.copy(self)
+        longer._data = self._map(lambda leaf: padded(leaf, self.size - self.count))
+        return longer
+
     def _cut(self, leaf: tf.Tensor, begin: tf.Tensor | int, is_full: bool) -> tf.Tensor:
         if isinstance(leaf, tf.RaggedTensor):
             return leaf[begin : begin + self.size]
@@ -85,6 +92,11 @@ class Slices:
         return keras.tree.map_structure(
             lambda leaf: leaf if leaf is None or id(leaf) in self._uncut else cut(leaf), self._data
         )
+
+
+def padded(rows: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+    """Returns rows with a number of rows of zeros behind them, or as they are if the number is negative."""
+    return tf.pad(rows, [[0, tf.maximum(number, 0)], *([[0, 0]] * (len(rows.shape) - 1))])
 
 
 def _count(leaves: Sequence[tf.Tensor], empty: bool) -> tf.Tensor:

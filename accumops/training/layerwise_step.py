@@ -126,7 +126,7 @@ class LayerwiseStep:
                 value = model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight, training=True)
             share = count(data, outputs, calls, value, before, carried)
             scaled = model.optimizer.scale_loss(value)
-            factor = tf.cast(model.optimizer.scale_loss(tf.ones([])), tf.float32) * tf.cast(share, tf.float32)
+            factor = tf.cast(model.optimizer.scale_loss(tf.ones([])), tf.float64) * tf.cast(share, tf.float64)
             return tf.math.multiply_no_nan(scaled, tf.cast(share, scaled.dtype)), factor
 
         data = MicroBatches(slices, static_sizes)
