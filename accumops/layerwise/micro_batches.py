@@ -82,13 +82,12 @@ class MicroBatches:
         """Returns room for tensors of each micro-batch.
 
         Args:
-            specs: What they are like.
-            rows: Whether they have a row for each sample.
+            specs: What they are like, in a micro-batch of the full size.
+            rows: Whether their first dimension may depend on the number of samples.
         """
-        fixed = self._apart or self.slices.divides
+        fixed = self._apart or self.slices.divides or not rows
         shapes = [
-            tf.TensorShape([self.slices.size if fixed else None, *spec.shape[1:]]) if rows else spec.shape
-            for spec in specs
+            spec.shape if fixed or spec.shape.rank == 0 else tf.TensorShape([None, *spec.shape[1:]]) for spec in specs
         ]
         lets_go = rows and not self._static_sizes
         arrays = [
