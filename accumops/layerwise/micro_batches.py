@@ -68,8 +68,6 @@ class MicroBatches:
         self._static_sizes = static_sizes
         self._apart = static_sizes and not slices.divides
         self._in_loop = (slices.count - 1) // slices.size if self._apart else self.number
-        # XLA compiles the loop even if no micro-batch is in it, and needs what the loop cuts and reads to be there.
-        self._in_full = slices.padded() if self._apart else slices
         self._left: list[tf.Tensor] = []
 
     def left(self) -> tf.Tensor:
@@ -84,13 +82,12 @@ class MicroBatches:
         """Returns room for tensors of each micro-batch.
 
         Args:
-            specs: What they are like.
-            rows: Whether they have a row for each sample.
+            specs: What they are like, in a micro-batch of the full size.
+            rows: Whether their first dimension may depend on the number of samples.
         """
-        fixed = self._apart or self.slices.divides
+        fixed = self._apart or self.slices.divides or not rows
         shapes = [
-            tf.TensorShape([self.slices.size if fixed else None, *spec.shape[1:]]) if rows else spec.shape
-            for spec in specs
+            spec.shape if fixed or spec.shape.rank == 0 else tf.TensorShape([None, *spec.shape[1:]]) for spec in specs
         ]
         lets_go = rows and not self._static_sizes
         arrays = [
@@ -107,7 +104,7 @@ class MicroBatches:
 
     def example(self) -> Any:
         """A micro-batch."""
-        return self._cut(tf.zeros_like(self._in_loop)) if not self._apart else self._in_full.full(0)
+        return self._cut(tf.zeros_like(self._in_loop)) if not self._apart else self.slices.full(0, pads=True)
 
     def each(self, body: Body, kept: dict[str, Kept], carried: Carried) -> tuple[dict[str, Kept], Carried]:
         """Runs a body for each micro-batch, one after another.
@@ -172,6 +169,7 @@ class MicroBatches:
 
     def _cut(self, i: tf.Tensor) -> Any:
         size = self.slices.size
+        # XLA compiles the loop even if no micro-batch is in it, and needs what the loop cuts and reads to be there.
         if self._apart or self.slices.divides:
-            return self._in_full.full(i * size)
+            return self.slices.full(i * size, pads=self._apart)
         return self.slices.part(i * size, tf.minimum((i + 1) * size, self.slices.count))

@@ -1,6 +1,5 @@
 """A batch that is cut into slices."""
 
-import copy
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -70,15 +69,15 @@ class Slices:
         """The slice that begins at a position, of a size that the graph knows, where it can."""
         return self._map(lambda leaf: self._cut(leaf, begin, self.divides))
 
-    def full(self, begin: tf.Tensor | int) -> Any:
-        """The slice that begins at a position where another slice follows, so that it has its full size."""
-        return self._map(lambda leaf: self._cut(leaf, begin, True))
+    def full(self, begin: tf.Tensor | int, *, pads: bool = False) -> Any:
+        """The slice that begins at a position where another slice follows, so that it has its full size.
 
-    def padded(self) -> "Slices":
-        """The same samples, with rows of zeros behind them up to the size of a slice if they are fewer."""
-        longer = copy.copy(self)
-        longer._data = self._map(lambda leaf: padded(leaf, self.size - self.count))
-        return longer
+        Args:
+            begin: The position.
+            pads: Whether there may be no such slice, and the batch is then filled up with zeros.
+        """
+        more = self.size - self.count
+        return self._map(lambda leaf: self._cut(padded(leaf, more) if pads else leaf, begin, True))
 
     def _cut(self, leaf: tf.Tensor, begin: tf.Tensor | int, is_full: bool) -> tf.Tensor:
         if isinstance(leaf, tf.RaggedTensor):

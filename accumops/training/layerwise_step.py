@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from accumops.adapters.keras_layer import regularization_losses
+from accumops.adapters.keras_layer import layers_within, regularization_losses
 from accumops.adapters.keras_losses import following
 from accumops.layerwise.graph import graph_of_calls
 from accumops.layerwise.micro_batches import Carried, MicroBatches
@@ -49,6 +49,24 @@ def layerwise_step(model: Any) -> "LayerwiseStep | None":
     if model.model.built:
         step.check()
     return step
+
+
+def check_noise(model: Any) -> None:
+    """Raises if the noise of gradients cannot be told, since a model's windows run layer by layer.
+
+    Args:
+        model: Any model.
+
+    Raises:
+        ValueError: If so, with a layer's name.
+    """
+    layers = [layer for layer in layers_within(model) if couples(layer)]
+    if layers and getattr(model, "micro_batch_size", None) is not None:
+        raise ValueError(
+            f"The layer '{layers[0].name}' has statistics='window', so that the gradients of micro-batches depend on "
+            "each other, and their noise cannot be told from how they differ. Leave out `GradientNoiseScale` and "
+            "`track_noise`, compile the model again if it has been trained with one, or use statistics='micro_batch'."
+        )
 
 
 class LayerwiseStep:
@@ -158,6 +176,8 @@ class LayerwiseStep:
 
     def _window(self, data: MicroBatches, inputs_of: Callable[[Any], Any]) -> LayerwiseWindow:
         model = self._model
+        if model.optimizer.accumulator.state.notes.noise is not None:
+            check_noise(model)
 
         def add(gradients: Gradients, variables: Sequence[keras.Variable], starts: tf.Tensor | bool) -> None:
             model.optimizer.accumulate_part(gradients, variables, starts=starts)

@@ -8,6 +8,7 @@ from typing import Any
 from accumops.arguments import check_decay
 from accumops.memory.pictures import figure_of
 from accumops.training.callbacks import EffectiveBatchSize
+from accumops.training.layerwise_step import check_noise
 from accumops.window.noise import GradientNoise, Seen
 
 
@@ -38,7 +39,8 @@ class GradientNoiseScale(EffectiveBatchSize):
     Raises:
         TypeError: If `decay` is not a number.
         ValueError: If `decay` is out of range; in `fit`, if nothing accumulates, if windows are sums
-            (`reduction="sum"`), or if the model has a `train_step` of its own, whose samples are not counted.
+            (`reduction="sum"`), if batch normalization has `statistics="window"`, or if the model has a `train_step` of
+            its own, whose samples are not counted.
 
     Example:
 
@@ -60,6 +62,7 @@ class GradientNoiseScale(EffectiveBatchSize):
     def on_train_begin(self, logs: Any = None) -> None:
         """Has the training step note the norms; a function that was traced without them is made anew."""
         super().on_train_begin(logs)
+        check_noise(self.model)
         notes = self.optimizer.accumulator.state.notes
         before = None if notes.noise is None else notes.noise.decay
         if before != notes.track_noise(self.decay).decay:

@@ -6,12 +6,15 @@ If forward and backward alone, the fused ops accumulate and update outside of XL
   of a condition use.
 - XLA is slow within the loop over micro-batches: on a CPU it runs convolutions on one thread there, and it makes the
   gradients of embeddings dense.
+
+A window that runs layer by layer has no such passes: XLA compiles the whole step.
 """
 
 import keras
 import tensorflow as tf
 
 from accumops.adapters.keras_layer import layers_within
+from accumops.layerwise.pieces import couples
 
 _CONVOLUTIONS = (
     keras.layers.Conv1D,
@@ -35,6 +38,8 @@ def compiles_passes(model: keras.Model, *, loops: bool) -> bool:
         loops: Whether a step loops over micro-batches, as with `micro_batch_size`.
     """
     if not model.jit_compile:
+        return False
+    if loops and any(couples(layer) for layer in layers_within(model)):
         return False
     slow = (keras.layers.Embedding, *(() if tf.config.list_physical_devices("GPU") else _CONVOLUTIONS))
     return not loops or any(isinstance(layer, slow) for layer in layers_within(model))
