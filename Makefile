@@ -5,6 +5,7 @@
 # make build   compiles the files that have changed
 # make wheel   builds a wheel for this machine in dist/, and tests it
 # make wheels  builds the wheels to publish, for older systems, CUDA 12 and each TensorFlow, and tests them
+# make release builds all that a release publishes, in dist/, and tests it
 # make docs    builds the site of docs/ in build/site; warnings are errors. It compiles nothing
 # Each target first sets up .venv if needed. PYTHON chooses the interpreter; CMAKE_ARGS and CMAKE_CUDA_ARCHITECTURES are
 # passed on.
@@ -19,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 MINUTES ?= 10
 PARTS ?=
 
-.PHONY: demo test harden emulated build check wheel wheels docs format clean
+.PHONY: demo test harden emulated build check wheel wheels release docs format clean
 
 demo: build
 	$(BIN)/accumops demo
@@ -64,6 +65,9 @@ wheel:
 
 wheels:
 	$(PYTHON) tools/build_wheels.py --release
+
+release:
+	$(PYTHON) tools/release.py
 
 docs: $(VENV)/docs_installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from accumops.training.model import GradientAccumulateModel
     from accumops.training.noise_scale import GradientNoiseScale
     from accumops.training.partial_window import PartialWindow
+    from accumops.training.per_variable_norms import per_variable_norms
     from accumops.window.accumulator import GradientAccumulator
     from accumops.window.current_window import current_window
     from accumops.window.noise_schedule import NoiseScaleSchedule
@@ -56,6 +57,7 @@ __all__ = [
     "losses",
     "memory_profile",
     "ops",
+    "per_variable_norms",
     "recompute",
     "recompute_layers",
     "replace_batchnorm_layers",
@@ -88,6 +90,7 @@ _MODULES = {
     "find_micro_batch_size": "accumops.planning.find_micro_batch_size",
     "get_backend": "accumops.ops",
     "memory_profile": "accumops.memory.profile",
+    "per_variable_norms": "accumops.training.per_variable_norms",
     "recompute": "accumops.memory.recompute",
     "recompute_layers": "accumops.memory.recompute_layers",
     "replace_batchnorm_layers": "accumops.normalization.replace",

@@ -23,6 +23,8 @@ class Problem:
     """The number of different tokens, if inputs are tokens."""
     large_table: bool = False
     """Whether an embedding is most of the model. Then updates of touched rows alone are measured too."""
+    normalizes: bool = False
+    """Whether it has batch normalization. Then it is measured with accumops' as well."""
     windows: int = 1
     """How many windows to time at once. A window of about a millisecond alone still finds the previous contender's data
     in the caches."""
@@ -113,7 +115,7 @@ PROBLEMS = {
         Problem("MLP 64x2", perceptron(64, 2), (64,), windows=10, warmup=10),
         Problem("MLP 128x60", perceptron(128, 60), (128,), windows=2, warmup=50),
         Problem("MLP 2048x4", perceptron(2048, 4), (2048,)),
-        Problem("convolutional network", convolutional_network, (32, 32, 3)),
+        Problem("convolutional network", convolutional_network, (32, 32, 3), normalizes=True),
         Problem(
             "embedding 200,000x64",
             bag_of_words(200_000, 64, 32),

@@ -14,6 +14,7 @@ from accumops.benchmark.bandwidth import Bandwidth
 from accumops.benchmark.contender import Contender, repeated, time_contenders
 from accumops.benchmark.models import PROBLEMS, Problem
 from accumops.benchmark.result import Result, Row
+from accumops.normalization.replace import replace_batchnorm_layers
 from accumops.optimizer.optimizer import GradientAccumulateOptimizer
 from accumops.training.model import GradientAccumulateModel
 from accumops.verification import backend
@@ -113,8 +114,11 @@ def contenders(problem: Problem, device: str, *, steps: int, micro: int) -> list
         model.compile(adam(gradient_accumulation_steps=steps), training.loss_function(), jit_compile=jit_compile)
         return training.train_steps(model, x, y, micro)
 
-    def ours(batch_size: int, jit_compile: bool = False, noise: bool = False, **arguments: Any) -> Callable[[], object]:
-        model = GradientAccumulateModel(new_model(), **arguments)
+    def ours(
+        batch_size: int, jit_compile: bool = False, noise: bool = False, replaced: bool = False, **arguments: Any
+    ) -> Callable[[], object]:
+        net = replace_batchnorm_layers(new_model()) if replaced else new_model()
+        model = GradientAccumulateModel(net, **arguments)
         model.compile(adam(), training.loss_function(), jit_compile=jit_compile)
         if noise:
             model.optimizer.accumulator.track_noise()
@@ -122,6 +126,12 @@ def contenders(problem: Problem, device: str, *, steps: int, micro: int) -> list
 
     accum_steps = functools.partial(ours, micro, accum_steps=steps)
     micro_batch_size = functools.partial(ours, steps * micro, micro_batch_size=micro)
+
+    def optimizer_in_fit() -> Callable[[], object]:
+        model = new_model()
+        wrapped = GradientAccumulateOptimizer(adam(), steps)
+        model.compile(wrapped, training.loss_function(), jit_compile=False)
+        return training.train_steps(model, x, y, micro)
 
     def reference() -> Callable[[], object]:
         window = accum_steps()
@@ -160,12 +170,18 @@ def contenders(problem: Problem, device: str, *, steps: int, micro: int) -> list
         contender("accumops, micro_batch_size, XLA", functools.partial(micro_batch_size, jit_compile=True)),
         contender("accumops, accum_steps, noise scale", functools.partial(accum_steps, noise=True)),
         contender("accumops, micro_batch_size, noise scale", functools.partial(micro_batch_size, noise=True)),
+        contender("accumops, optimizer in Keras's fit", optimizer_in_fit),
         contender("accumops, optimizer in a custom loop", custom_loop),
     ]
     if problem.large_table:
         made += [
             contender("accumops, accum_steps, lazy_sparse", functools.partial(accum_steps, lazy_sparse=True)),
             contender("accumops, micro_batch_size, lazy_sparse", functools.partial(micro_batch_size, lazy_sparse=True)),
+        ]
+    if problem.normalizes:
+        made += [
+            contender(f"accumops, {name}, replaced normalization", functools.partial(way, replaced=True))
+            for name, way in (("accum_steps", accum_steps), ("micro_batch_size", micro_batch_size))
         ]
     return made
 

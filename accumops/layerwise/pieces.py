@@ -29,14 +29,15 @@ class Piece:
 
     Args:
         stages: The stages.
+        number: The number of the piece.
         stage: The number of the stage.
         begin: The position of the first call.
         end: The position behind the last one.
         run: Runs the piece; see `PiecesOfModel`.
     """
 
-    def __init__(self, stages: Stages, stage: int, begin: int, end: int, run: Callable[..., Any]) -> None:
-        self.stage, self.begin, self.end = stage, begin, end
+    def __init__(self, stages: Stages, number: int, stage: int, begin: int, end: int, run: Callable[..., Any]) -> None:
+        self.number, self.stage, self.begin, self.end = number, stage, begin, end
         self.calls = stages.calls[begin:end]
         self.coupled = [i - begin for i in stages.coupled[stage] if begin <= i < end]
         self.is_last = end == len(stages.calls)
@@ -48,12 +49,14 @@ class Piece:
         used |= dict.fromkeys(stages.graph.outputs if self.is_last else ())
         self.needs = [key for key in used if key not in made]
         """The tensors from before that it uses."""
-        used_behind = set(stages.crossing(end))
+        used_behind = set() if self.is_last else set(stages.crossing(end))
         self.gives = [key for call in self.calls for key in call.outputs if key in used_behind]
         """The tensors that it makes and that are used behind it."""
         layers = {id(call.operation): call.operation for call in self.calls if not call.casts}
         self.layers = [each for each in layers.values() if isinstance(each, keras.Layer)]
         self.stretch = Stretch(self.layers, functools.partial(run, self))
+        self.adds_losses = False
+        """Whether its layers add losses, as found by `PiecesOfModel.check`."""
         self.supplied: list[Supplied] = []
         """The statistics of its coupled calls, as of its last run."""
 
@@ -162,7 +165,8 @@ class PiecesOfModel:
                     WindowMoments(*(tf.TensorSpec(shape, tf.float64) for shape in ([], [channels], [channels])))
                     for channels in (piece.calls[i].operation.moving_mean.shape[0] for i in piece.coupled)
                 ]
-                given, _ = piece.stretch.check(x, [spec for key in piece.needs for spec in specs[key]], moments)
+                given, losses = piece.stretch.check(x, [spec for key in piece.needs for spec in specs[key]], moments)
+                piece.adds_losses = piece.adds_losses or bool(losses)
                 rest = iter(given)
                 if piece.is_last:
                     self.output_specs = given
@@ -172,11 +176,12 @@ class PiecesOfModel:
         return self._specs[kind]
 
     def _cut_in_pieces(self) -> Iterator[Piece]:
+        number = itertools.count()
         for stage in range(len(self.stages)):
             begin, end = self.stages.range_of(stage)
             inside = [cut.position for cut in self.cuts if cut.stage == stage and begin < cut.position < end]
             for each in itertools.pairwise([begin, *inside, end]):
-                yield Piece(self.stages, stage, *each, self._run)
+                yield Piece(self.stages, next(number), stage, *each, self._run)
 
     def pieces_of(self, stage: int) -> list[Piece]:
         """The pieces of a stage."""

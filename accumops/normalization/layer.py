@@ -97,6 +97,11 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
     of all its micro-batches together, which count the variance between micro-batches as well. Statistics are float32 in
     half precision, and no float32 copy of the activations is made or kept.
 
+    With `statistics="window"` all micro-batches are normalized by the moments of their window: outputs, gradients and
+    running statistics are those of the large batch. This takes a functional or Sequential model in a
+    `GradientAccumulateModel` with `micro_batch_size`; see `replace_batchnorm_layers`. Without accumulation the batch is
+    the window.
+
     A `GradientAccumulateModel`, `GradientAccumulateOptimizer` or `GradientAccumulator` that trains the layer ends its
     windows, partial windows included; `accum_steps` need not be given then, and may change. `replace_batchnorm_layers`
     puts such layers into a model that has Keras's.
@@ -122,12 +127,16 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
         *args: As for `keras.layers.BatchNormalization`.
         accum_steps: Calls in training that make a window if nothing else ends windows: an int of at least 1, by default
             1. If the layer is trained with another number, that is an error; by default it takes any.
+        statistics: `"micro_batch"` or `"window"`: whose moments a micro-batch is normalized by.
+        every: With `"window"`, how many such layers there are from one tensor that a window keeps to the next; by
+            default 2. It has to be the same in all layers of a model.
+        memory: With `"window"`, the most memory that a window may take, in place of `every`.
         **kwargs: All other arguments of `keras.layers.BatchNormalization` except `renorm`, whose corrections come from
             statistics that move with each batch.
 
     Raises:
-        TypeError: If `accum_steps` is not an int.
-        ValueError: If `accum_steps` is less than 1, or with `renorm=True`.
+        TypeError: If `accum_steps` or `every` is not an int, or `memory` neither bytes nor a text.
+        ValueError: If one of them is less than 1, `statistics` is another text, or with `renorm=True`.
 
     Example:
 

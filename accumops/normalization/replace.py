@@ -33,17 +33,29 @@ def replace_batchnorm_layers(
     is a plain functional model. Files of `save_weights` name layers by their class, so the files of one model do not
     fit the other.
 
+    By default a micro-batch is normalized by its own moments, and only the running statistics are those of the window.
+    With `statistics="window"` it is normalized by the moments of the whole window, and the update is that of the large
+    batch: wrap the new model in a `GradientAccumulateModel` with `micro_batch_size`. The window then runs layer by
+    layer, and activations are computed again, as `every` or `memory` says.
+
     Args:
         model: A functional or Sequential `keras.Model`.
         accum_steps: The new layers' `accum_steps`.
+        statistics: `"micro_batch"` or `"window"`: what a micro-batch is normalized by.
+        every: With `"window"`, how many of the layers there are from one tensor that the window keeps to the next; by
+            default 2. The more, the less is kept and the more is computed again.
+        memory: With `"window"` in place of `every`, the most memory that a window may take, in bytes or as `"4GB"`:
+            weights, a batch, what the window keeps and the gradient's work, without the slots of an optimizer, the
+            accumulators, and workspaces of libraries. As little as possible is computed again for it.
 
     Returns:
         The new model.
 
     Raises:
-        TypeError: If `model` is not a Keras model, or `accum_steps` not an int.
+        TypeError: If `model` is not a Keras model, or an argument has another type.
         ValueError: If `model` is a subclassed model or a `GradientAccumulateModel`, a layer makes its batch
-            normalization in its own code or cannot be made again from its config, or `accum_steps` is less than 1.
+            normalization in its own code or cannot be made again from its config, or an argument has a value that it
+            cannot have. In training, if no window keeps to `memory`; the message has the smallest goal that is kept.
 
     Example:
 

@@ -130,9 +130,7 @@ class Supplied(Statistics):
         self.factors = tf.identity(gamma), tf.identity(beta)
         for each in self.factors:
             self._watch(each)
-        return ops.batch_norm_inference(
-            x, *self.factors, self._moments.mean, self._moments.variance, axis=axis, epsilon=epsilon
-        )
+        return _normalized(x, *self.factors, self._moments, axis, epsilon)
 
 
 class Sums(NamedTuple):
@@ -172,12 +170,25 @@ class Tied(Statistics):
         def tie(x: tf.Tensor) -> Any:
             def gradient(upstream: tf.Tensor) -> tf.Tensor:
                 # -(sum(dy) + x' * sum(dy * x')) * gamma / deviation / count is a normalization, too.
-                part = ops.batch_norm_inference(
-                    x, scale * of_gamma, scale * of_beta, self._moments.mean, variance, axis=axis, epsilon=epsilon
-                )
+                part = _normalized(x, scale * of_gamma, scale * of_beta, self._moments, axis, epsilon)
                 return part if mask is None else tf.where(mask[..., tf.newaxis], part, tf.zeros_like(part))
 
             return tf.zeros([], dtype), gradient
 
         self.tie = tie(x)
         return x
+
+
+def _normalized(
+    x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, moments: WindowMoments, axis: int, epsilon: float
+) -> tf.Tensor:
+    """(x - mean) / deviation * gamma + beta, for a mean that may be much larger than the deviation.
+
+    The op takes the mean rounded to the dtype of statistics. What rounding has taken off is taken off here.
+    """
+    dtype = gamma.dtype
+    mean = tf.cast(moments.mean, dtype)
+    rest = tf.cast(moments.mean - tf.cast(mean, tf.float64), dtype)
+    variance = tf.cast(moments.variance, dtype)
+    beta -= rest * tf.math.rsqrt(variance + tf.constant(epsilon, dtype)) * gamma
+    return ops.batch_norm_inference(x, gamma, beta, mean, variance, axis=axis, epsilon=epsilon)

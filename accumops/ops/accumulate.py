@@ -21,7 +21,7 @@ def accumulate(
     overwrite: bool | tf.Tensor = False,
     touched_rows: Sequence[tf.Variable | None] | None = None,
     check_finite: bool = False,
-    squared_norms: bool = False,
+    squared_norms: bool | tf.Tensor = False,
 ) -> tf.Tensor | tuple[tf.Tensor, tf.Tensor] | None:
     """Adds scaled gradients to accumulators in place: `acc <- (overwrite ? 0 : acc) + scale * gradient`.
 
@@ -45,13 +45,15 @@ def accumulate(
             shape `[rows]`. The op sets the flag of each row that it adds to. `overwrite` then clears the flagged rows
             only, so all other rows must already be zero. With None, `overwrite` clears all rows.
         check_finite: Whether to report if all gradients are finite. The check is part of the same pass.
-        squared_norms: Whether to report the sums of squares of gradients and accumulators, from the same pass.
+        squared_norms: Whether to report the sums of squares of gradients and accumulators, from the same pass. It can
+            be a scalar bool tensor, which a GPU's op reads on the host: where it is false, the report is NaN and takes
+            no time.
 
     Returns:
         None; with `check_finite` a scalar bool tensor, true if all gradients are finite, whatever `scale` is. With
         `squared_norms` a float64 tensor of shape `[2, len(accumulators)]`: the sum of squares of each gradient, as it
-        is given, and of each accumulator, as the op leaves it, right to about 1e-6 of themselves. They are Inf where
-        the square of a float32 overflows, and NaN where the gradient is `tf.IndexedSlices`. With both, a tuple of the
+        is given, and of each accumulator, as the op leaves it, right to about 1e-6 of themselves. A sum is finite
+        exactly if all its values are. It is NaN where the gradient is `tf.IndexedSlices`. With both, a tuple of the
         two.
 
     Raises:
@@ -79,6 +81,7 @@ def accumulate(
     _check_lists(variables, checked, flags)
     factor = _as_scale(scale, variables)
     start = as_flag("overwrite", overwrite)
+    norms = squared_norms if isinstance(squared_norms, bool) else as_flag("squared_norms", squared_norms)
     fused = library.fused_ops(variables)
     if fused is None:
         return reference.accumulate(
@@ -88,9 +91,9 @@ def accumulate(
             overwrite=start,
             touched_rows=flags,
             check_finite=check_finite,
-            squared_norms=squared_norms,
+            squared_norms=norms,
         )
-    return _accumulate_fused(fused, variables, checked, factor, start, flags, check_finite, squared_norms)
+    return _accumulate_fused(fused, variables, checked, factor, start, flags, check_finite, norms)
 
 
 def _accumulate_fused(
@@ -101,7 +104,7 @@ def _accumulate_fused(
     overwrite: tf.Tensor,
     touched_rows: list[tf.Variable | None] | None,
     check_finite: bool,
-    squared_norms: bool,
+    squared_norms: bool | tf.Tensor,
 ) -> tf.Tensor | tuple[tf.Tensor, tf.Tensor] | None:
     flags = touched_rows or [None] * len(variables)
     sparse = [i for i, g in enumerate(gradients) if isinstance(g, tf.IndexedSlices)]
@@ -116,14 +119,15 @@ def _accumulate_fused(
         touched_rows=[flags[i].handle for i in tracked],  # type: ignore[union-attr]
         scale=scale,
         overwrite=overwrite,
+        norms_if=[] if isinstance(squared_norms, bool) else [squared_norms],
         check_finite=[tf.bool] if check_finite else [],
-        squared_norms=[tf.float64] if squared_norms else [],
+        squared_norms=[] if squared_norms is False else [tf.float64],
     )
-    if not check_finite and not squared_norms:
+    if not check_finite and squared_norms is False:
         return None
     finite, norms = reports
     found = finite[0] if check_finite else None
-    if not squared_norms:
+    if squared_norms is False:
         return found
     (sums,) = norms
     if sparse:

@@ -16,7 +16,7 @@ def accumulate(
     overwrite: bool | tf.Tensor = False,
     touched_rows: Sequence[tf.Variable | None] | None = None,
     check_finite: bool = False,
-    squared_norms: bool = False,
+    squared_norms: bool | tf.Tensor = False,
 ) -> tf.Tensor | tuple[tf.Tensor, tf.Tensor] | None:
     """Defines `accumops.ops.accumulate`. It takes the same arguments and does not check them.
 
@@ -38,15 +38,26 @@ def accumulate(
                 _accumulate_rows(accumulator, product, gradient.indices, overwrite, touched, factor != 0)
             else:
                 accumulator.assign(tf.where(overwrite, product, accumulator + product))
-            if squared_norms:
-                sparse = isinstance(gradient, tf.IndexedSlices)
-                nothing = tf.constant(float("nan"), tf.float64)
-                norms.append([nothing, nothing] if sparse else [_squared_norm(values), _squared_norm(accumulator)])
+            if squared_norms is not False:
+                norms.append(_norms_beside(gradient, accumulator, squared_norms))
     all_finite = (tf.reduce_all(tf.stack(finite)) if finite else tf.constant(True)) if check_finite else None
-    if not squared_norms:
+    if squared_norms is False:
         return all_finite
     sums = tf.transpose(tf.stack(norms)) if norms else tf.zeros([2, 0], tf.float64)
     return sums if all_finite is None else (all_finite, sums)
+
+
+def _norms_beside(
+    gradient: tf.Tensor | tf.IndexedSlices, accumulator: tf.Variable, wanted: bool | tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """The squared norms of a gradient and of its accumulator, where they are wanted; of rows they are not known."""
+    unknown = tf.constant(float("nan"), tf.float64)
+    if isinstance(gradient, tf.IndexedSlices):
+        return unknown, unknown
+    if wanted is True:
+        return _squared_norm(gradient), _squared_norm(accumulator)
+    norms = tf.cond(wanted, lambda: (_squared_norm(gradient), _squared_norm(accumulator)), lambda: (unknown, unknown))
+    return norms[0], norms[1]
 
 
 def _check_indices(

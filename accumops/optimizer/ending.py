@@ -27,6 +27,7 @@ import tensorflow as tf
 from accumops.adapters.conditional_steps import stepping_if, steps_singly
 from accumops.adapters.keras_optimizer import index_of, innermost, scaling_learning_rate, without_reduction
 from accumops.adapters.overriding import LOCK
+from accumops.adapters.tensorflow import xla_compiles_this
 from accumops.arguments import name_of
 from accumops.optimizer import fused_update, row_update
 from accumops.optimizer.checks import check_goes_with_lazy_rows, check_no_constraints
@@ -37,6 +38,7 @@ from accumops.window import replicas
 from accumops.window.connected_variables import Connected
 from accumops.window.micro_batch import CountedMicroBatch, Window
 from accumops.window.noise_schedule import NoiseScaleSchedule
+from accumops.window.squared_norms import SquaredNorms
 from accumops.window.state import WindowState
 
 Gradients = Sequence[tf.Tensor | tf.IndexedSlices | None]
@@ -70,8 +72,8 @@ class Ending:
         """Whether a window's last gradients can go straight into the update."""
         if self.state.strategy is not None:
             return False  # they are summed over the replicas first
-        if self.record is not None or self.state.noise is not None:
-            return False  # they look at the sums
+        if self.record is not None or self.state.notes.look_at_sums:
+            return False
         needs_all = self.gradient_clipping is not None or fused_update.needs_norms(self.optimizer)
         return not needs_all and bool(self.fused_update)
 
@@ -95,10 +97,21 @@ class Ending:
                     lambda: _if(ends or state.counters.ready, lambda: self._end_across(strategy, batch)),
                 )
             elif self.folds:
-                _if(ends or batch.fills, lambda: self._fold(batch), lambda: state.add(batch))
+                _if(ends or batch.fills, lambda: self._fold(batch), lambda: self._add(batch))
             else:
-                state.add(batch)
-                _if(ends or state.counters.ready, lambda: self._end(batch))
+                reported = state.add(batch, self._asks_for_norms(batch, ends))
+                _if(ends or state.counters.ready, lambda: self._end(batch, reported))
+
+    def _add(self, batch: CountedMicroBatch) -> None:
+        self.state.add(batch)
+
+    def _asks_for_norms(self, batch: CountedMicroBatch, ends: bool | None) -> bool | tf.Tensor:
+        """Whether the op that adds a micro-batch is to report squared norms: if it is the window's last one.
+
+        XLA makes no pass of its own for norms, and would compute those of each micro-batch.
+        """
+        asked = self.state.notes.norms is not None or (self.record is not None and self.record.norms)
+        return asked and not xla_compiles_this() and (ends or batch.fills)
 
     def end(self) -> None:
         """Ends the window, whose micro-batches have all been added."""
@@ -116,12 +129,12 @@ class Ending:
                 strategy, lambda: _if(state.counters.open, lambda: self._end_across(strategy, None))
             )
 
-    def _end(self, last: CountedMicroBatch | None) -> None:
+    def _end(self, last: CountedMicroBatch | None, reported: SquaredNorms | None = None) -> None:
         strategy = self.state.strategy
         if strategy is not None:
             replicas.across_replicas(strategy, lambda: self._end_across(strategy, last))
             return
-        with LOCK, self.state.ending(last) as window:
+        with LOCK, self.state.ending(last, reported) as window:
             self._update(window, lambda: self._end_with_sums(window))
 
     def _update(self, window: Window, update: Callable[[], None]) -> None:
@@ -141,18 +154,11 @@ class Ending:
         return scaling_learning_rate(innermost(self.optimizer), schedule.factor(self.state.counters.step))
 
     def _note(self, window: Window) -> None:
-        """Has what is tracked take a window in: the noise of its gradients, and the record."""
-        noise = self.state.noise
-        if noise is not None and window.groups is not None:
-            with window.place(self.variables[0]):
-                steps = tf.convert_to_tensor(self.state.counters.step)
-                noise.end(window.groups, window.verdict.applies, scale_of_loss(self.optimizer), steps)
-        if self.record is None:
-            return
-        clips = self.gradient_clipping is not None
-        shared = not clips and fused_update.needs_norms(self.optimizer) and bool(self.fused_update)
+        """Notes a window for those who ask."""
         with window.place(self.variables[0]):
-            self.record.note(window, scale_of_loss(self.optimizer), shared=shared)
+            self.state.notes.end(window, scale_of_loss(self.optimizer))
+            if self.record is not None:
+                self.record.note(window, scale_of_loss(self.optimizer))
 
     def _end_with_sums(self, window: Window) -> None:
         clip = self.gradient_clipping
@@ -275,7 +281,9 @@ class Ending:
         """Returns a window whose gradients are the clipped means, for a fused update."""
         clipped = self._clipped(window.means(sparse=False), clip)
         latest = {i: tf.cast(each, tf.float32) for i, each in enumerate(clipped) if each is not None}
-        return dataclasses.replace(window, weight=tf.constant(1.0), latest=latest, latest_weight=1.0, starts=True)
+        return dataclasses.replace(
+            window, weight=tf.constant(1.0), latest=latest, latest_weight=1.0, starts=True, reported=None
+        )
 
     def _clipped(self, gradients: Gradients, clip: Clipping) -> Gradients:
         """Clips gradients without the factor of a scaled loss, and puts the factor back for the wrapped optimizer."""

@@ -1,7 +1,7 @@
 """What an optimizer notes of each window that ends, for a callback that asks for it: how many micro-batches it had, and
 the norm of its gradient.
 
-The norm comes from the sums in the accumulators, before the update reads them. So all of the window's micro-batches
+The norm is that of the sums in the accumulators, before the update reads them. So all of the window's micro-batches
 have to be in there: while windows are noted, no last gradients go straight into an update. Where the update needs the
 norms itself, to clip by them or to unscale a loss, they are computed once for both.
 
@@ -13,8 +13,7 @@ import contextlib
 import keras
 import tensorflow as tf
 
-from accumops import ops
-from accumops.adapters.tensorflow import xla_compiles_this
+from accumops.window.gradient_norms import norm_of_mean
 from accumops.window.micro_batch import Window
 from accumops.window.state import WindowState
 from accumops.window.state_variables import PER_REPLICA, new_variable
@@ -25,10 +24,12 @@ class WindowRecord:
 
     Args:
         norms: Whether the norms of their gradients are noted.
+        per_variable: Whether those of single variables' gradients are noted as well, by `Notes` of the windows.
     """
 
-    def __init__(self, norms: bool) -> None:
+    def __init__(self, norms: bool, per_variable: bool = False) -> None:
         self.norms = norms
+        self.per_variable = per_variable
         self._state: WindowState | None = None
 
     def build(self, state: WindowState) -> None:
@@ -43,13 +44,12 @@ class WindowRecord:
             self._norm = new_variable("noted_norm", (), "float32", beside=beside, **same) if self.norms else None
         self._state = state
 
-    def note(self, window: Window, scale: float | tf.Tensor | None, *, shared: bool) -> None:
+    def note(self, window: Window, scale: float | tf.Tensor | None) -> None:
         """Notes a window that ends.
 
         Args:
             window: The window, with all of its micro-batches in the sums.
             scale: The factor that its gradients have, as those of a scaled loss; None if they have none.
-            shared: Whether the update needs the norms of all sums as well.
         """
         assert self._state is not None, "built with the optimizer"
         counters = self._state.counters
@@ -57,12 +57,7 @@ class WindowRecord:
             self._windows.assign_add(1)
             self._micro_batches.assign_add(tf.convert_to_tensor(counters.step))
         if self._norm is not None:
-            squares = window.squared_norms if shared else _squared_norms(window)
-            norm = tf.math.divide_no_nan(tf.sqrt(tf.reduce_sum(squares)), tf.cast(window.weight, squares.dtype))
-            if scale is not None:
-                norm /= tf.cast(scale, norm.dtype)
-            if window.verdict.applies is not True:
-                norm = tf.where(window.verdict.applies, norm, tf.constant(float("nan"), norm.dtype))
+            norm = norm_of_mean(tf.sqrt(tf.reduce_sum(window.squared_norms)), window, scale)
             self._norm.assign(tf.cast(norm, tf.float32))
 
     def read(self) -> tuple[int, int, float]:
@@ -75,17 +70,3 @@ class WindowRecord:
 
 def _value(variable: keras.Variable) -> float:
     return float(keras.ops.convert_to_numpy(variable))
-
-
-def _squared_norms(window: Window) -> tf.Tensor:
-    """The squared norms of a window's sums. Of a table whose touched rows are known, only these are read."""
-    sums = []
-    for i, accumulator in enumerate(window.accumulators):
-        if accumulator is None:
-            continue
-        flags = None if i in window.latest or xla_compiles_this() else window.touched_rows(i)
-        if flags is None:
-            sums.append(tf.convert_to_tensor(window.latest.get(i, accumulator)))
-        else:
-            sums.append(tf.gather(accumulator.value, tf.where(flags)[:, 0]))
-    return ops.squared_norms(sums)

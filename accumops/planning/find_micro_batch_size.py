@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from accumops.adapters.keras_functional import graph_of
+from accumops.adapters.keras_layer import layers_within
 from accumops.arguments import check_count
 from accumops.memory.profile import memory_of_device
 from accumops.memory.slices import whole_tensors
@@ -221,6 +222,13 @@ def _check(model: Any, effective_batch_size: Any, recompute: Any, margin: Any) -
             f"'{model.name}' trains on replicas, for which no micro-batch can be found. Find it without a strategy, "
             "for the part of the batch that a replica gets."
         )
+    for layer in layers_within(model):
+        if getattr(layer, "follows_window", False):
+            raise ValueError(
+                f"The layer '{layer.name}' has statistics='window': its windows keep tensors of all their samples, "
+                "which no measurement of a micro-batch shows. Choose `micro_batch_size`, and limit what is kept with "
+                '`replace_batchnorm_layers(model, statistics="window", memory=...)`.'
+            )
     if effective_batch_size is not None:
         check_count("effective_batch_size", effective_batch_size, "the samples of a window")
     if recompute != "auto" and recompute is not False:

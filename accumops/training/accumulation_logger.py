@@ -16,12 +16,14 @@ import numpy as np
 import tensorflow as tf
 
 from accumops.adapters.keras_model import loss_tracker
+from accumops.arguments import check_bool
 from accumops.memory.device_memory import AllocatorMemory
 from accumops.ops.variables import tf_variable
 from accumops.optimizer.optimizer import GradientAccumulateOptimizer
 from accumops.optimizer.window_record import WindowRecord
 from accumops.training.backup import passes_batches
 from accumops.training.callbacks import WindowCallback
+from accumops.training.per_variable_norms import per_variable_norms
 
 # What `tf.summary.scalar` writes, which needs the package tensorboard where the model is trained.
 _SCALAR = tf.compat.v1.SummaryMetadata(data_class=1, plugin_data={"plugin_name": "scalars"})
@@ -42,6 +44,8 @@ class AccumulationLogger(WindowCallback):
     - `accumulation/gradient_norm`: the norm of the last window's gradient: of the mean over its micro-batches, without
       the factor of a scaled loss, before any clipping. It is NaN for a window that `nonfinite` keeps from an update.
       Without a new window it is not written.
+    - `gradient_norm/` and the path of a variable: the norm of its part of that gradient, for each trained variable,
+      with `per_variable_norms=True`. `accumops.per_variable_norms` returns the same.
     - `accumulation/nonfinite_windows`: the optimizer's `nonfinite_count`: windows that `nonfinite="drop"` has dropped,
       or micro-batches that `nonfinite="skip"` has skipped. Not written with `"propagate"`.
     - `accumulation/samples_per_second`: the samples trained on since the last write, over the seconds. Validation and
@@ -63,9 +67,11 @@ class AccumulationLogger(WindowCallback):
         gradient_norm: Whether to write the norm. The training step then reads the sums of a window once more where it
             ends, and a window's last gradients pass through the accumulators. See `docs/tensorboard.md` for what it
             costs.
+        per_variable_norms: Whether to write the norm of each variable's gradient. Beside `gradient_norm` it costs
+            nothing that can be measured.
 
     Raises:
-        TypeError: If `gradient_norm` is not a bool.
+        TypeError: If `gradient_norm` or `per_variable_norms` is not a bool.
         ValueError: If `update_freq` is none of its values; in `fit`, if nothing accumulates.
 
     Example:
@@ -86,13 +92,13 @@ class AccumulationLogger(WindowCallback):
         log_dir: str | os.PathLike[str] = "logs",
         update_freq: str | int = "epoch",
         gradient_norm: bool = True,
+        per_variable_norms: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(gradient_norm, bool):
-            raise TypeError(f"`gradient_norm` must be True or False. Received: {gradient_norm!r}")
         self.log_dir = os.fspath(log_dir)
         self.update_freq = _check_update_freq(update_freq)
-        self.gradient_norm = gradient_norm
+        self.gradient_norm = check_bool("gradient_norm", gradient_norm)
+        self.per_variable_norms = check_bool("per_variable_norms", per_variable_norms)
         self._writer: Any = None
         self._meter = _Meter(None)
         self._start_anew()
@@ -175,10 +181,14 @@ class AccumulationLogger(WindowCallback):
         """Has the training step note windows, or no longer. A function that was traced otherwise is made anew."""
         # Which micro-batches a batch is split into is known in the step alone.
         splits = getattr(self.model, "micro_batch_size", None) is not None
-        wanted = self.gradient_norm if self.gradient_norm or splits else None
-        now = None if optimizer.record is None else optimizer.record.norms
-        if wanted != now:
-            optimizer.record = None if wanted is None else WindowRecord(wanted)
+        now = optimizer.record
+        per_variable = self.per_variable_norms or (now is not None and now.per_variable)  # never taken back
+        counts = self.gradient_norm or per_variable or splits
+        wanted = (self.gradient_norm, per_variable) if counts else None
+        if wanted != (None if now is None else (now.norms, now.per_variable)):
+            if per_variable:
+                optimizer.accumulator.track_norms()
+            optimizer.record = None if wanted is None else WindowRecord(*wanted)
             self.model.make_train_function(force=True)
 
     def _tells_samples(self) -> bool:
@@ -201,11 +211,11 @@ class AccumulationLogger(WindowCallback):
             self._writer = tf.summary.create_file_writer(os.path.join(self.log_dir, "train"))
         # Keras's callback may be within a condition of its own.
         with self._writer.as_default(step), tf.summary.record_if(True), tf.device("/CPU:0"):
-            for name, value in values.items():
-                tf.summary.write(f"accumulation/{name}", np.float32(value), metadata=_SCALAR)
+            for tag, value in values.items():
+                tf.summary.write(tag, np.float32(value), metadata=_SCALAR)
 
     def _values(self) -> dict[str, float]:
-        """The values to write, by name; what is not known is left out."""
+        """The values to write, by tag; what is not known is left out."""
         optimizer = self.optimizer
         updates = _updates(optimizer)
         windows, micro_batches, norm = _noted(optimizer)
@@ -220,7 +230,10 @@ class AccumulationLogger(WindowCallback):
             "samples_per_second": self._samples_per_second(),
             "memory_peak": self._memory_peak(optimizer),
         }
-        return {name: value for name, value in values.items() if value is not None}
+        found = {f"accumulation/{name}": value for name, value in values.items() if value is not None}
+        if self.per_variable_norms and new_windows:
+            found |= {f"gradient_norm/{path}": each for path, each in per_variable_norms(optimizer).items()}
+        return found
 
     def _effective_batch_size(self, optimizer: GradientAccumulateOptimizer, updates: int) -> float | None:
         if not self._meter.counts or (self.update_freq != "epoch" and _is_open(optimizer)):

@@ -14,7 +14,11 @@ from accumops.renamed import explains_renamed
 
 def accumulating_optimizer(model: Any) -> GradientAccumulateOptimizer | None:
     """Returns the optimizer of a model that accumulates, also within a LossScaleOptimizer, or None."""
-    optimizer = getattr(model, "optimizer", None)
+    return accumulating_within(getattr(model, "optimizer", None))
+
+
+def accumulating_within(optimizer: Any) -> GradientAccumulateOptimizer | None:
+    """Returns an optimizer if it accumulates, the one that does within it, or None."""
     while optimizer is not None and not isinstance(optimizer, GradientAccumulateOptimizer):
         optimizer = getattr(optimizer, "inner_optimizer", None)
     return optimizer
@@ -145,8 +149,12 @@ class EffectiveBatchSize(WindowCallback):
         """Adds the effective batch size to the logs."""
         if logs is not None:
             updates = int(self.optimizer.iterations.numpy()) - self._updates
-            samples = self._seen() if self._samples is None else self._samples
-            logs["effective_batch_size"] = samples / updates if updates else float("nan")
+            logs["effective_batch_size"] = self._samples_seen / updates if updates else float("nan")
+
+    @property
+    def _samples_seen(self) -> float:
+        """The epoch's samples so far, those of its validation excepted."""
+        return self._seen() if self._samples is None else self._samples
 
     def _seen(self) -> float:
         # Keras weighs the mean of the losses by the batches' sizes.

@@ -176,7 +176,7 @@ class LayerwiseStep:
 
     def _window(self, data: MicroBatches, inputs_of: Callable[[Any], Any]) -> LayerwiseWindow:
         model = self._model
-        if model.optimizer.accumulator.state.noise is not None:
+        if model.optimizer.accumulator.state.notes.noise is not None:
             check_noise(model)
 
         def add(gradients: Gradients, variables: Sequence[keras.Variable], starts: tf.Tensor | bool) -> None:

@@ -49,7 +49,8 @@ class GradientAccumulateModel(ConfiguredWrapper):
       run one after another, so that activations take the memory of one. A last batch of any size is exact. Batch size,
       steps, schedules, callbacks and metrics are those of training with the large batch.
 
-    A layer that looks at a whole batch, such as batch normalization, sees micro-batches. A loss of `add_loss` that is a
+    A layer that looks at a whole batch, such as batch normalization, sees micro-batches, unless
+    `replace_batchnorm_layers(model, statistics="window")` has it see the window. A loss of `add_loss` that is a
     sum over the batch, and not a mean, is averaged over the window's micro-batches.
 
     Under `tf.distribute` (MirroredStrategy, MultiWorkerMirroredStrategy) create and compile it within

@@ -240,7 +240,7 @@ class GradientAccumulator(tf.Module):
             TypeError: If `decay` is not a number.
             ValueError: If it is out of range, or windows are sums.
         """
-        self._state.track_noise(check_decay(decay))
+        self._state.notes.track_noise(check_decay(decay))
 
     @property
     def noise_scale(self) -> tf.Tensor:
@@ -254,10 +254,18 @@ class GradientAccumulator(tf.Module):
         Raises:
             ValueError: If nothing is tracked.
         """
-        noise = self._built_state().noise
+        noise = self._built_state().notes.noise
         if noise is None:
             raise ValueError(f"{self.name} does not track noise: call `track_noise()` before functions are traced.")
         return noise.scale
+
+    def track_norms(self) -> None:
+        """Has functions that are traced from now on note the norm of each variable's gradient.
+
+        `accumops.per_variable_norms` returns the norms. Under a mirroring strategy windows then end with
+        `close(reduce=True)` or with an optimizer's update: a part of the gradient has no norm of the window's.
+        """
+        self._state.notes.track_norms()
 
     @tf.autograph.experimental.do_not_convert
     def accumulate(
@@ -316,7 +324,8 @@ class GradientAccumulator(tf.Module):
         Raises:
             ValueError: If no window is open, when executing eagerly. In a graph, `tf.errors.InvalidArgumentError`,
                 as where the window has gradients of other variables than when the graph was traced; a function that
-                XLA compiles checks neither. Under a strategy, outside of its replicas and with `keep_sparse`.
+                XLA compiles checks neither. Under a strategy, outside of its replicas, with `keep_sparse`, and
+                without `reduce` after `track_norms`.
         """
         check_bool("keep_sparse", keep_sparse)
         check_bool("reduce", reduce)
@@ -324,9 +333,7 @@ class GradientAccumulator(tf.Module):
         if state.strategy is not None:
             return self._close_on_replica(state.strategy, keep_sparse, reduce)
         with state.ending(by_trace=True) as window:
-            if state.noise is not None and window.groups is not None:
-                steps = tf.convert_to_tensor(state.counters.step)
-                state.noise.end(window.groups, window.verdict.applies, None, steps)
+            state.notes.end(window, None)
             return window.or_zero().means(sparse=keep_sparse)
 
     def _close_on_replica(
@@ -337,7 +344,13 @@ class GradientAccumulator(tf.Module):
             raise ValueError(
                 f"Under {type(strategy).__name__} gradients of a window are dense: `keep_sparse=True` needs one device."
             )
+        if not reduce and self._state.notes.norms is not None:
+            raise ValueError(
+                f"{self.name} tracks the norms of gradients, and under {type(strategy).__name__} each replica closes "
+                "with a part of the gradient: use `close(reduce=True)`, or a GradientAccumulateOptimizer."
+            )
         with self._state.ending_on_replica(reduce_sums=reduce) as window:
+            self._state.notes.end(window, None)
             sums = [window.latest.get(i) for i in range(len(window.accumulators))]
             return [
                 None if each is None else tf.math.divide_no_nan(each, tf.cast(window.weight, each.dtype))

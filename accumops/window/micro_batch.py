@@ -3,16 +3,20 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import keras
 import tensorflow as tf
 
 from accumops import ops
+from accumops.adapters.tensorflow import xla_compiles_this
+from accumops.ops.variables import tf_variable
 from accumops.window import replicas
 from accumops.window.connected_variables import Connected
 from accumops.window.noise import Groups
 from accumops.window.nonfinite import MAKES_UPDATE, Share, Verdict
+from accumops.window.squared_norms import SquaredNorms
+from accumops.window.touched_rows import TouchedRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +69,8 @@ class Window:
     """The variables with a gradient. In a graph it may take a run to know them: see `Connected.maybe`."""
     weight: tf.Tensor
     """What the sums are divided by: the sum of shares, or 1 if the window's gradient is a sum."""
-    touched_rows: Callable[[int], keras.Variable | None]
-    """Gives the flags of touched rows of the accumulator at a position, or None if they are not known."""
+    tables: TouchedRows
+    """The flags of tables' touched rows."""
     latest: dict[int, tf.Tensor] = dataclasses.field(default_factory=dict)
     """Gradients by position."""
     latest_weight: tf.Tensor | float = 1.0
@@ -78,25 +82,48 @@ class Window:
     """Whether it makes an update."""
     groups: Groups | None = None
     """What its micro-batches tell of the noise in their gradients, where that is tracked."""
+    reported: SquaredNorms | None = None
+    """What the op that has added the last micro-batch has reported of the sums in the accumulators."""
+
+    def touched_rows(self, i: int) -> keras.Variable | None:
+        """The flags of touched rows of the accumulator at a position, or None if they are not known."""
+        return self.tables.track(i)
 
     @functools.cached_property
     def squared_norms(self) -> tf.Tensor:
-        """The squared norms of the sums, computed where they are first asked for; zero for one without gradient.
+        """The squared norms of the sums, from where they are first asked for; zero for one without gradient.
 
-        The sums are in the accumulators or, where the last micro-batch makes the whole window, in `latest`.
+        Only sums of which nothing is reported are read. They are in the accumulators or, where the last micro-batch
+        makes the whole window, in `latest`.
         """
         held = [i for i, accumulator in enumerate(self.accumulators) if accumulator is not None]
-        norms = ops.squared_norms([tf.convert_to_tensor(self.latest.get(i, self.accumulators[i])) for i in held])
-        if len(held) == len(self.accumulators):
-            return norms
-        return tf.scatter_nd([[i] for i in held], norms, [len(self.accumulators)])
+        reported = () if self.reported is None else self.reported.positions
+        others = [i for i in held if i not in reported]
+        norms = [] if self.reported is None else [self.reported.sums]
+        if others:
+            norms.append(ops.squared_norms([self._values_of_sum(i) for i in others]))
+        order = [*reported, *others]
+        if order == list(range(len(self.accumulators))):
+            return tf.concat(norms, 0) if len(norms) > 1 else norms[0]
+        return tf.scatter_nd([[i] for i in order], tf.concat(norms, 0), [len(self.accumulators)])
+
+    def _values_of_sum(self, i: int) -> tf.Tensor:
+        """Values with the norm of a sum. Rows of a table that the window has not touched are zero."""
+        if i in self.latest:
+            return self.latest[i]
+        accumulator = tf_variable(self.accumulators[i])
+        flags = None if xla_compiles_this() else self.tables.tracked(i)
+        # To find rows, the host would wait for a GPU.
+        if flags is None or "GPU" in (accumulator.device or ""):
+            return tf.convert_to_tensor(accumulator)
+        return tf.gather(accumulator, tf.where(flags)[:, 0])
 
     def of(self, connected: Connected) -> "Window":
         """The same window, for some of its variables."""
         positions = set(connected.positions)
         held = [each if i in positions else None for i, each in enumerate(self.accumulators)]
         latest = {i: each for i, each in self.latest.items() if i in positions}
-        return dataclasses.replace(self, accumulators=held, connected=connected, latest=latest)
+        return dataclasses.replace(self, accumulators=held, connected=connected, latest=latest, reported=None)
 
     def own(self, variable: keras.Variable) -> tf.Variable | keras.Variable:
         """The component of a variable that this window updates."""

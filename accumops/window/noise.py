@@ -17,23 +17,14 @@ window ends, where they are read once more.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from accumops.window.noise_schedule import FollowedSteps, NoiseScaleSchedule
+from accumops.window.squared_norms import SquaredNorms
 from accumops.window.state_variables import PER_REPLICA, new_variable
-
-
-@dataclasses.dataclass(frozen=True)
-class Norms:
-    """What the op that accumulates reports of a micro-batch, over all variables with dense gradients."""
-
-    gradient: tf.Tensor
-    """The squared norm of the micro-batch's gradient."""
-    sums: tf.Tensor
-    """The squared norm of the window's sums with it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +39,17 @@ class Groups:
     """The sum of their shares."""
     sums: tf.Tensor
     """The squared norm of the sums of weighted gradients."""
+
+
+class Seen(NamedTuple):
+    """What has been seen so far."""
+
+    windows: int = 0
+    """Windows that have ended."""
+    micro_batches: int = 0
+    """Their micro-batches; under a strategy those of the first replica."""
+    shares: float = 0.0
+    """The sum of all micro-batches' shares, those of an open window and of all replicas included."""
 
 
 class GradientNoise(tf.Module):
@@ -67,11 +69,12 @@ class GradientNoise(tf.Module):
         """The positions of the variables that count: those with dense gradients."""
         self.built = False
 
-    def build(self, beside: keras.Variable, *, mirrored: bool) -> None:
+    def build(self, beside: keras.Variable, step: keras.Variable, *, mirrored: bool) -> None:
         """Creates the variables.
 
         Args:
             beside: A variable on whose device they are to live.
+            step: The count of micro-batches in the open window, beside which windows are counted.
             mirrored: Whether replicas of a strategy have a window each.
         """
         same, summed = (PER_REPLICA["same"], PER_REPLICA["summed"]) if mirrored else ({}, {})
@@ -85,10 +88,13 @@ class GradientNoise(tf.Module):
         # What the open window has told so far.
         self._squares, self._count, self._sums = (new(name, **summed) for name in ("squares", "count", "sums"))
         # Averages over windows, each without the division by `known`, which all share.
-        self._trace, self._square, self._shares, self._known = (
-            new(name, **same) for name in ("trace", "square", "shares", "known")
-        )
+        self._trace, self._square, self._known = (new(name, **same) for name in ("trace", "square", "known"))
         self._norm = new("norm", **same)
+        # What has been seen so far.
+        self._shares = new("shares", **summed)
+        self._windows, self._micro_batches = (
+            new_variable(f"noise_{name}", (), "int64", beside=step, **same) for name in ("windows", "micro_batches")
+        )
         if self._schedule is not None:
             self.followed = FollowedSteps(self._schedule, new_count)
         self.built = True
@@ -99,26 +105,28 @@ class GradientNoise(tf.Module):
         if self.followed is None:
             return []
         window = [self._squares, self._count, self._sums]
-        averages = [self._trace, self._square, self._shares, self._known, self._norm]
+        averages = [self._trace, self._square, self._known, self._norm]
         return [*window, *averages, self.followed.steps, self.followed.waited]
 
     # A micro-batch
 
-    def add(self, norms: Norms, share: tf.Tensor, starts: tf.Tensor | bool) -> None:
+    def add(self, norms: SquaredNorms, share: tf.Tensor, starts: tf.Tensor | bool) -> None:
         """Notes a micro-batch that has been added to the window.
 
         Args:
-            norms: What the op has reported.
+            norms: What the op has reported of it.
             share: What the micro-batch counts for.
             starts: Whether it is the first of its window.
         """
+        self.positions.update(norms.positions)
         share = tf.cast(share, tf.float64)
         kept = tf.cast(tf.logical_not(starts), tf.float64)
         # A share of 0 counts as nothing, whatever the gradient is; so does what an ended window has left.
-        squares = tf.math.multiply_no_nan(norms.gradient, share)
+        squares = tf.math.multiply_no_nan(tf.reduce_sum(norms.gradients), share)
         self._squares.assign(tf.math.multiply_no_nan(tf.convert_to_tensor(self._squares), kept) + squares)
         self._count.assign(self._count * kept + tf.cast(share != 0, tf.float64))
-        self._sums.assign(norms.sums)
+        self._sums.assign(tf.reduce_sum(norms.sums))
+        self._shares.assign_add(share)
 
     # The end of the window
 
@@ -150,20 +158,24 @@ class GradientNoise(tf.Module):
         makes_update = tf.math.is_finite(mean) & applies
         tells = makes_update & tf.math.is_finite(trace) & (groups.count > 1)
         one = tf.constant(1.0, tf.float64)
-        for average, value in (
-            (self._trace, trace),
-            (self._square, square),
-            (self._shares, groups.shares),
-            (self._known, one),
-        ):
+        for average, value in ((self._trace, trace), (self._square, square), (self._known, one)):
             before = tf.convert_to_tensor(average)
             average.assign(tf.where(tells, self.decay * before + (1 - self.decay) * value, before))
+        with tf.device(self._windows.value.device):  # else Keras takes them to a GPU and back
+            self._windows.assign_add(1)
+            self._micro_batches.assign_add(steps)
         self._norm.assign(tf.where(makes_update, tf.sqrt(mean), tf.constant(float("nan"), tf.float64)))
         if self.followed is not None:
             step = tf.math.divide_no_nan(groups.shares, tf.cast(steps, tf.float64))
             self.followed.follow(self.scale, step * tf.cast(self.followed.steps, tf.float64))
 
     # What is known
+
+    def seen(self) -> Seen:
+        """Returns what has been seen so far."""
+        numbers = (keras.ops.convert_to_numpy(each) for each in (self._windows, self._micro_batches, self._shares))
+        windows, micro_batches, shares = numbers
+        return Seen(int(windows), int(micro_batches), float(shares))
 
     @property
     def scale(self) -> tf.Tensor:
@@ -172,11 +184,6 @@ class GradientNoise(tf.Module):
         infinite = tf.constant(float("inf"), tf.float64)
         found = tf.where(square > 0, tf.maximum(trace, 0) / square, infinite)
         return tf.where(self._known > 0, found, tf.constant(float("nan"), tf.float64))
-
-    @property
-    def shares(self) -> tf.Tensor:
-        """The sum of a window's shares, on average."""
-        return self._shares / self._known
 
     @property
     def norm(self) -> tf.Tensor:

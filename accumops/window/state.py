@@ -31,11 +31,13 @@ from accumops.window.connected_variables import Connected, Connections
 from accumops.window.counters import Counters
 from accumops.window.members import Members
 from accumops.window.micro_batch import CountedMicroBatch, MicroBatch, Window
-from accumops.window.noise import GradientNoise, Groups, Norms
+from accumops.window.noise import Groups
 from accumops.window.noise_schedule import NoiseScaleSchedule
 from accumops.window.nonfinite import MAKES_UPDATE, NonfiniteGradients, Share, Verdict
+from accumops.window.notes import Notes
 from accumops.window.parts import Parts
 from accumops.window.recorded_operations import Recording
+from accumops.window.squared_norms import SquaredNorms
 from accumops.window.state_variables import PER_REPLICA, new_accumulator, new_variable
 from accumops.window.sums import Found, add_gradients, as_gradient, together
 from accumops.window.touched_rows import TouchedRows
@@ -60,8 +62,8 @@ class WindowState(tf.Module):
         self.reduction = check_reduction(reduction)
         self.nonfinite = NonfiniteGradients(nonfinite)
         followed = accum_steps if isinstance(accum_steps, NoiseScaleSchedule) else None
-        self.noise: GradientNoise | None = None if followed is None else GradientNoise(followed.decay, followed)
-        """What is known of the gradients' noise, where somebody has asked for it."""
+        self.notes = Notes(owner, self.reduction, followed)
+        """What is noted of windows for those who ask."""
         self.built = False
         self._owner = owner
         self._untracked = Untracked(members=Members(owner), strategy=None, parts=set())
@@ -90,39 +92,8 @@ class WindowState(tf.Module):
             self.connections = Connections(self._names, self._owner, self.counters, jit_compile, **same)
             self.parts = Parts(self._names, self._owner, self.counters, self.connections.gaps, mirrored=mirrored)
             self.touched_rows = TouchedRows(variables, self.accumulators, track_all=track_all_rows, mirrored=mirrored)
-        if self.noise is not None:
-            self._build_noise()
+        self.notes.build(self._names, self.accumulators[0], self.counters, strategy)
         self.built = True
-
-    def track_noise(self, decay: float) -> GradientNoise:
-        """Has functions that are traced from now on note the noise of gradients.
-
-        Args:
-            decay: See `GradientNoise`. What has been noted before goes on with it; a schedule keeps its own.
-
-        Raises:
-            ValueError: If windows are sums.
-        """
-        if self.reduction != "mean":
-            raise ValueError(
-                f"{self._owner} has reduction='sum'. The noise scale compares means over micro-batches with the mean "
-                "over their window."
-            )
-        if self.noise is None:
-            self.noise = GradientNoise(decay)
-            if self.built:
-                self._build_noise()
-        if self.noise.followed is None:
-            self.noise.decay = decay
-        return self.noise
-
-    def _build_noise(self) -> None:
-        assert self.noise is not None
-        strategy = self.strategy
-        with tf.init_scope(), contextlib.nullcontext() if strategy is None else strategy.scope():
-            self.noise.build(self.accumulators[0], mirrored=strategy is not None)
-        if self.noise.followed is not None:
-            self.counters.follow(self.noise.followed.steps)
 
     @property
     def strategy(self) -> tf.distribute.Strategy | None:
@@ -142,7 +113,7 @@ class WindowState(tf.Module):
         limits = [counters.limit] if counters.closed is None else [counters.limit, counters.closed]
         nonfinite = [self.nonfinite.count, self.nonfinite.in_window]
         flags = [self.connections.gaps, *self.touched_rows.flags]
-        noise = [] if self.noise is None else self.noise.saved_variables
+        noise = [] if self.notes.noise is None else self.notes.noise.saved_variables
         return [counters.step, self.weight, *limits, *nonfinite, *flags, *self.accumulators, *noise]
 
     # A micro-batch on its way in
@@ -193,15 +164,24 @@ class WindowState(tf.Module):
         given = range(len(gradients)) if given is None else given
         return MicroBatch(gradients, present, given, self.touched_rows.prepare(gradients), share, starts)
 
-    def add(self, batch: CountedMicroBatch) -> None:
-        """Adds a micro-batch to the window, and counts it."""
+    def add(self, batch: CountedMicroBatch, norms: bool | tf.Tensor = False) -> SquaredNorms | None:
+        """Adds a micro-batch to the window, and counts it.
+
+        Args:
+            batch: The micro-batch.
+            norms: Whether to report squared norms.
+
+        Returns:
+            The report, if there is one. Replicas make none: their sums are parts.
+        """
         with Recording() as accumulation:
-            self._add(batch)
+            reported = self._add(batch, norms)
             self.connections.add(batch.present, batch.given)
         # The counters wait: a micro-batch that fails does not count.
         with tf.control_dependencies(accumulation.operations):
             self.weight.assign(batch.total)
             self.counters.add(batch.limit)
+        return reported
 
     def add_slice(self, batch: MicroBatch) -> None:
         """Adds a micro-batch to the window without counting it; `count` counts all of a window at once."""
@@ -228,20 +208,22 @@ class WindowState(tf.Module):
         self.connections.add_slice(present, range(len(self.accumulators)))
         self.count(steps, weight)
 
-    def _add(self, batch: MicroBatch) -> None:
+    def _add(self, batch: MicroBatch, norms: bool | tf.Tensor = False) -> SquaredNorms | None:
+        noise = self.notes.noise
         with Recording() as accumulation:
             if self.strategy is None:
-                everything = range(len(self.accumulators))
-                found = self._sum(batch, batch.present if batch.starts is False else everything)
+                positions = batch.present if batch.starts is False else range(len(self.accumulators))
+                found = self._sum(batch, positions, norms if noise is None else True)
             else:
                 found = self._sum_on_replica(self.strategy, batch)
         with tf.control_dependencies(accumulation.operations):
             self.nonfinite.add(batch.share, found.finite, batch.starts)
-            if self.noise is not None and found.norms is not None:
-                self.noise.add(found.norms, batch.weight, batch.starts)
+            if noise is not None and found.norms is not None:
+                noise.add(found.norms, batch.weight, batch.starts)
             self.touched_rows.add(batch.gradients)
             if self.strategy is not None:
                 self.touched_rows.set_all()
+        return found.norms if self.strategy is None else None
 
     def count(self, steps: int | tf.Tensor, weight: tf.Tensor) -> None:
         """Opens a window that `add_slice` has filled: with this many micro-batches, and this sum of shares."""
@@ -249,10 +231,10 @@ class WindowState(tf.Module):
         self.weight.assign(tf.cast(weight, self.weight.dtype))
         self.counters.fill(steps)
 
-    def _sum(self, batch: MicroBatch, positions: Iterable[int]) -> Found:
+    def _sum(self, batch: MicroBatch, positions: Iterable[int], norms: bool | tf.Tensor = False) -> Found:
         """Adds the gradients at some positions to their accumulators."""
         groups = in_buckets(positions, batch.gradients, self.accumulators)
-        return together([self._add_to(self.accumulators, batch, group, batch.weight) for group in groups])
+        return together([self._add_to(self.accumulators, batch, group, batch.weight, norms) for group in groups])
 
     def _add_to(
         self,
@@ -260,10 +242,11 @@ class WindowState(tf.Module):
         batch: MicroBatch,
         positions: Sequence[int],
         scale: tf.Tensor,
+        norms: bool | tf.Tensor,
     ) -> Found:
         """As `_sum`, in one operation."""
         check_finite = self.nonfinite.policy == "drop"
-        return add_gradients(accumulators, batch, positions, scale, check_finite=check_finite, noise=self.noise)
+        return add_gradients(accumulators, batch, positions, scale, check_finite=check_finite, norms=norms)
 
     def _sum_on_replica(self, strategy: tf.distribute.Strategy, batch: MicroBatch) -> Found:
         accumulators = [replicas.own(accumulator) for accumulator in self.accumulators]
@@ -271,19 +254,24 @@ class WindowState(tf.Module):
         # those of one device, and a saved window can go on under another strategy. The gradients of a replica without
         # samples are 0 / 0; its share is 0.
         factor = strategy.num_replicas_in_sync if self.reduction == "mean" else 1
-        found = self._add_to(accumulators, batch, range(len(accumulators)), batch.weight * factor)
+        norms = self.notes.noise is not None
+        found = self._add_to(accumulators, batch, range(len(accumulators)), batch.weight * factor, norms)
         if found.norms is None:
             return found
-        return Found(found.finite, Norms(found.norms.gradient * factor**2, found.norms.sums))
+        gradients = found.norms.gradients * factor**2
+        return Found(found.finite, dataclasses.replace(found.norms, gradients=gradients))
 
     # The window on its way out
 
     @contextlib.contextmanager
-    def ending(self, last: MicroBatch | None = None, *, by_trace: bool = False) -> Iterator[Window]:
+    def ending(
+        self, last: MicroBatch | None = None, reported: SquaredNorms | None = None, *, by_trace: bool = False
+    ) -> Iterator[Window]:
         """Gives the open window to a block, and closes it when the block has not failed.
 
         Args:
             last: The window's last micro-batch, if it is known.
+            reported: What `add` has reported of it.
             by_trace: Whether a graph has to know the variables that have a gradient when it is traced.
 
         Raises:
@@ -299,9 +287,10 @@ class WindowState(tf.Module):
                     self._held(connected),
                     connected,
                     self._divisor(self.weight),
-                    self.touched_rows.track,
+                    self.touched_rows,
                     verdict=verdict,
-                    groups=None if self.noise is None else self.noise.groups(tf.convert_to_tensor(self.weight)),
+                    groups=self._groups(),
+                    reported=reported,
                 )
 
     @contextlib.contextmanager
@@ -335,7 +324,7 @@ class WindowState(tf.Module):
         values = [tf.convert_to_tensor(self.accumulators[i]) for i in held]
         asked = [self.nonfinite.in_window] if self.nonfinite.acts else []
         # The noise of a gradient needs the sums over all replicas.
-        noise = self.noise if sums else None
+        noise = self.notes.noise if sums else None
         parts = [tf.convert_to_tensor(each) for each in (self.weight, *asked)] + (values if sums else [])
         weight, *reduced = replicas.sum_over_replicas([*parts, *([] if noise is None else noise.parts())])
         verdict = self.nonfinite.verdict(weight, reduced.pop(0) if asked else None)
@@ -346,7 +335,13 @@ class WindowState(tf.Module):
             squares, count = reduced[-2:]
             norms = ops.squared_norms([latest[i] for i in held if i in noise.positions])
             groups = Groups(squares, count, tf.cast(weight, tf.float64), tf.reduce_sum(norms))
-        return Window(accumulators, connected, divisor, _no_rows, latest, starts=True, verdict=verdict, groups=groups)
+        return Window(
+            accumulators, connected, divisor, self.touched_rows, latest, starts=True, verdict=verdict, groups=groups
+        )
+
+    def _groups(self) -> Groups | None:
+        noise = self.notes.noise
+        return None if noise is None else noise.groups(tf.convert_to_tensor(self.weight))
 
     def _connected(self, last: MicroBatch | None, by_trace: bool) -> tuple[Connected, list[tf.Operation]]:
         """The variables that the window has a gradient for, and checks for the graph; arguments as for `ending`."""
@@ -377,7 +372,7 @@ class WindowState(tf.Module):
                     self._held(connected),
                     connected,
                     self._divisor(batch.total),
-                    self.touched_rows.track,
+                    self.touched_rows,
                     latest,
                     batch.weight,
                     batch.starts,
@@ -470,7 +465,3 @@ class WindowState(tf.Module):
                     f"The gradient of '{name}' must have its shape, {tuple(accumulator.shape)}. "
                     f"Received: {tf.TensorShape(shape)}."
                 )
-
-
-def _no_rows(i: int) -> None:
-    return None

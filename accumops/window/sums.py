@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from accumops import ops
 from accumops.window.micro_batch import MicroBatch
-from accumops.window.noise import GradientNoise, Norms
+from accumops.window.squared_norms import SquaredNorms, joined
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,18 +17,15 @@ class Found:
 
     finite: tf.Tensor | None
     """If a window is to be dropped for it, whether they are finite; otherwise None."""
-    norms: Norms | None
-    """Their squared norms, and those of the sums, where noise is tracked."""
+    norms: SquaredNorms | None
+    """Their squared norms, and those of the sums, if somebody asks."""
 
 
 def together(found: Sequence[Found]) -> Found:
     """Returns what several operations have found."""
     flags = [each.finite for each in found if each.finite is not None]
-    norms = [each.norms for each in found if each.norms is not None]
-    sums = (
-        Norms(tf.add_n([each.gradient for each in norms]), tf.add_n([each.sums for each in norms])) if norms else None
-    )
-    return Found(tf.reduce_all(flags) if flags else None, sums)
+    norms = joined([each.norms for each in found if each.norms is not None])
+    return Found(tf.reduce_all(flags) if flags else None, norms)
 
 
 def add_gradients(
@@ -38,7 +35,7 @@ def add_gradients(
     scale: tf.Tensor,
     *,
     check_finite: bool,
-    noise: GradientNoise | None,
+    norms: bool | tf.Tensor,
 ) -> Found:
     """Adds the gradients of a micro-batch at some positions to their accumulators.
 
@@ -48,7 +45,7 @@ def add_gradients(
         positions: The positions.
         scale: The factor for the gradients.
         check_finite: Whether to look if the gradients are finite.
-        noise: What tracks the noise of gradients, or None.
+        norms: Whether to report squared norms.
     """
     gradients = [batch.gradients[i] for i in positions]
     reports = ops.accumulate(
@@ -61,15 +58,15 @@ def add_gradients(
         overwrite=batch.starts,
         touched_rows=[batch.touched_rows[i] for i in positions],
         check_finite=check_finite,
-        squared_norms=noise is not None,
+        squared_norms=norms,
     )
-    if noise is None:
+    if norms is False:
         return Found(reports, None)
     finite, squares = reports if isinstance(reports, tuple) else (None, reports)
     dense = [i for i, each in enumerate(gradients) if each is not None and not isinstance(each, tf.IndexedSlices)]
-    noise.positions.update(positions[i] for i in dense)
-    gradient, sums = tf.unstack(tf.reduce_sum(tf.gather(squares, dense, axis=1), axis=1))
-    return Found(finite, Norms(gradient, sums))
+    if len(dense) < len(positions):
+        squares = tf.gather(squares, tf.constant(dense, tf.int32), axis=1)
+    return Found(finite, SquaredNorms([positions[i] for i in dense], *tf.unstack(squares)))
 
 
 def as_gradient(

@@ -71,6 +71,10 @@ class TouchedRows(tf.Module):
         self._tracked.add(i)
         return self._flags[str(i)]
 
+    def tracked(self, i: int) -> keras.Variable | None:
+        """Returns the flags of the accumulator at a position if they are kept right already, or None."""
+        return self._flags[str(i)] if i in self._tracked else None
+
     def prepare(self, gradients: Sequence[tf.Tensor | tf.IndexedSlices | None]) -> list[keras.Variable | None]:
         """Returns the flags that the sparse gradients of a micro-batch rely on, by position."""
         for i, gradient in enumerate(gradients):

@@ -89,15 +89,28 @@ def plain(model: Model) -> Iterator[tuple[str, Any]]:
 
 
 def wrapped(
-    model: Model, *, clip: float | None = None, scaled: bool = False, nonfinite: str = "propagate", **mode: int
+    model: Model,
+    *,
+    clip: float | None = None,
+    scaled: bool = False,
+    nonfinite: str = "propagate",
+    norms: bool = False,
+    **mode: int,
 ) -> Iterator[tuple[str, Any]]:
     """The functions that `fit` calls."""
     wrapper = accumops.GradientAccumulateModel(model(), nonfinite=nonfinite, **mode)
     adam = keras.optimizers.Adam(global_clipnorm=clip)
     wrapper.compile(keras.optimizers.LossScaleOptimizer(adam) if scaled else adam, LOSS, jit_compile=False)
+    if norms:
+        wrapper.optimizer.accumulator.track_norms()
     dataset = batches(wrapper.model)
     wrapper.fit(dataset, steps_per_epoch=1, verbose=0)
-    options = {"clipped": clip, "losses scaled": scaled, f"non-finite: {nonfinite}": nonfinite != "propagate"}
+    options = {
+        "clipped": clip,
+        "losses scaled": scaled,
+        f"non-finite: {nonfinite}": nonfinite != "propagate",
+        "norms of variables": norms,
+    }
     for ends, function in functions_of(wrapper, dataset):
         way = "micro_batch_size" if ends is None else "accum_steps"
         name = ", ".join([way, *(option for option, is_on in options.items() if is_on)])
@@ -124,12 +137,14 @@ def functions_of(wrapper: Any, dataset: tf.data.Dataset) -> Iterator[tuple[bool 
         yield ends, function.get_concrete_function(iter(dataset))
 
 
-def loop(model: Model) -> Iterator[tuple[str, Any]]:
+def loop(model: Model, *, norms: bool = False) -> Iterator[tuple[str, Any]]:
     """A step of a loop of one's own."""
     built = model()
     variables = built.trainable_variables
     optimizer = accumops.GradientAccumulateOptimizer(keras.optimizers.Adam(), accum_steps=4)
     optimizer.jit_compile = False
+    if norms:
+        optimizer.accumulator.track_norms()
     optimizer.build(variables)
 
     def step(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
@@ -138,7 +153,8 @@ def loop(model: Model) -> Iterator[tuple[str, Any]]:
         optimizer.apply(tape.gradient(loss, variables), variables)
         return loss
 
-    yield "a loop of one's own", tf.function(step, autograph=False).get_concrete_function(*signature_of(built))
+    name = "a loop of one's own" + (", norms of variables" if norms else "")
+    yield name, tf.function(step, autograph=False).get_concrete_function(*signature_of(built))
 
 
 def steps(model: Model) -> Iterator[tuple[str, Any]]:
@@ -152,6 +168,9 @@ def steps(model: Model) -> Iterator[tuple[str, Any]]:
     for nonfinite in ("skip", "drop"):
         yield from wrapped(model, accum_steps=4, nonfinite=nonfinite)
     yield from loop(model)
+    yield from wrapped(model, accum_steps=4, norms=True)
+    yield from wrapped(model, micro_batch_size=4, norms=True)
+    yield from loop(model, norms=True)
 
 
 def main() -> None:

@@ -114,10 +114,16 @@ def _place_operation(op: tf.Operation, inputs: list[str], result: Placed, path: 
         if op.inputs[i].dtype != tf.resource:
             _read(op, i, at, wanted, result, path)
     if place == "gpu" and op.type not in _NO_LAUNCH and not all(in_host_memory.outputs or [False]):
-        result.launches[op.type] += _LAUNCHES.get(op.type, 1)
+        result.launches[op.type] += _launches_of(op)
     if op.outputs and op.outputs[0].dtype == tf.resource:
         return inputs[:1] or ["host"]
     return ["host" if place == "host" or each else "gpu" for each in in_host_memory.outputs]
+
+
+def _launches_of(op: tf.Operation) -> int:
+    if op.type == "AccumOps>Accumulate" and op.get_attr("squared_norms"):
+        return 2  # the second one sums what the chunks have found
+    return _LAUNCHES.get(op.type, 1)
 
 
 def _place_of(op: tf.Operation, inputs: list[str]) -> str:

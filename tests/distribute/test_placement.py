@@ -20,6 +20,10 @@ BUDGET = {
     "accum_steps, non-finite: drop, micro-batch": (44, 5),
     "accum_steps, non-finite: drop, ends the window": (74, 5),
     "a loop of one's own": (23, 5),
+    "accum_steps, norms of variables, micro-batch": (21, 4),
+    "accum_steps, norms of variables, ends the window": (44, 4),
+    "micro_batch_size, norms of variables": (50, 5),
+    "a loop of one's own, norms of variables": (29, 6),
 }
 
 

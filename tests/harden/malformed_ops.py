@@ -54,6 +54,18 @@ VALUES = {
 }
 
 
+def bits(array):
+    return array.shape, array.tobytes()
+
+
+def read(variable):
+    """The bits of a variable, by the quickest way: after each call all variables are read."""
+    return bits(tf.raw_ops.ReadVariableOp(resource=variable.handle, dtype=variable.dtype).numpy())
+
+
+BITS = {name: bits(value) for name, value in VALUES.items()}
+
+
 class State:
     """The variables that calls are given, right and wrong ones."""
 
@@ -66,12 +78,11 @@ class State:
             key_dtype=tf.int64, value_dtype=tf.int64, shared_name="hash table"
         )
         self.handles["two"] = tf.stack([self.handles["a"], self.handles["b"]])
+        self.handles["list of one"], self.handles["list of none"] = self.handles["two"][:1], self.handles["two"][:0]
 
     def changed(self):
         """The names of variables that have another value, which get their own back."""
-        names = [
-            name for name, variable in self.variables.items() if not np.array_equal(variable.numpy(), VALUES[name])
-        ]
+        names = [name for name, variable in self.variables.items() if read(variable) != BITS[name]]
         for name in names:
             self.variables[name].assign(VALUES[name])
         return names
@@ -95,6 +106,7 @@ CALLS = {
             "touched_rows": [],
             "scale": tf.constant(0.5),
             "overwrite": tf.constant(False),
+            "norms_if": [],
             "check_finite": [tf.bool],
             "squared_norms": [tf.float64],
         },
@@ -105,6 +117,7 @@ CALLS = {
             "touched_rows": [Handle("flags of table")],
             "scale": tf.constant(2.0),
             "overwrite": tf.constant(True),
+            "norms_if": [tf.constant(True)],
             "check_finite": [],
             "squared_norms": [tf.float64],
         },
@@ -193,6 +206,7 @@ CALLS = {
         },
     ),
 }
+YES = tf.constant(True)
 SHAPES = ((), (0,), (1,), (2,), (3,), (4,), (2, 3), (3, 2), (0, 3), (4, 2, 3), (2, 3, 1), (5, 3))
 DTYPES = (tf.float32, tf.float16, tf.bfloat16, tf.float64, tf.int32, tf.int64, tf.bool, tf.complex64, tf.uint8)
 TENSORS = [tf.ones(shape, dtype) for shape in SHAPES for dtype in DTYPES]
@@ -253,17 +267,33 @@ def attribute(random_):
     return list(value) if isinstance(value, list) else value
 
 
-def run(state, op, call, mode, known):
-    """Runs a call: with the shapes of its tensors known when a function is traced, or when it runs."""
+def run(state, op, call, mode, unknown="none"):
+    """Runs a call.
+
+    Args:
+        unknown: What is not known when a function is traced: "none", "all" variables and shapes, or the length of the
+            tensor at this position, which XLA learns when it runs.
+    """
     flat = [each for value in call.values() for each in (value if isinstance(value, list) else [value])]
     tensors = [each for each in flat if tf.is_tensor(each)]
+    names = []
+    if unknown == "all":
+        # One argument for each variable, so that kernels and lowerings see one that is given twice: TensorFlow itself
+        # refuses two arguments that are the same under XLA. Not for "two": if TensorFlow does not know how many handles
+        # a tensor holds, it gives what XLA compiles the first one. Its own ops take that as well.
+        names = list(dict.fromkeys(each for each in flat if isinstance(each, Handle) and each != "two"))
 
-    def apply(*given):
+    def apply(yes, *given):
+        handles = state.handles | dict(zip(names, given, strict=False))
+        given = list(given[len(names) :])
+        if unknown in range(len(given)) and given[unknown].shape.rank:
+            rows = tf.where(tf.fill(tf.shape(given[unknown])[:1], yes))[:, 0]
+            given[unknown] = tf.gather(given[unknown], rows)
         given = iter(given)
 
         def real(value):
             if isinstance(value, Handle):
-                return state.handles[value]
+                return handles[value]
             return next(given) if tf.is_tensor(value) else value
 
         arguments = {
@@ -273,11 +303,16 @@ def run(state, op, call, mode, known):
         result = getattr(library.load()[0], f"accum_ops_{op}")(**arguments)
         return None if isinstance(result, tf.Operation) else result
 
+    arguments = [YES, *(state.handles[name] for name in names), *tensors]
     if mode == "eager":
-        return apply(*tensors)
-    signature = [tf.TensorSpec(each.shape if known else None, each.dtype) for each in tensors]
+        return apply(*arguments)
+    signature = [tf.TensorSpec(None if unknown == "all" else each.shape, each.dtype) for each in arguments]
     function = tf.function(apply, input_signature=signature, autograph=False, jit_compile=mode == "xla")
-    return function(*tensors)
+    return function(*arguments)
+
+
+def described(error):
+    return f"{type(error).__name__}: {error}"
 
 
 def make_call(state, mode, seed, number):
@@ -285,25 +320,27 @@ def make_call(state, mode, seed, number):
     random_ = random.Random(seed << 40 | number)
     op = random_.choice(tuple(CALLS))
     call = damaged(random_, state, random_.choice(CALLS[op]))
+    unknown = random_.choice(("none", "all", random_.randrange(8)))
+    where = f"{op} ({mode}, unknown: {unknown})"
     try:
-        run(state, op, call, mode, random_.random() < 0.5)
+        run(state, op, call, mode, unknown)
     except REFUSALS as error:
         changed = state.changed()
         if changed:
-            raise Found(f"{op} ({mode}) changed {changed} before it raised {error!r}: {call}") from error
+            raise Found(f"{where} changed {changed} before it raised {described(error)}: {call}") from error
         if not str(error):
-            raise Found(f"{op} ({mode}) raised {error!r}, which says nothing: {call}") from error
+            raise Found(f"{where} raised {described(error)}, which says nothing: {call}") from error
         return error
     except Exception as error:
-        raise Found(f"{op} ({mode}) raised {error!r}: {call}") from error
+        raise Found(f"{where} raised {described(error)}: {call}") from error
     state.changed()
     if mode != "eager":
         try:
-            run(state, op, call, "eager", True)
+            run(state, op, call, "eager")
         except REFUSALS as error:
             # Rows that are not there are skipped under XLA, as TensorFlow's own scatters do.
             if mode != "xla" or "is not a row of" not in str(error):
-                raise Found(f"{op} ({mode}) takes what it refuses eagerly, with {error!r}: {call}") from error
+                raise Found(f"{where} takes what it refuses eagerly, with {described(error)}: {call}") from error
         state.changed()
     return None
 
@@ -316,7 +353,7 @@ def work(seed, deadline, progress, mode):
     state = State()
     for op, calls in CALLS.items():
         for call in calls:
-            run(state, op, call, mode, True)  # what is damaged is right
+            run(state, op, call, mode)  # what is damaged is right
     state.changed()
     refused = 0
     for number in range(MODES[mode][0]):
@@ -338,6 +375,7 @@ def part(seconds):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--call"]:
-        print(repr(make_call(State(), sys.argv[2], *map(int, sys.argv[3:5]))))
+        found = make_call(State(), sys.argv[2], *map(int, sys.argv[3:5]))
+        print(found and described(found))
     else:
         main(part)

@@ -288,6 +288,22 @@ def test_squared_norms_are_finite_where_the_values_are(device, scale, overwrite)
         assert np.isnan(found[1, 1])
 
 
+@pytest.mark.parametrize("overwrite", [False, True], ids=["add", "overwrite"])
+@pytest.mark.parametrize("magnitude", [3e38, 1e30, 2e19, 1e15, 1e-15, 1e-19, 1e-22, 1e-30])
+def test_squared_norms_where_squares_leave_the_range_of_float32(device, magnitude, overwrite):
+    """Of runs of such values, a rest after the last run, and one such value among others."""
+    gradient = (values("float32", 5000) / np.abs(values("float32", 5000)).max() * magnitude).astype("float32")
+    single = np.ones(5000, np.float32)
+    single[1234] = magnitude
+    accumulators = [device.put(np.zeros(5000, np.float32)) for _ in range(2)]
+    norms = device.put(np.zeros([2, 2]))
+    device.accumulate(
+        accumulators, [device.put(each) for each in (gradient, single)], overwrite=overwrite, squared_norms=norms
+    )
+    wanted = [np.sum(wide(each) ** 2) for each in (gradient, single)]
+    np.testing.assert_allclose(device.get(norms), [wanted, wanted], rtol=2e-6)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_squared_norms_past_the_caches(device, dtype):
     """Accumulators that are stored past the caches have the norms of what they hold."""

@@ -220,6 +220,25 @@ def test_squared_norms(backend, mode, rng, overwrite, check_finite):
     np.testing.assert_allclose(found.numpy(), np.insert(wanted, 2, np.nan, axis=1), rtol=2e-6)
 
 
+def test_squared_norms_where_a_tensor_asks_for_them(backend, mode, rng):
+    """The gradients are added either way."""
+    accumulators = [tf.Variable(random(rng, shape, tf.float32)) for shape in SIZES]
+    gradients = [random(rng, shape, tf.float32) for shape in SIZES]
+
+    @mode
+    def run(wanted, *given):
+        return ops.accumulate(accumulators, given, scale=0.5, squared_norms=wanted)
+
+    for wanted in (False, True):
+        before = [each.numpy() for each in accumulators]
+        found = run(tf.constant(wanted), *[tf.constant(each) for each in gradients]).numpy()
+        for accumulator, start, gradient in zip(accumulators, before, gradients, strict=True):
+            np.testing.assert_allclose(accumulator.numpy(), start + 0.5 * gradient, rtol=1e-6)
+        sums = [[np.sum(np.square(each, dtype=np.float64)) for each in gradients]]
+        sums.append([np.sum(np.square(each.numpy(), dtype=np.float64)) for each in accumulators])
+        np.testing.assert_allclose(found, sums if wanted else np.full_like(found, np.nan), rtol=2e-6)
+
+
 def test_empty_list(backend, mode):
     assert mode(lambda: ops.accumulate([], [], check_finite=True))().numpy()
     assert mode(lambda: ops.accumulate([], [], squared_norms=True))().shape == (2, 0)

@@ -353,6 +353,27 @@ NO_CHANNELS = """
 """
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_number_of_rows_that_xla_learns_when_it_runs(rng, masked):
+    values = rng.standard_normal((9, 3)).astype(np.float32)
+    valid = tf.constant(values[:, :1] > -1)
+
+    def train(x, chosen):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            rows = tf.boolean_mask(x, chosen)[:, tf.newaxis]
+            mask = tf.boolean_mask(valid, chosen) if masked else None
+            y, moments = ops.batch_norm(rows, tf.constant([1.0, 2.0, 3.0]), None, mask=mask)
+            loss = tf.reduce_sum(y**3)
+        return y, tape.gradient(loss, x), *moments
+
+    compiled = tf.function(train, jit_compile=True)
+    for chosen in (values[:, 0] > 0, values[:, 0] < 9, values[:, 0] > 9):
+        arguments = tf.constant(values), tf.constant(chosen)
+        for actual, expected in zip(compiled(*arguments), train(*arguments), strict=True):
+            np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_no_channels():
     """Runs in a process of its own, so that a call that never returns can be stopped."""
     done = processes.run(NO_CHANNELS, timeout=60)

@@ -150,6 +150,42 @@ def test_shapes_unknown_until_run(name, jit_compile):
         run(*(tf.ones(shape, tf.bool if key == "mask" else tf.float32) for key, shape in shapes.items()))
 
 
+@pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("dy", [4, 2, 2], "dy has shape"),
+        ("rest", [2], "rest has shape.*3 channels"),
+        ("count", [3], "count must be a scalar"),
+    ],
+)
+def test_shapes_of_a_gradient_unknown_until_run(name, shape, message, jit_compile):
+    dtype = tf.int64 if name == "count" else tf.float32
+    run = tf.function(
+        lambda value: tf.nest.map_structure(tf.identity, gradient(**{name: value})),
+        input_signature=[tf.TensorSpec(None, dtype)],
+        autograph=False,
+        jit_compile=jit_compile,
+    )
+    with pytest.raises(INVALID, match=message):
+        run(tf.ones(shape, dtype))
+
+
+def test_channels_that_xla_counts_late():
+    values = tf.ones([3])
+
+    @tf.function(autograph=False, jit_compile=True)
+    def run(mask, name):
+        return forward(**({name: tf.boolean_mask(values, mask)} if name == "gamma" else {"x": late_channels(mask)}))
+
+    def late_channels(mask):
+        return tf.transpose(tf.boolean_mask(tf.ones([3, 2, 4]), mask))
+
+    for name, message in (("gamma", r"gamma is f32\[<=3\]"), ("x", r"x is f32\[4,2,<=3\]")):
+        with pytest.raises(INVALID, match=message):
+            run(tf.constant([True, True, False]), name)
+
+
 X = tf.ones([4, 2, 3])
 ONES = tf.ones([3])
 

@@ -1,5 +1,6 @@
 """The update op and squared norms: both backends in every mode, against NumPy in float32 and in float64."""
 
+import handles
 import ml_dtypes
 import numpy as np
 import pytest
@@ -400,38 +401,77 @@ def test_shapes_that_only_the_call_knows(rng):
     np.testing.assert_array_equal(variable.numpy(), [1, 2])
 
 
+INVALID = tf.errors.InvalidArgumentError
+VARIABLES = ("variables", "slots", "accumulators", "touched_rows")
 RAW = {
-    "S": ({"slots": "variables"}, "1 slots"),
-    "A": ({"accumulators": []}, "0 accumulators, 0 latest"),
-    "decays": ({"decays": []}, "0 decays"),
-    "rows_of": ({"rows_of": [0]}, "0 touched rows and 1 rows_of"),
-    "rows out of range": ({"rows_of": [7], "touched_rows": "flags"}, "rows_of must be ascending positions"),
-    "flags": ({"rows_of": [0], "touched_rows": "other flags"}, "it must be bool with a flag for each row"),
-    "a slot": ({"rule": "momentum", "slots": "other"}, "does not fit|it must be float of shape"),
-    "rate": ({"rate": [1.0]}, "rank 0|scalar"),
-    "applies": ({"applies": [True]}, "rank 0|scalar"),
-    "clip": ({"clip": -1.0}, "clip must not be negative"),
-    "uninitialized": ({"accumulators": "gone"}, "uninitialized|deleted|resource"),
+    "S": ({"slots": ["other"]}, INVALID, "1 slots"),
+    "A": ({"accumulators": []}, INVALID, "0 accumulators, 0 latest"),
+    "decays": ({"decays": []}, INVALID, "0 decays"),
+    "rows_of": ({"rows_of": [0]}, INVALID, "0 touched rows and 1 rows_of"),
+    "rows out of range": ({"rows_of": [7], "touched_rows": ["flags"]}, INVALID, "rows_of must be ascending positions"),
+    "flags of other rows": (
+        {"rows_of": [0], "touched_rows": ["other flags"]},
+        INVALID,
+        r"touched_rows\[0\].*it must be bool with a flag for each row of variables\[0\]",
+    ),
+    "flags of numbers": (
+        {"rows_of": [0], "touched_rows": ["other"]},
+        INVALID,
+        r"touched_rows\[0\].*is float.*it must be bool",
+    ),
+    "a slot": (
+        {"rule": "momentum", "slots": ["short"]},
+        INVALID,
+        r"does not fit|slots\[0\].*\[1\]; it must be float of shape \[2\]",
+    ),
+    "an accumulator of doubles": ({"accumulators": ["wide"]}, INVALID, r"accumulators\[0\].*double.*must be float"),
+    "a variable of doubles": ({"variables": ["wide"]}, INVALID, r"variables\[0\].*double.*must be float"),
+    "the same variable twice": ({"accumulators": ["variable"]}, INVALID, r"accumulators\[0\].*the same variable"),
+    "several handles in one": ({"accumulators": ["two"]}, INVALID, r"accumulators\[0\] is not one variable.*\[2\]"),
+    "latest": (
+        {"latest": [np.zeros(3, np.float32)]},
+        INVALID,
+        r"[lL]atest.*\[3\]",
+    ),
+    "scales of others": (
+        {"scales": [1.0, 2.0]},
+        INVALID,
+        "scales must be a scalar or have one for each of 1 variables",
+    ),
+    "scales of no variable": ({"scales": np.ones(0, np.float32)}, INVALID, r"scales must be .*\[0\]"),
+    "rate": ({"rate": [1.0]}, INVALID, "rank 0|rate must be a scalar"),
+    "applies": ({"applies": [True]}, INVALID, "rank 0|applies must be a scalar"),
+    "clip": ({"clip": -1.0}, INVALID, "clip must not be negative"),
+    "uninitialized": (
+        {"accumulators": ["gone"]},
+        tf.errors.FailedPreconditionError,
+        r"accumulators\[0\].*uninitialized",
+    ),
 }
 
 
+@pytest.mark.parametrize("way", ["eager", "graph", "xla"])
 @pytest.mark.parametrize("case", RAW)
-def test_malformed_calls_of_the_raw_op_fail_and_change_nothing(case):
-    """No wrapper has checked these arguments. The process survives them, and nothing is written."""
+def test_malformed_calls_of_the_raw_op_fail_and_change_nothing(case, way):
+    """No wrapper has checked these arguments. Functions learn when they run what their variables are."""
     raw = ops.library.load()[0]
-    variable, accumulator, other = tf.Variable([1.0, 2.0]), tf.Variable([1.0, 1.0]), tf.Variable([1.0])
+    variable, accumulator = tf.Variable([1.0, 2.0]), tf.Variable([1.0, 1.0])
     named = {
-        "variables": [tf.Variable([3.0, 3.0]).handle],
-        "flags": [tf.Variable([True, True]).handle],
-        "other flags": [tf.Variable([True]).handle],
-        "other": [other.handle],
-        "gone": [tf.raw_ops.VarHandleOp(dtype=tf.float32, shape=[2], shared_name="nobody made this")],
+        "variable": variable.handle,
+        "accumulator": accumulator.handle,
+        "other": handles.variable([3.0, 3.0]),
+        "short": handles.variable([1.0]),
+        "wide": handles.variable([3.0, 3.0], tf.float64),
+        "flags": handles.variable([True, True]),
+        "other flags": handles.variable([True]),
+        "gone": handles.uninitialized(tf.float32, [2]),
     }
-    changes, message = RAW[case]
+    two = handles.stacked(named["variable"], named["other"])
+    changes, error, message = RAW[case]
     arguments = {
-        "variables": [variable.handle],
+        "variables": ["variable"],
         "slots": [],
-        "accumulators": [accumulator.handle],
+        "accumulators": ["accumulator"],
         "touched_rows": [],
         "latest": [],
         "scales": 1.0,
@@ -442,14 +482,42 @@ def test_malformed_calls_of_the_raw_op_fail_and_change_nothing(case):
         "applies": True,
         "rule": "sgd",
         "decays": [False],
-        **{
-            name: named[value] if isinstance(value, str) and name != "rule" else value
-            for name, value in changes.items()
-        },
+        **changes,
     }
-    with pytest.raises((tf.errors.OpError, ValueError), match=message):
-        raw.accum_ops_update(**arguments)
+
+    def call(*given):
+        known = dict(zip(named, given, strict=True)) | {"two": two}
+        lists = {name: [known[each] for each in arguments[name]] for name in VARIABLES}
+        raw.accum_ops_update(**arguments | lists)
+
+    if way != "eager":
+        unknown = [tf.TensorSpec(None, tf.resource)] * len(named)
+        call = tf.function(call, input_signature=unknown, autograph=False, jit_compile=way == "xla")
+    with pytest.raises((error, ValueError), match=message):
+        call(*named.values())
     np.testing.assert_array_equal(variable.numpy(), [1, 2])
+    np.testing.assert_array_equal(accumulator.numpy(), [1, 1])
+
+
+def test_sizes_that_xla_knows_late():
+    """Which values a mask takes is known when it runs. Their number cannot be checked before something is written."""
+    raw = ops.library.load()[0]
+    variable = tf.Variable([1.0, 2.0])
+
+    @tf.function(jit_compile=True, autograph=False)
+    def run(mask, late):
+        gradient, scales = tf.boolean_mask([1.0, 1.0], mask), tf.boolean_mask([1.0], mask[:1])
+        raw.accum_ops_update(
+            variables=[variable.handle], slots=[], accumulators=[], touched_rows=[], rate=1.0, decay=0.0, weight=1.0,
+            latest=[gradient if late == "latest" else [1.0, 1.0]], scales=scales if late == "scales" else 1.0,
+            overwrite=False, applies=True, rule="sgd", decays=[False],
+        )  # fmt: skip
+
+    for late, message in (("latest", r"latest\[0\] is f32\[<=2\]"), ("scales", r"scales is f32\[<=1\]")):
+        for mask in ([True, True], [True, False]):
+            with pytest.raises(INVALID, match=message):
+                run(tf.constant(mask), late)
+            np.testing.assert_array_equal(variable.numpy(), [1, 2])
 
 
 @pytest.mark.parametrize("name", ["rate", "decay", "weight", "overwrite", "applies"])

@@ -62,7 +62,7 @@ def test_as_the_formulas_say(backend, mode, rng):
             add(tf.constant(float(share)), *map(tf.constant, gradients))
         close()
         norm = wanted.add(window, shares)
-        np.testing.assert_allclose(float(accumulator.state.noise.norm), norm, rtol=1e-6)
+        np.testing.assert_allclose(float(accumulator.state.notes.noise.norm), norm, rtol=1e-6)
         np.testing.assert_allclose(float(accumulator.noise_scale), wanted.scale, rtol=1e-5)
 
 
@@ -102,7 +102,7 @@ def test_micro_batches_that_are_not_finite(rng, policy):
         if bad is None or policy == "skip":
             wanted.add(window, [float(i != bad) for i in range(3)])
         else:
-            assert np.isnan(float(optimizer.accumulator.state.noise.norm))
+            assert np.isnan(float(optimizer.accumulator.state.notes.noise.norm))
     np.testing.assert_allclose(float(optimizer.accumulator.noise_scale), wanted.scale, rtol=1e-5)
 
 
@@ -118,7 +118,7 @@ def test_a_scaled_loss_is_unscaled(rng):
         for gradients in window:
             optimizer.apply([tf.constant(scale * each) for each in gradients])
         norm = wanted.add(window, [1, 1])
-    np.testing.assert_allclose(float(optimizer.accumulator.state.noise.norm), norm, rtol=1e-6)
+    np.testing.assert_allclose(float(optimizer.accumulator.state.notes.noise.norm), norm, rtol=1e-6)
     np.testing.assert_allclose(float(optimizer.accumulator.noise_scale), wanted.scale, rtol=1e-5)
 
 
@@ -133,6 +133,15 @@ def test_variables_with_sparse_gradients_are_left_out(rng):
     wanted = Averages(0.0)
     wanted.add([[each] for each in window], [1, 1])
     np.testing.assert_allclose(float(optimizer.accumulator.noise_scale), wanted.scale, rtol=1e-5)
+
+
+def test_sparse_gradients_alone_show_no_gradient():
+    optimizer = accumops.GradientAccumulateOptimizer(keras.optimizers.SGD(0.1), 2)
+    optimizer.accumulator.track_noise()
+    optimizer.build([tf.Variable(tf.zeros([50, 2]))])
+    for _ in range(2):
+        optimizer.apply([tf.IndexedSlices(tf.ones([3, 2]), tf.constant([1, 1, 7]))])
+    assert float(optimizer.accumulator.noise_scale) == np.inf
 
 
 def test_the_update_is_the_same_as_without(rng):
@@ -181,7 +190,7 @@ def test_a_linear_model_whose_noise_is_known(sizes, jit_compile):
     accumulator = accumops.GradientAccumulator(len(sizes))
     accumulator.track_noise(0.0)
     accumulator.build([tf.Variable(tf.zeros([dimensions]))], jit_compile=jit_compile)
-    noise = accumulator.state.noise
+    noise = accumulator.state.notes.noise
 
     @tf.function(jit_compile=jit_compile)
     def window(seed):

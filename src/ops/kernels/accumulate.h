@@ -34,9 +34,8 @@ struct AccumulateReport {
   // Becomes false if a gradient holds Inf or NaN, also with a scale of 0; it is never set to true.
   bool* all_finite = nullptr;
   // The sum of squares of each gradient, as it is given, and then of each accumulator, as the call
-  // leaves it: 2 * count sums. They are right to about 1e-6 of themselves, and Inf where squares
-  // overflow in float32: the pass must cost nothing. The order of the additions depends on sizes
-  // and alignments alone.
+  // leaves it: 2 * count sums. They are right to about 1e-6 of themselves, and finite exactly if
+  // all values are. The order of the additions depends on sizes and alignments alone.
   double* squared_norms = nullptr;
 };
 

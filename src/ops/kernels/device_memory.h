@@ -9,6 +9,7 @@ namespace accumops {
 
 // Each returns null, or the text of the CUDA error.
 const char* SetFlagCuda(bool* flag, bool value, CUstream_st* stream);
+const char* FillWithNanCuda(double* values, std::size_t count, CUstream_st* stream);
 const char* CopyCuda(void* to, const void* from, std::size_t bytes, CUstream_st* stream);
 
 }  // namespace accumops

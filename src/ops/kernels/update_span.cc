@@ -247,6 +247,20 @@ using Wide __attribute__((vector_size(64))) = float;
 constexpr std::int64_t kWideLanes = 16;
 constexpr std::int64_t kWideSums = 4;
 constexpr std::int64_t kSquaresRun = kWideLanes * kWideSums * 8;
+// A smaller sum may lack squares that are too small for float32, each of less than 1.2e-38, and a
+// larger one may have overflowed.
+constexpr double kLeastSquares = 1e-28;
+constexpr double kMostSquares = 1e38;
+
+// As SquaresOfRun, for values whose squares leave the range of float32.
+double WideSquaresOfRun(const float* values, float scale) {
+  double total = 0;
+  for (std::int64_t i = 0; i < kSquaresRun; ++i) {
+    const double value = static_cast<double>(values[i] * scale);
+    total += value * value;
+  }
+  return total;
+}
 
 double SquaresOfRun(const float* values, float scale) {
   Wide sums[kWideSums] = {};
@@ -261,7 +275,9 @@ double SquaresOfRun(const float* values, float scale) {
   const Wide sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   double total = 0;
   for (std::int64_t k = 0; k < kWideLanes; ++k) total += static_cast<double>(sum[k]);
-  return total;
+  // False for a NaN, too.
+  const bool in_range = total >= kLeastSquares && total <= kMostSquares;
+  return in_range ? total : WideSquaresOfRun(values, scale);
 }
 
 template <typename T>
@@ -278,8 +294,8 @@ double QuickSquaredNormOf(const T* values, std::int64_t size, float scale) {
     }
   }
   for (; i < size; ++i) {
-    const float value = scale * Widen(values[i]);
-    total += static_cast<double>(value * value);
+    const double value = static_cast<double>(scale * Widen(values[i]));
+    total += value * value;
   }
   return total;
 }

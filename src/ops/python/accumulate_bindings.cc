@@ -192,7 +192,7 @@ Args:
         or NaN. It is never set to True.
     squared_norms: None, or a writable array of float64 of shape [2, len(accumulators)], for the sum
         of squares of each gradient, as it is given, and of each accumulator, as the call leaves it,
-        to about 1e-6 of itself; on a CPU it is Inf where the square of a float32 overflows.
+        to about 1e-6 of itself. It is finite exactly if all values are.
         The same input at the same alignment gives the same bits on every run, and with any number
         of threads.
     threads: How many threads to use at most; None for one on each processor. Ignored for CUDA.

@@ -1,7 +1,10 @@
 // AccumOps>BatchNorm and its relatives on the CPU and, where the library has CUDA kernels, on GPUs:
 // check the inputs, call a launcher.
-#include "absl/strings/str_cat.h"
+#include <initializer_list>
+
 #include "batch_norm.h"
+#include "batch_norm_attributes.h"
+#include "input_checks.h"
 #include "kernel_support.h"
 #include "tensorflow/core/framework/op_kernel.h"
 
@@ -60,77 +63,48 @@ struct Gpu {
 class BatchNormOpBase : public ParallelKernel {
  public:
   explicit BatchNormOpBase(OpKernelConstruction* construction) : ParallelKernel(construction) {
-    OP_REQUIRES_OK(construction, construction->GetAttr("axis", &axis_));
-    DataType data, statistics;
-    OP_REQUIRES_OK(construction, construction->GetAttr("T", &data));
-    OP_REQUIRES_OK(construction, construction->GetAttr("U", &statistics));
-    OP_REQUIRES(construction, StatisticsType(ToDType(data)) == ToDType(statistics),
-                absl::InvalidArgumentError(absl::StrCat(
-                    "x is ", DataTypeString(data), " and its statistics are ",
-                    DataTypeString(statistics), ": they are double for double data, else float.")));
-    dtype_ = ToDType(data);
-    int masks = 0;
-    if (construction->HasAttr("mask_count")) {
-      OP_REQUIRES_OK(construction, construction->GetAttr("mask_count", &masks));
-    }
-    OP_REQUIRES(
-        construction, masks <= 1,
-        absl::InvalidArgumentError(absl::StrCat("mask_count must be 0 or 1, not ", masks, ".")));
-    if (construction->HasAttr("epsilon")) {
-      OP_REQUIRES_OK(construction, construction->GetAttr("epsilon", &epsilon_));
-      OP_REQUIRES(construction, epsilon_ >= 0,
-                  absl::InvalidArgumentError(
-                      absl::StrCat("epsilon must not be negative, not ", epsilon_, ".")));
-    }
+    OP_REQUIRES_OK(construction, attributes_.Read(*construction));
   }
 
  protected:
   absl::Status Shape(const Tensor& x, BatchNormShape* shape) const {
-    if (axis_ < 0 || axis_ >= x.dims()) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("axis is ", axis_, ", but x has shape ", x.shape().DebugString(), "."));
-    }
-    *shape = {1, x.dim_size(axis_), 1};
-    for (int i = 0; i < axis_; ++i) shape->outer *= x.dim_size(i);
-    for (int i = axis_ + 1; i < x.dims(); ++i) shape->inner *= x.dim_size(i);
+    TF_RETURN_IF_ERROR(CheckAxis(attributes_.axis, x.shape()));
+    *shape = {1, x.dim_size(attributes_.axis), 1};
+    for (int i = 0; i < attributes_.axis; ++i) shape->outer *= x.dim_size(i);
+    for (int i = attributes_.axis + 1; i < x.dims(); ++i) shape->inner *= x.dim_size(i);
     // An array without values may have any number of rows: no kernel has to go through them.
     if (shape->inner == 0) *shape = {0, shape->channels, 1};
     return absl::OkStatus();
   }
 
-  // Checks that inputs [first, last) have a value for each channel.
-  static absl::Status CheckChannels(OpKernelContext* ctx, int first, int last,
-                                    std::int64_t channels) {
-    for (int i = first; i < last; ++i) {
-      TF_RETURN_IF_ERROR(RequireChannels(i, ctx->input(i).shape(), channels));
+  // Checks that these inputs have a value for each channel.
+  static absl::Status RequireChannels(OpKernelContext* ctx,
+                                      std::initializer_list<const char*> names,
+                                      std::int64_t channels) {
+    for (const char* name : names) {
+      const Tensor* values = nullptr;
+      TF_RETURN_IF_ERROR(ctx->input(name, &values));
+      TF_RETURN_IF_ERROR(CheckChannels(name, values->shape(), channels));
     }
     return absl::OkStatus();
   }
 
   // The mask's values, or null where there is none.
   absl::Status Mask(OpKernelContext* ctx, const Tensor& x, const bool** mask) const {
-    OpInputList masks;
-    TF_RETURN_IF_ERROR(ctx->input_list("mask", &masks));
     *mask = nullptr;
-    if (masks.size() == 0) return absl::OkStatus();
-    TensorShape expected = x.shape();
-    if (axis_ != x.dims() - 1) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "A mask needs channels in the last dimension, not in ", axis_, " of ", x.dims(), "."));
-    }
-    expected.RemoveLastDims(1);
-    if (masks[0].shape() != expected) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("mask has shape ", masks[0].shape().DebugString(), "; for x of shape ",
-                       x.shape().DebugString(), " it must be ", expected.DebugString(), "."));
-    }
-    *mask = static_cast<const bool*>(masks[0].data());
+    if (attributes_.masks == 0) return absl::OkStatus();
+    const Tensor* given = nullptr;  // the one item of its list
+    TF_RETURN_IF_ERROR(ctx->input("mask", &given));
+    TF_RETURN_IF_ERROR(CheckMask(attributes_.axis, x.shape(), given->shape()));
+    *mask = static_cast<const bool*>(given->data());
     return absl::OkStatus();
   }
 
-  int axis_ = 0;
-  float epsilon_ = 0;
-  DType dtype_ = DType::kFloat32;
+  DType dtype() const { return ToDType(attributes_.data); }
+  double epsilon() const { return static_cast<double>(attributes_.epsilon); }
+
+ private:
+  BatchNormAttributes attributes_;
 };
 
 // Output 0: in the memory of an input that nothing else reads, where the device allows it.
@@ -150,7 +124,7 @@ class BatchNormOp : public BatchNormOpBase {
     const Tensor& x = ctx->input(0);
     BatchNormForward args = {};
     OP_REQUIRES_OK(ctx, Shape(x, &args.shape));
-    OP_REQUIRES_OK(ctx, CheckChannels(ctx, 1, 3, args.shape.channels));
+    OP_REQUIRES_OK(ctx, RequireChannels(ctx, {"gamma", "beta"}, args.shape.channels));
     OP_REQUIRES_OK(ctx, Mask(ctx, x, &args.mask));
     Tensor* outputs[6];
     for (int i = 0; i < 6; ++i) {
@@ -159,12 +133,12 @@ class BatchNormOp : public BatchNormOpBase {
                                          : TensorShape({args.shape.channels});
       OP_REQUIRES_OK(ctx, ctx->allocate_output(i, shape, &outputs[i]));
     }
-    args.dtype = dtype_;
+    args.dtype = dtype();
     args.x = x.data();
     args.y = outputs[0]->data();
     args.gamma = ctx->input(1).data();
     args.beta = ctx->input(2).data();
-    args.epsilon = static_cast<double>(epsilon_);
+    args.epsilon = epsilon();
     args.statistics = {outputs[1]->data(), outputs[2]->data(), outputs[3]->data(),
                        outputs[4]->data()};
     args.count = outputs[5]->scalar<std::int64_t>().data();
@@ -182,11 +156,9 @@ class BatchNormGradOp : public BatchNormOpBase {
     const Tensor& x = ctx->input(1);
     BatchNormGradient args = {};
     OP_REQUIRES_OK(ctx, Shape(x, &args.shape));
-    OP_REQUIRES(ctx, dy.shape() == x.shape(),
-                absl::InvalidArgumentError(absl::StrCat("dy has shape ", dy.shape().DebugString(),
-                                                        " and x has shape ",
-                                                        x.shape().DebugString(), ".")));
-    OP_REQUIRES_OK(ctx, CheckChannels(ctx, 2, 6, args.shape.channels));
+    OP_REQUIRES_OK(ctx, CheckGradient(dy.shape(), x.shape()));
+    OP_REQUIRES_OK(ctx,
+                   RequireChannels(ctx, {"gamma", "mean", "rest", "inverse"}, args.shape.channels));
     const Tensor* count = nullptr;
     OP_REQUIRES_OK(ctx, RequireScalar(ctx, "count", &count));
     OP_REQUIRES_OK(ctx, Mask(ctx, x, &args.mask));
@@ -195,7 +167,7 @@ class BatchNormGradOp : public BatchNormOpBase {
     for (int i = 1; i < 3; ++i) {
       OP_REQUIRES_OK(ctx, ctx->allocate_output(i, TensorShape({args.shape.channels}), &outputs[i]));
     }
-    args.dtype = dtype_;
+    args.dtype = dtype();
     args.x = x.data();
     args.dy = dy.data();
     args.dx = outputs[0]->data();
@@ -217,17 +189,18 @@ class BatchNormInferenceOp : public BatchNormOpBase {
     const Tensor& x = ctx->input(0);
     BatchNormInference args = {};
     OP_REQUIRES_OK(ctx, Shape(x, &args.shape));
-    OP_REQUIRES_OK(ctx, CheckChannels(ctx, 1, 5, args.shape.channels));
+    OP_REQUIRES_OK(
+        ctx, RequireChannels(ctx, {"gamma", "beta", "mean", "variance"}, args.shape.channels));
     Tensor* y = nullptr;
     OP_REQUIRES_OK(ctx, InPlaceOf<Launchers>(ctx, 0, &y));
-    args.dtype = dtype_;
+    args.dtype = dtype();
     args.x = x.data();
     args.y = y->data();
     args.gamma = ctx->input(1).data();
     args.beta = ctx->input(2).data();
     args.mean = ctx->input(3).data();
     args.variance = ctx->input(4).data();
-    args.epsilon = static_cast<double>(epsilon_);
+    args.epsilon = epsilon();
     OP_REQUIRES_OK(ctx, Launchers::Inference(ctx, args));
   }
 };

@@ -1,9 +1,10 @@
 // AccumOps>BatchNorm and its relatives lowered to XLA, for functions with jit_compile=True.
 #include <cstdint>
+#include <initializer_list>
 #include <vector>
 
-#include "absl/strings/str_cat.h"
-#include "kernel_support.h"
+#include "batch_norm_attributes.h"
+#include "input_checks.h"
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "tensorflow/compiler/tf2xla/xla_op_registry.h"
 #include "xla/hlo/builder/lib/constants.h"
@@ -17,11 +18,14 @@ xla::PrimitiveType WideType(DataType dtype) {
   return dtype == tensorflow::DT_DOUBLE ? xla::F64 : xla::F32;
 }
 
+// All sizes may be known late: how many values a channel has is read when it runs.
+constexpr Dimensions kNone = {0, 0};
+
 // An array, the dimension of its channels, and its values in the statistics' type.
 class Channels {
  public:
   Channels(xla::XlaOp x, const TensorShape& shape, int axis, xla::PrimitiveType type)
-      : builder_(x.builder()), axis_(axis), type_(type), values_(Widen(x)) {
+      : builder_(x.builder()), x_(x), axis_(axis), type_(type), values_(Widen(x)) {
     for (int i = 0; i < shape.dims(); ++i) {
       sizes_.push_back(shape.dim_size(i));
       if (i != axis) others_.push_back(i);
@@ -43,14 +47,19 @@ class Channels {
     return Widen(xla::Reduce(xla::ConvertElementType(values, xla::F64),
                              xla::Zero(builder_, xla::F64), accumops::Sum(xla::F64), others_));
   }
-  std::int64_t count() const {
-    std::int64_t count = 1;
-    for (const std::int64_t i : others_) count *= sizes_[i];
+  // How many values a channel has. A size that XLA learns when it runs is read then; others are
+  // constants.
+  xla::XlaOp count() const {
+    xla::XlaOp count = xla::One(builder_, xla::S64);
+    for (const std::int64_t i : others_) {
+      count = count * xla::ConvertElementType(xla::GetDimensionSize(x_, i), xla::S64);
+    }
     return count;
   }
 
  private:
   xla::XlaBuilder* builder_;
+  xla::XlaOp x_;
   std::vector<std::int64_t> sizes_;
   std::vector<std::int64_t> others_;
   std::int64_t axis_;
@@ -61,66 +70,36 @@ class Channels {
 class BatchNormXlaOp : public XlaOpKernel {
  public:
   explicit BatchNormXlaOp(OpKernelConstruction* construction) : XlaOpKernel(construction) {
-    OP_REQUIRES_OK(construction, construction->GetAttr("axis", &axis_));
-    OP_REQUIRES_OK(construction, construction->GetAttr("U", &statistics_));
-    DataType data;
-    OP_REQUIRES_OK(construction, construction->GetAttr("T", &data));
-    OP_REQUIRES(
-        construction, WideType(data) == WideType(statistics_),
-        absl::InvalidArgumentError(absl::StrCat(
-            "x is ", DataTypeString(data), " and its statistics are ", DataTypeString(statistics_),
-            ": they are double for double data, else float.")));
-    if (construction->HasAttr("epsilon")) {
-      OP_REQUIRES_OK(construction, construction->GetAttr("epsilon", &epsilon_));
-      OP_REQUIRES(construction, epsilon_ >= 0,
-                  absl::InvalidArgumentError(
-                      absl::StrCat("epsilon must not be negative, not ", epsilon_, ".")));
-    }
-    if (construction->HasAttr("mask_count")) {
-      OP_REQUIRES_OK(construction, construction->GetAttr("mask_count", &masks_));
-    }
-    OP_REQUIRES(
-        construction, masks_ <= 1,
-        absl::InvalidArgumentError(absl::StrCat("mask_count must be 0 or 1, not ", masks_, ".")));
+    OP_REQUIRES_OK(construction, attributes_.Read(*construction));
   }
 
  protected:
-  xla::PrimitiveType type() const { return WideType(statistics_); }
+  xla::PrimitiveType type() const { return WideType(attributes_.statistics); }
   xla::XlaOp Scalar(XlaOpKernelContext* ctx, double value) const {
     return xla::ConvertElementType(xla::ConstantR0<double>(ctx->builder(), value), type());
   }
   xla::XlaOp Inverse(XlaOpKernelContext* ctx, xla::XlaOp variance) const {
-    return xla::Rsqrt(variance + Scalar(ctx, static_cast<double>(epsilon_)));
+    return xla::Rsqrt(variance + Scalar(ctx, static_cast<double>(attributes_.epsilon)));
   }
-  // The array at `input`, its shape checked against vectors at [first, last) and a mask at `last`.
-  absl::StatusOr<Channels> Read(XlaOpKernelContext* ctx, int input, int first, int last) const {
-    const TensorShape shape = InputTensorShape(ctx, input);
-    if (axis_ < 0 || axis_ >= shape.dims()) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("axis is ", axis_, ", but x has shape ", shape.DebugString(), "."));
+  // The array at x. Checks its shape, those of inputs with a value for each channel, and the
+  // mask's.
+  absl::StatusOr<Channels> Read(XlaOpKernelContext* ctx,
+                                std::initializer_list<const char*> names) const {
+    const int axis = attributes_.axis;
+    const TensorShape shape = InputTensorShape(ctx, "x", {axis, axis + 1});
+    TF_RETURN_IF_ERROR(CheckAxis(axis, shape));
+    for (const char* name : names) {
+      TF_RETURN_IF_ERROR(CheckChannels(name, InputTensorShape(ctx, name), shape.dim_size(axis)));
     }
-    for (int i = first; i < last; ++i) {
-      TF_RETURN_IF_ERROR(RequireChannels(i, InputTensorShape(ctx, i), shape.dim_size(axis_)));
+    if (has_mask()) {
+      TF_RETURN_IF_ERROR(CheckMask(axis, shape, InputTensorShape(ctx, "mask", kNone)));
     }
-    return Channels(ctx->Input(input), shape, axis_, type());
+    return Channels(ctx->Input("x"), shape, axis, type());
   }
-  absl::Status CheckMask(XlaOpKernelContext* ctx, int input, int x) const {
-    TensorShape expected = InputTensorShape(ctx, x);
-    if (axis_ != expected.dims() - 1) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("A mask needs channels in the last dimension, ", "not in ", axis_, "."));
-    }
-    expected.RemoveLastDims(1);
-    if (InputTensorShape(ctx, input) == expected) return absl::OkStatus();
-    return absl::InvalidArgumentError(absl::StrCat("mask has shape ",
-                                                   InputTensorShape(ctx, input).DebugString(),
-                                                   "; it must be ", expected.DebugString(), "."));
-  }
+  bool has_mask() const { return attributes_.masks > 0; }
 
-  int axis_ = 0;
-  int masks_ = 0;
-  float epsilon_ = 0;
-  DataType statistics_ = tensorflow::DT_FLOAT;
+ private:
+  BatchNormAttributes attributes_;
 };
 
 class ForwardXlaOp : public BatchNormXlaOp {
@@ -128,19 +107,18 @@ class ForwardXlaOp : public BatchNormXlaOp {
   using BatchNormXlaOp::BatchNormXlaOp;
 
   void Compile(XlaOpKernelContext* ctx) override {
-    const auto channels = Read(ctx, 0, 1, 3);
+    const auto channels = Read(ctx, {"gamma", "beta"});
     OP_REQUIRES_OK(ctx, channels.status());
     const Channels& x = *channels;
-    xla::XlaOp count = xla::ConstantR0<std::int64_t>(ctx->builder(), x.count());
-    if (masks_ > 0) {
-      OP_REQUIRES_OK(ctx, CheckMask(ctx, 3, 0));
-      const xla::XlaOp mask = xla::ConvertElementType(ctx->Input(3), xla::S64);
+    xla::XlaOp count = x.count();
+    if (has_mask()) {
+      const xla::XlaOp mask = xla::ConvertElementType(ctx->Input("mask"), xla::S64);
       count = xla::ReduceAll(mask, xla::Zero(ctx->builder(), xla::S64), Sum(xla::S64));
     }
     const auto mean_of = [&](xla::XlaOp values) {
       const xla::XlaOp size =
           x.Widen(xla::Max(count, xla::ConstantR0<std::int64_t>(ctx->builder(), 1)));
-      return x.Sum(masks_ > 0 ? x.Masked(values, ctx->Input(3)) : values) / size;
+      return x.Sum(has_mask() ? x.Masked(values, ctx->Input("mask")) : values) / size;
     };
     const xla::XlaOp mean = mean_of(x.values());
     const xla::XlaOp rest = mean_of(x.values() - x.Spread(mean));
@@ -163,12 +141,11 @@ class GradientXlaOp : public BatchNormXlaOp {
   using BatchNormXlaOp::BatchNormXlaOp;
 
   void Compile(XlaOpKernelContext* ctx) override {
-    const auto channels = Read(ctx, 1, 2, 6);
+    const auto channels = Read(ctx, {"gamma", "mean", "rest", "inverse"});
     OP_REQUIRES_OK(ctx, channels.status());
-    OP_REQUIRES(ctx, InputTensorShape(ctx, 0) == InputTensorShape(ctx, 1),
-                absl::InvalidArgumentError(absl::StrCat(
-                    "dy has shape ", InputTensorShape(ctx, 0).DebugString(), " and x has shape ",
-                    InputTensorShape(ctx, 1).DebugString(), ".")));
+    OP_REQUIRES_OK(
+        ctx, CheckGradient(InputTensorShape(ctx, "dy", kNone), InputTensorShape(ctx, "x", kNone)));
+    OP_REQUIRES_OK(ctx, RequireScalar(ctx, "count"));
     const Channels& x = *channels;
     const xla::XlaOp dy = x.Widen(ctx->Input(0));
     const xla::XlaOp inverse = ctx->Input(5);
@@ -182,10 +159,7 @@ class GradientXlaOp : public BatchNormXlaOp {
     const xla::XlaOp share =
         xla::Select(xla::Gt(count, zero), xla::One(ctx->builder(), type()) / count, zero);
     xla::XlaOp through = (x.Spread(dbeta) + normal * x.Spread(dgamma)) * share;
-    if (masks_ > 0) {
-      OP_REQUIRES_OK(ctx, CheckMask(ctx, 7, 1));
-      through = x.Masked(through, ctx->Input(7));
-    }
+    if (has_mask()) through = x.Masked(through, ctx->Input("mask"));
     const xla::XlaOp dx = x.Spread(ctx->Input(2) * inverse) * (dy - through);
     ctx->SetOutput(0, xla::ConvertElementType(dx, ctx->input_xla_type(1)));
     ctx->SetOutput(1, dgamma);
@@ -198,7 +172,7 @@ class InferenceXlaOp : public BatchNormXlaOp {
   using BatchNormXlaOp::BatchNormXlaOp;
 
   void Compile(XlaOpKernelContext* ctx) override {
-    const auto channels = Read(ctx, 0, 1, 5);
+    const auto channels = Read(ctx, {"gamma", "beta", "mean", "variance"});
     OP_REQUIRES_OK(ctx, channels.status());
     const Channels& x = *channels;
     const xla::XlaOp scale = ctx->Input(1) * Inverse(ctx, ctx->Input(4));

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "absl/strings/str_cat.h"
+#include "input_checks.h"
 #if defined(ACCUMOPS_CUDA)
 #include "device_memory.h"
 #include "tensorflow/core/framework/device_base.h"
@@ -29,16 +30,7 @@ PoolExecutor::PoolExecutor(OpKernelContext* ctx)
 
 absl::Status RequireScalar(OpKernelContext* ctx, const char* name, const Tensor** scalar) {
   TF_RETURN_IF_ERROR(ctx->input(name, scalar));
-  if ((*scalar)->dims() == 0) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat(name, " must be a scalar, not of shape ",
-                                                 (*scalar)->shape().DebugString(), "."));
-}
-
-absl::Status RequireChannels(int input, const TensorShape& shape, std::int64_t channels) {
-  if (shape == TensorShape({channels})) return absl::OkStatus();
-  return absl::InvalidArgumentError(
-      absl::StrCat("Input ", input, " has shape ", shape.DebugString(),
-                   "; it must have a value for each of ", channels, " channels."));
+  return CheckScalar(name, (*scalar)->shape());
 }
 
 absl::Status CopyOnHost(OpKernelContext*, void* to, const void* from, std::size_t bytes) {

@@ -1,4 +1,4 @@
-// What the ops' kernels share: types, checks of inputs, threads, streams.
+// What the ops' kernels share: types, reading inputs, threads, streams.
 #pragma once
 
 #include <cstddef>
@@ -47,8 +47,6 @@ class ParallelKernel : public tensorflow::OpKernel {
 
 // Reads the input `name`, which must be a scalar.
 absl::Status RequireScalar(OpKernelContext* ctx, const char* name, const Tensor** scalar);
-// Checks that the input at this position, of this shape, has a value for each channel.
-absl::Status RequireChannels(int input, const TensorShape& shape, std::int64_t channels);
 
 absl::Status CopyOnHost(OpKernelContext* ctx, void* to, const void* from, std::size_t bytes);
 

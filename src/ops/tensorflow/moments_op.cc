@@ -1,4 +1,5 @@
 // AccumOps>MergeMoments: its signature, and the shapes that can be checked when a graph is built.
+#include "shape_support.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/shape_inference.h"
@@ -10,6 +11,7 @@ using ::tensorflow::shape_inference::InferenceContext;
 using ::tensorflow::shape_inference::ShapeHandle;
 
 absl::Status MergeMomentsShapes(InferenceContext* c) {
+  TF_RETURN_IF_ERROR(RequireOneVariableEach(c, {"window", "moving"}));
   std::vector<ShapeHandle> shapes;
   ShapeHandle channels = c->UnknownShapeOfRank(1), unused;
   TF_RETURN_IF_ERROR(c->input("moments", &shapes));

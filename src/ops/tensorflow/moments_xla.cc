@@ -1,5 +1,8 @@
 // AccumOps>MergeMoments lowered to XLA, for functions with jit_compile=True.
+#include <vector>
+
 #include "absl/strings/str_cat.h"
+#include "input_checks.h"
 #include "moments.h"
 #include "moments_attributes.h"
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
@@ -7,6 +10,7 @@
 #include "xla/hlo/builder/lib/constants.h"
 #include "xla/hlo/builder/xla_builder.h"
 #include "xla_support.h"
+#include "xla_variable_list.h"
 
 namespace accumops {
 namespace {
@@ -20,36 +24,19 @@ class MergeMomentsXlaOp : public XlaOpKernel {
   }
 
   void Compile(XlaOpKernelContext* ctx) override {
-    xla::XlaBuilder* builder = ctx->builder();
-    const int count = attributes_.window + attributes_.moving;
+    XlaVariableList variables(ctx);
+    OP_REQUIRES_OK(ctx, variables.Add({"window", "moving"}));
+    const int count = attributes_.window + attributes_.moving;  // its input
     const int moments = count + attributes_.batches;
-    TensorShape shape;
-    DataType moving_type = tensorflow::DT_FLOAT;
-    if (attributes_.moving != 0) {
-      OP_REQUIRES_OK(ctx, ctx->GetVariableTypeAndShape(attributes_.window, &moving_type, &shape));
-      OP_REQUIRES(ctx, moving_type == tensorflow::DT_FLOAT || moving_type == tensorflow::DT_DOUBLE,
-                  absl::InvalidArgumentError(absl::StrCat("Moving statistics are ",
-                                                          DataTypeString(moving_type),
-                                                          "; they must be float or double.")));
+    std::vector<TensorShape> shapes;
+    for (int i = 0; i < 3 * attributes_.batches; ++i) {
+      shapes.push_back(InputTensorShape(ctx, moments + i, absl::StrCat("moments[", i, "]")));
     }
-    if (attributes_.batches != 0) {
-      shape = InputTensorShape(ctx, moments);
-      OP_REQUIRES_OK(ctx, RequireScalarInput(ctx, count, "count"));
-      for (int i = 1; i < 3; ++i) {
-        const TensorShape other = InputTensorShape(ctx, moments + i);
-        OP_REQUIRES(ctx, other == shape,
-                    absl::InvalidArgumentError(
-                        absl::StrCat("Moments have shapes ", shape.DebugString(), " and ",
-                                     other.DebugString(), "; all must have the same.")));
-      }
-    }
-    if (attributes_.moving != 0) {
-      OP_REQUIRES_OK(ctx, RequireScalarInput(ctx, moments + 3 * attributes_.batches, "momentum"));
-    }
-    OP_REQUIRES(ctx, shape.dims() == 1,
-                absl::InvalidArgumentError(absl::StrCat("Moments have shape ", shape.DebugString(),
-                                                        "; they must be vectors.")));
-    const std::int64_t channels = shape.dim_size(0);
+    std::int64_t channels = 0;
+    OP_REQUIRES_OK(ctx, CheckMoments(variables, attributes_, shapes, &channels));
+    OP_REQUIRES_OK(ctx, RequireScalar(ctx, "momentum"));
+    if (attributes_.batches != 0) OP_REQUIRES_OK(ctx, RequireScalar(ctx, "count"));
+    xla::XlaBuilder* builder = ctx->builder();
     const auto row = [&](xla::XlaOp values, std::int64_t i) {
       return xla::Reshape(xla::Slice(values, {i, 0}, {i + 1, channels}, {1, 1}), {channels});
     };
@@ -63,10 +50,8 @@ class MergeMomentsXlaOp : public XlaOpKernel {
     xla::XlaOp centred = mean;
     if (attributes_.window != 0) {
       xla::XlaOp counters, values;
-      OP_REQUIRES_OK(ctx, ReadVariable(ctx, 0, tensorflow::DT_INT64,
-                                       TensorShape({MomentsWindow::kCounters}), &counters));
-      OP_REQUIRES_OK(
-          ctx, ReadVariable(ctx, 1, tensorflow::DT_DOUBLE, TensorShape({2, channels}), &values));
+      OP_REQUIRES_OK(ctx, variables.Read(0, &counters));
+      OP_REQUIRES_OK(ctx, variables.Read(1, &values));
       before = value(counters, MomentsWindow::kValues);
       calls = value(counters, MomentsWindow::kCalls) + xla::One(builder, xla::S64);
       limit = value(counters, MomentsWindow::kLimit);
@@ -99,19 +84,20 @@ class MergeMomentsXlaOp : public XlaOpKernel {
       const xla::XlaOp size = xla::Max(Wide(total), xla::One(builder, xla::F64));
       const xla::XlaOp targets[2] = {mean, centred / size};
       xla::XlaOp moved[2];
-      for (int i = 0; i < 2; ++i) {
+      const auto moving = static_cast<std::size_t>(attributes_.window);
+      const bool wide = variables.dtype(moving) == tensorflow::DT_DOUBLE;
+      for (std::size_t i = 0; i < 2; ++i) {
         xla::XlaOp old;
-        OP_REQUIRES_OK(ctx, ReadVariable(ctx, attributes_.window + i, moving_type, shape, &old));
+        OP_REQUIRES_OK(ctx, variables.Read(moving + i, &old));
         const auto like = [&](xla::XlaOp x) {
-          return xla::ConvertElementType(
-              x, moving_type == tensorflow::DT_DOUBLE ? xla::F64 : xla::F32);
+          return xla::ConvertElementType(x, wide ? xla::F64 : xla::F32);
         };
-        const xla::XlaOp momentum = ctx->Input(moments + 3 * attributes_.batches);
+        const xla::XlaOp momentum = ctx->Input("momentum");
         const xla::XlaOp rest = xla::One(builder, xla::F64) - momentum;
         moved[i] = xla::Select(moves, old * like(momentum) + like(targets[i]) * like(rest), old);
       }
-      for (int i = 0; i < 2; ++i) {
-        OP_REQUIRES_OK(ctx, ctx->AssignVariable(attributes_.window + i, moving_type, moved[i]));
+      for (std::size_t i = 0; i < 2; ++i) {
+        OP_REQUIRES_OK(ctx, variables.Assign(moving + i, moved[i]));
       }
     }
     if (attributes_.window != 0) {
@@ -123,26 +109,12 @@ class MergeMomentsXlaOp : public XlaOpKernel {
                            0);
       const xla::XlaOp values = xla::ConcatInDim(
           builder, {xla::Reshape(mean, {1, channels}), xla::Reshape(centred, {1, channels})}, 0);
-      OP_REQUIRES_OK(ctx, ctx->AssignVariable(0, tensorflow::DT_INT64, counters));
-      OP_REQUIRES_OK(ctx, ctx->AssignVariable(1, tensorflow::DT_DOUBLE, values));
+      OP_REQUIRES_OK(ctx, variables.Assign(0, counters));
+      OP_REQUIRES_OK(ctx, variables.Assign(1, values));
     }
   }
 
  private:
-  static absl::Status ReadVariable(XlaOpKernelContext* ctx, int input, DataType dtype,
-                                   const TensorShape& expected, xla::XlaOp* value) {
-    DataType found_type;
-    TensorShape found;
-    TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(input, &found_type, &found));
-    if (found_type != dtype || found != expected) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("Input ", input, " of MergeMoments is ", DataTypeString(found_type),
-                       " of shape ", found.DebugString(), "; it must be ", DataTypeString(dtype),
-                       " of shape ", expected.DebugString(), "."));
-    }
-    return ctx->ReadVariableInput(input, dtype, &found, value);
-  }
-
   MomentsAttributes attributes_;
 };
 

@@ -2,7 +2,7 @@
 // GPUs: check the inputs, call a launcher.
 #include <vector>
 
-#include "absl/strings/str_cat.h"
+#include "input_checks.h"
 #include "kernel_support.h"
 #include "squared_norm.h"
 #include "tensorflow/core/framework/op_kernel.h"
@@ -64,8 +64,6 @@ class UpdateInputs {
   UpdateScalars Scalars() const;
 
  private:
-  absl::Status ReadScales(OpKernelContext* ctx);
-  absl::Status CheckShapes() const;
   std::size_t slot(int slot, int i) const {
     return static_cast<std::size_t>((slot + 1) * attributes_.count + i);
   }
@@ -92,58 +90,15 @@ absl::Status UpdateInputs::Read(OpKernelContext* ctx) {
   TF_RETURN_IF_ERROR(RequireScalar(ctx, "weight", &weight_));
   TF_RETURN_IF_ERROR(RequireScalar(ctx, "overwrite", &overwrite_));
   TF_RETURN_IF_ERROR(RequireScalar(ctx, "applies", &applies_));
-  TF_RETURN_IF_ERROR(ReadScales(ctx));
+  TF_RETURN_IF_ERROR(ctx->input("scales", &scales_));
+  TF_RETURN_IF_ERROR(CheckScales(scales_->shape(), attributes_.count));
   for (const char* name : {"variables", "slots", "accumulators", "touched_rows"}) {
     TF_RETURN_IF_ERROR(variables_.Add(ctx, name));
   }
   TF_RETURN_IF_ERROR(variables_.Lock());
-  return CheckShapes();
-}
-
-absl::Status UpdateInputs::ReadScales(OpKernelContext* ctx) {
-  TF_RETURN_IF_ERROR(ctx->input("scales", &scales_));
-  if (scales_->dims() != 0 && scales_->shape() != TensorShape({attributes_.count})) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("scales must be a scalar or have one for each of ", attributes_.count,
-                     " variables, not be of shape ", scales_->shape().DebugString(), "."));
-  }
-  return absl::OkStatus();
-}
-
-absl::Status UpdateInputs::CheckShapes() const {
-  const int count = attributes_.count;
-  const int alike = count + attributes_.slots + attributes_.accumulators;
-  for (int i = 0; i < alike; ++i) {
-    const Tensor& tensor = variables_.tensor(static_cast<std::size_t>(i));
-    const Tensor& variable = variables_.tensor(static_cast<std::size_t>(i % count));
-    if (tensor.dtype() != tensorflow::DT_FLOAT || tensor.shape() != variable.shape()) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(variables_.Describe(static_cast<std::size_t>(i)), " is ",
-                       DataTypeString(tensor.dtype()), " of shape ", tensor.shape().DebugString(),
-                       "; it must be float of shape ", variable.shape().DebugString(), "."));
-    }
-  }
+  TF_RETURN_IF_ERROR(CheckUpdate(variables_, attributes_));
   for (int i = 0; i < latest_.size(); ++i) {
-    const Tensor& variable = variables_.tensor(static_cast<std::size_t>(i));
-    if (latest_[i].shape() != variable.shape()) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(variables_.Describe(static_cast<std::size_t>(i)), " has shape ",
-                       variable.shape().DebugString(), " but latest[", i, "] has shape ",
-                       latest_[i].shape().DebugString(), "."));
-    }
-  }
-  for (std::size_t i = 0; i < attributes_.rows_of.size(); ++i) {
-    const Tensor& variable = variables_.tensor(static_cast<std::size_t>(attributes_.rows_of[i]));
-    const std::size_t flags_of = flags(static_cast<int>(i));
-    const Tensor& touched = variables_.tensor(flags_of);
-    if (touched.dtype() != tensorflow::DT_BOOL || variable.dims() == 0 ||
-        touched.shape() != TensorShape({variable.dim_size(0)})) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          variables_.Describe(flags_of), " is ", DataTypeString(touched.dtype()), " of shape ",
-          touched.shape().DebugString(), "; it must be bool with a flag for each row of ",
-          variables_.Describe(static_cast<std::size_t>(attributes_.rows_of[i])), ", of shape ",
-          variable.shape().DebugString(), "."));
-    }
+    TF_RETURN_IF_ERROR(CheckLatest(variables_, static_cast<std::size_t>(i), latest_[i].shape()));
   }
   return absl::OkStatus();
 }

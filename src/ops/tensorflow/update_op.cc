@@ -1,6 +1,7 @@
 // AccumOps>Update and AccumOps>SquaredNorms: their signatures, and the shapes that can be checked
 // when a graph is built.
 #include "absl/strings/str_cat.h"
+#include "shape_support.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/shape_inference.h"
@@ -12,15 +13,11 @@ namespace {
 using ::tensorflow::shape_inference::InferenceContext;
 using ::tensorflow::shape_inference::ShapeHandle;
 
-// The shape of the variable behind input `index`, as far as it is known.
-ShapeHandle VariableShape(InferenceContext* c, int index) {
-  const auto* data = c->input_handle_shapes_and_types(index);
-  return data == nullptr || data->empty() ? c->UnknownShape() : data->front().shape;
-}
-
 absl::Status UpdateShapes(InferenceContext* c) {
   UpdateAttributes attributes;
   TF_RETURN_IF_ERROR(attributes.Read(*c));
+  TF_RETURN_IF_ERROR(
+      RequireOneVariableEach(c, {"variables", "slots", "accumulators", "touched_rows"}));
   const int count = attributes.count;
   // Slots and accumulators, and then the latest gradients, are lists beside the variables.
   const int beside = count + attributes.slots + attributes.accumulators;

@@ -2,17 +2,17 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "input_checks.h"
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "tensorflow/compiler/tf2xla/xla_op_registry.h"
 #include "update_attributes.h"
 #include "xla/hlo/builder/lib/constants.h"
 #include "xla/hlo/builder/xla_builder.h"
 #include "xla_support.h"
+#include "xla_variable_list.h"
 
 namespace accumops {
 namespace {
-
-constexpr DataType kFloat = tensorflow::DT_FLOAT;
 
 // The new values of a variable and of its slots.
 struct Step {
@@ -27,80 +27,58 @@ class UpdateXlaOp : public XlaOpKernel {
   }
 
   void Compile(XlaOpKernelContext* ctx) override {
-    int scalar = LatestInput(attributes_.has_latest ? attributes_.count : 0) + 1;  // after `scales`
     for (const char* name : {"rate", "decay", "weight", "overwrite", "applies"}) {
-      OP_REQUIRES_OK(ctx, RequireScalarInput(ctx, scalar++, name));
+      OP_REQUIRES_OK(ctx, RequireScalar(ctx, name));
     }
+    OP_REQUIRES_OK(ctx, CheckScales(InputTensorShape(ctx, "scales"), attributes_.count));
+    XlaVariableList variables(ctx);
+    OP_REQUIRES_OK(ctx, variables.Add({"variables", "slots", "accumulators", "touched_rows"}));
+    OP_REQUIRES_OK(ctx, CheckUpdate(variables, attributes_));
     // Every input is read and checked before the first variable is assigned.
     std::vector<Step> steps;
     for (int i = 0; i < attributes_.count; ++i) {
       Step step;
-      OP_REQUIRES_OK(ctx, MakeStep(ctx, i, &step));
+      OP_REQUIRES_OK(ctx, MakeStep(ctx, variables, i, &step));
       steps.push_back(step);
     }
     for (int i = 0; i < attributes_.count; ++i) {
       const Step& step = steps[static_cast<std::size_t>(i)];
-      OP_REQUIRES_OK(ctx, ctx->AssignVariable(i, kFloat, step.value));
+      OP_REQUIRES_OK(ctx, variables.Assign(static_cast<std::size_t>(i), step.value));
       for (std::size_t s = 0; s < step.slots.size(); ++s) {
-        OP_REQUIRES_OK(ctx, ctx->AssignVariable(SlotInput(s, i), kFloat, step.slots[s]));
+        OP_REQUIRES_OK(ctx, variables.Assign(Slot(s, i), step.slots[s]));
       }
     }
   }
 
  private:
-  int SlotInput(std::size_t slot, int i) const {
-    return (static_cast<int>(slot) + 1) * attributes_.count + i;
+  // The positions among the variables, and the input of a latest gradient.
+  std::size_t Slot(std::size_t slot, int i) const {
+    return (slot + 1) * static_cast<std::size_t>(attributes_.count) + static_cast<std::size_t>(i);
   }
-  int AccumulatorInput(int i) const { return attributes_.count + attributes_.slots + i; }
-
-  // The flags' input, or -1 where all rows are updated.
-  int FlagsInput(int i) const {
-    for (std::size_t k = 0; k < attributes_.rows_of.size(); ++k) {
-      if (attributes_.rows_of[k] == i) {
-        return AccumulatorInput(attributes_.accumulators) + static_cast<int>(k);
-      }
-    }
-    return -1;
+  std::size_t Accumulator(int i) const {
+    return static_cast<std::size_t>(attributes_.count + attributes_.slots + i);
   }
   int LatestInput(int i) const {
-    return AccumulatorInput(attributes_.accumulators) +
-           static_cast<int>(attributes_.rows_of.size()) + i;
+    return static_cast<int>(Accumulator(attributes_.accumulators) + attributes_.rows_of.size()) + i;
   }
 
-  // Reads a variable, which has to be float, and of `shape` where the shape is `known` already.
-  static absl::Status ReadFloat(XlaOpKernelContext* ctx, int input, TensorShape* shape, bool known,
-                                xla::XlaOp* value) {
-    DataType dtype;
-    TensorShape found;
-    TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(input, &dtype, &found));
-    if (dtype != kFloat || (known && found != *shape)) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("Input ", input, " of Update is ", DataTypeString(dtype), " of shape ",
-                       found.DebugString(), "; it must be float",
-                       known ? absl::StrCat(" of shape ", shape->DebugString()) : "", "."));
-    }
-    *shape = found;
-    return ctx->ReadVariableInput(input, dtype, &found, value);
-  }
-
-  absl::Status Gradient(XlaOpKernelContext* ctx, int i, TensorShape shape, xla::XlaOp* gradient) {
+  absl::Status Gradient(XlaOpKernelContext* ctx, const XlaVariableList& variables, int i,
+                        xla::XlaOp* gradient) const {
+    const TensorShape& shape = variables.shape(static_cast<std::size_t>(i));
     xla::XlaBuilder* builder = ctx->builder();
     const xla::XlaOp zeros = xla::Broadcast(xla::Zero(builder, xla::F32), shape.dim_sizes());
     xla::XlaOp sum = zeros;
     if (attributes_.accumulators > 0) {
       xla::XlaOp accumulator;
-      TF_RETURN_IF_ERROR(ReadFloat(ctx, AccumulatorInput(i), &shape, true, &accumulator));
+      TF_RETURN_IF_ERROR(variables.Read(Accumulator(i), &accumulator));
       // Not a product: what is overwritten may hold NaN.
       sum = xla::Select(xla::Broadcast(ctx->Input("overwrite"), shape.dim_sizes()), zeros,
                         accumulator);
     }
     if (attributes_.has_latest) {
-      const TensorShape given = InputTensorShape(ctx, LatestInput(i));
-      if (given != shape) {
-        return absl::InvalidArgumentError(absl::StrCat("latest[", i, "] has shape ",
-                                                       given.DebugString(), "; variables[", i,
-                                                       "] has shape ", shape.DebugString(), "."));
-      }
+      const TensorShape given =
+          InputTensorShape(ctx, LatestInput(i), absl::StrCat("latest[", i, "]"));
+      TF_RETURN_IF_ERROR(CheckLatest(variables, static_cast<std::size_t>(i), given));
       const xla::XlaOp latest = xla::ConvertElementType(ctx->Input(LatestInput(i)), xla::F32);
       const xla::XlaOp weight = ctx->Input("weight");
       const xla::XlaOp product = xla::Mul(weight, latest);
@@ -109,14 +87,8 @@ class UpdateXlaOp : public XlaOpKernel {
       sum = xla::Select(xla::Broadcast(counts, shape.dim_sizes()),
                         attributes_.accumulators > 0 ? xla::Add(sum, product) : product, sum);
     }
-    const int scales_input = LatestInput(attributes_.has_latest ? attributes_.count : 0);
-    xla::XlaOp scale = ctx->Input(scales_input);
-    const TensorShape scales = InputTensorShape(ctx, scales_input);
-    if (scales.dims() == 1) {
-      if (scales.dim_size(0) != attributes_.count) {
-        return absl::InvalidArgumentError(absl::StrCat("scales has shape ", scales.DebugString(),
-                                                       " for ", attributes_.count, " variables."));
-      }
+    xla::XlaOp scale = ctx->Input("scales");
+    if (InputTensorShape(ctx, "scales").dims() == 1) {
       scale = xla::Reshape(xla::SliceInDim(scale, i, i + 1, 1, 0), {});
     }
     *gradient = xla::Mul(scale, sum);
@@ -134,45 +106,34 @@ class UpdateXlaOp : public XlaOpKernel {
     return xla::ConstantR0<float>(ctx->builder(), value);
   }
 
-  absl::Status MakeStep(XlaOpKernelContext* ctx, int i, Step* step) {
-    TensorShape shape;
+  absl::Status MakeStep(XlaOpKernelContext* ctx, const XlaVariableList& variables, int i,
+                        Step* step) const {
+    const auto index = static_cast<std::size_t>(i);
+    const TensorShape& shape = variables.shape(index);
     xla::XlaOp value, gradient;
-    TF_RETURN_IF_ERROR(ReadFloat(ctx, i, &shape, false, &value));
-    TF_RETURN_IF_ERROR(Gradient(ctx, i, shape, &gradient));
+    TF_RETURN_IF_ERROR(variables.Read(index, &value));
+    TF_RETURN_IF_ERROR(Gradient(ctx, variables, i, &gradient));
     std::vector<xla::XlaOp> slots(SlotsOf(attributes_.settings.rule));
     for (std::size_t s = 0; s < slots.size(); ++s) {
-      TF_RETURN_IF_ERROR(ReadFloat(ctx, SlotInput(s, i), &shape, true, &slots[s]));
+      TF_RETURN_IF_ERROR(variables.Read(Slot(s, i), &slots[s]));
     }
     xla::XlaOp x = value;
-    if (attributes_.decays[static_cast<std::size_t>(i)]) {
+    if (attributes_.decays[index]) {
       x = xla::Sub(x, xla::Mul(x, ctx->Input("decay")));
     }
     *step = Apply(ctx, x, gradient, slots);
     // Whether each value is written: all alike, or by the flags of its row. XLA writes all of them.
     xla::XlaOp written = xla::Broadcast(ctx->Input("applies"), shape.dim_sizes());
-    TF_RETURN_IF_ERROR(WithTouchedRows(ctx, i, shape, &written));
+    for (std::size_t k = 0; k < attributes_.rows_of.size(); ++k) {
+      if (attributes_.rows_of[k] != i) continue;
+      xla::XlaOp flags;
+      TF_RETURN_IF_ERROR(variables.Read(Accumulator(attributes_.accumulators) + k, &flags));
+      written = xla::And(written, xla::BroadcastInDim(flags, shape.dim_sizes(), {0}));
+    }
     step->value = xla::Select(written, step->value, value);
     for (std::size_t s = 0; s < slots.size(); ++s) {
       step->slots[s] = xla::Select(written, step->slots[s], slots[s]);
     }
-    return absl::OkStatus();
-  }
-
-  // Takes the rows whose flag is false out of what is written.
-  absl::Status WithTouchedRows(XlaOpKernelContext* ctx, int i, const TensorShape& shape,
-                               xla::XlaOp* written) const {
-    const int flags_input = FlagsInput(i);
-    if (flags_input < 0) return absl::OkStatus();
-    TensorShape flags_shape;
-    xla::XlaOp flags;
-    TF_RETURN_IF_ERROR(
-        ctx->ReadVariableInput(flags_input, tensorflow::DT_BOOL, &flags_shape, &flags));
-    if (shape.dims() == 0 || flags_shape != TensorShape({shape.dim_size(0)})) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("touched_rows for variables[", i, "] of shape ", shape.DebugString(),
-                       " have shape ", flags_shape.DebugString(), "."));
-    }
-    *written = xla::And(*written, xla::BroadcastInDim(flags, shape.dim_sizes(), {0}));
     return absl::OkStatus();
   }
 

@@ -27,9 +27,7 @@ absl::Status VariableList::Add(OpKernelContext* ctx, const char* name) {
   entries_.reserve(entries_.size() + static_cast<std::size_t>(inputs.size()));
   for (int i = 0; i < inputs.size(); ++i) {
     if (inputs[i].NumElements() != 1) {
-      return absl::InvalidArgumentError(absl::StrCat(name, "[", i,
-                                                     "] is not one variable but a tensor of shape ",
-                                                     inputs[i].shape().DebugString(), "."));
+      return NotOneVariable(name, i, inputs[i].shape().DebugString());
     }
     const ResourceHandle& handle = inputs[i].flat<ResourceHandle>()(0);
     entries_.push_back({nullptr, name, i, &handle});
@@ -54,9 +52,7 @@ absl::Status VariableList::Lock() {
   });
   for (std::size_t i = 1; i < order.size(); ++i) {
     if (entries_[order[i]].variable.get() == entries_[order[i - 1]].variable.get()) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          Describe(std::max(order[i - 1], order[i])), " and ",
-          Describe(std::min(order[i - 1], order[i])), " are the same variable; give it once."));
+      return GivenTwice(*this, order[i - 1], order[i]);
     }
   }
   locked_.reserve(order.size());
@@ -66,7 +62,7 @@ absl::Status VariableList::Lock() {
   }
   for (std::size_t i = 0; i < entries_.size(); ++i) {
     if (!entries_[i].variable->is_initialized || !entries_[i].variable->tensor()->IsInitialized()) {
-      return absl::FailedPreconditionError(absl::StrCat(Describe(i), " is uninitialized."));
+      return Uninitialized(*this, i);
     }
   }
   return absl::OkStatus();

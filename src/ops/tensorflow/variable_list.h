@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "input_checks.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/resource_mgr.h"
 #include "tensorflow/core/framework/resource_var.h"
@@ -16,12 +17,12 @@ namespace accumops {
 using CopyBytes = absl::Status (*)(tensorflow::OpKernelContext* ctx, void* to, const void* from,
                                    std::size_t bytes);
 
-class VariableList {
+class VariableList final : public Variables {
  public:
   VariableList() = default;
   VariableList(const VariableList&) = delete;
   VariableList& operator=(const VariableList&) = delete;
-  ~VariableList();
+  ~VariableList() override;
 
   // Adds the variables behind the list input `name`.
   absl::Status Add(tensorflow::OpKernelContext* ctx, const char* name);
@@ -31,8 +32,9 @@ class VariableList {
   absl::Status Lock();
 
   const tensorflow::Tensor& tensor(std::size_t i) const { return *entries_[i].variable->tensor(); }
-  // What error messages call variable `i`, such as "accumulators[3] ('dense/kernel_accumulator')".
-  std::string Describe(std::size_t i) const;
+  DataType dtype(std::size_t i) const override { return tensor(i).dtype(); }
+  const TensorShape& shape(std::size_t i) const override { return tensor(i).shape(); }
+  std::string Describe(std::size_t i) const override;
 
   std::size_t size() const { return entries_.size(); }
 

@@ -1,27 +1,44 @@
 #include "xla_support.h"
 
 #include "absl/strings/str_cat.h"
+#include "input_checks.h"
 #include "xla/hlo/builder/lib/constants.h"
 #include "xla/hlo/builder/xla_builder.h"
 
 namespace accumops {
+namespace {
 
-TensorShape InputTensorShape(XlaOpKernelContext* ctx, int input) {
+TensorShape ToTensorShape(XlaOpKernelContext* ctx, const absl::StatusOr<xla::Shape>& input,
+                          const std::string& name, Dimensions known) {
   TensorShape shape;
-  const auto xla_shape = ctx->InputXlaShape(input);
-  if (xla_shape.ok()) {
-    for (const std::int64_t size : xla_shape->dimensions()) shape.AddDim(size);
-  } else {
-    ctx->SetStatus(xla_shape.status());
+  if (!input.ok()) {
+    ctx->SetStatus(input.status());
+    return shape;
+  }
+  for (int i = 0; i < static_cast<int>(input->dimensions().size()); ++i) {
+    if (i >= known.first && i < known.end && input->is_dynamic_dimension(i)) {
+      ctx->SetStatus(absl::InvalidArgumentError(
+          absl::StrCat(name, " is ", input->ToString(), ": XLA must know the size of dimension ", i,
+                       " before the function runs.")));
+    }
+    shape.AddDim(input->dimensions(i));
   }
   return shape;
 }
 
-absl::Status RequireScalarInput(XlaOpKernelContext* ctx, int input, const char* name) {
-  const TensorShape shape = InputTensorShape(ctx, input);
-  if (shape.dims() == 0) return absl::OkStatus();
-  return absl::InvalidArgumentError(
-      absl::StrCat(name, " must be a scalar, not be of shape ", shape.DebugString(), "."));
+}  // namespace
+
+TensorShape InputTensorShape(XlaOpKernelContext* ctx, int input, const std::string& name,
+                             Dimensions known) {
+  return ToTensorShape(ctx, ctx->InputXlaShape(input), name, known);
+}
+
+TensorShape InputTensorShape(XlaOpKernelContext* ctx, const char* name, Dimensions known) {
+  return ToTensorShape(ctx, ctx->InputXlaShape(name), name, known);
+}
+
+absl::Status RequireScalar(XlaOpKernelContext* ctx, const char* name) {
+  return CheckScalar(name, InputTensorShape(ctx, name));
 }
 
 xla::XlaComputation Sum(xla::PrimitiveType type) {

@@ -1,6 +1,9 @@
 // What the XLA kernels share.
 #pragma once
 
+#include <limits>
+#include <string>
+
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "xla/hlo/builder/xla_builder.h"
 #include "xla/hlo/builder/xla_computation.h"
@@ -15,11 +18,22 @@ using ::tensorflow::TensorShape;
 using ::tensorflow::XlaOpKernel;
 using ::tensorflow::XlaOpKernelContext;
 
-// The shape of an input. Where XLA does not know it, the context gets an error.
-TensorShape InputTensorShape(XlaOpKernelContext* ctx, int input);
+// Dimensions of a shape, from `first` to before `end`.
+struct Dimensions {
+  int first = 0;
+  int end = std::numeric_limits<int>::max();
+};
 
-// Fails unless the input is a scalar. A shape function cannot know that of every input.
-absl::Status RequireScalarInput(XlaOpKernelContext* ctx, int input, const char* name);
+// The shape of an input that messages call `name`. XLA learns some sizes only when it runs, such as
+// that of a boolean mask's result, and has an upper bound of them before. What is written to a
+// variable must be known to fit before. So the context gets an error where a size among `known` is
+// not known; elsewhere the bound stands for it.
+TensorShape InputTensorShape(XlaOpKernelContext* ctx, int input, const std::string& name,
+                             Dimensions known = {});
+TensorShape InputTensorShape(XlaOpKernelContext* ctx, const char* name, Dimensions known = {});
+
+// Fails unless the input `name` is a scalar. A shape function cannot know that of every input.
+absl::Status RequireScalar(XlaOpKernelContext* ctx, const char* name);
 
 // a + b of scalars, to reduce with.
 xla::XlaComputation Sum(xla::PrimitiveType type);
