@@ -115,9 +115,10 @@ class Runs:
         self._unpack(piece.gives, iter(run.outputs[:end]), values)
         return run, run.outputs[end:]
 
-    def losses_before(self, i: Index) -> tf.Tensor:
-        """The sum of what layers of earlier stages have added to a micro-batch."""
-        return tf.add_n([tf.zeros(NUMBER.shape, NUMBER.dtype), *(each.read(i)[0] for each in self._losses.values())])
+    def losses_before(self, i: Index) -> tf.Tensor | None:
+        """The sum of what layers of earlier stages have added to a micro-batch, or None if they add nothing."""
+        losses = [each.read(i)[0] for each in self._losses.values()]
+        return tf.add_n(losses) if losses else None
 
     def _run(self, piece: Piece, state: list[tf.Tensor], data: Any, values: Values, **settings: Any) -> Run:
         moments = self.moments[piece.stage] if piece.coupled else []

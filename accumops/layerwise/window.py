@@ -39,7 +39,7 @@ class Loss(Protocol):
     """The loss of a micro-batch."""
 
     def __call__(
-        self, data: Any, outputs: Any, losses: Sequence[tf.Tensor], before: tf.Tensor, carried: Carried
+        self, data: Any, outputs: Any, losses: Sequence[tf.Tensor], before: tf.Tensor | None, carried: Carried
     ) -> Any:
         """Returns the loss, times what it counts for in the window, and the factor in it of losses that layers add.
 
@@ -47,7 +47,7 @@ class Loss(Protocol):
             data: The data of the micro-batch.
             outputs: The model's outputs.
             losses: What layers of the last stage have added.
-            before: The sum of what layers of other stages have added, for the logs.
+            before: The sum of what layers of other stages have added, for the logs; None if they add nothing.
             carried: Tensors that go from one micro-batch to the next.
         """
 
