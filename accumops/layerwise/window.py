@@ -26,6 +26,7 @@ from accumops.layerwise.graph import Key
 from accumops.layerwise.micro_batches import Carried, Index, Kept, MicroBatches
 from accumops.layerwise.pieces import Piece, PiecesOfModel
 from accumops.layerwise.runs import NUMBER, Runs, Values, in_threes, leaves_of
+from accumops.memory.recompute import Leaves
 from accumops.normalization import replica_moments
 from accumops.normalization.window_moments import Sums, WindowMoments
 from accumops.window import replicas
@@ -105,7 +106,11 @@ class LayerwiseWindow:
             loss: Takes the outputs of the window, and the mean over its samples of the losses that layers have added,
                 or None if none do. Returns the loss.
             dtype: The dtype to add layers' losses in.
+
+        Raises:
+            ValueError: If an output does not have a row for each sample.
         """
+        _check_rows(self._model.outputs)
         last = len(self._stages) - 1
         for stage in range(last):
             self._forward(stage)
@@ -316,6 +321,15 @@ class _StageGradient:
         sums = map(_or_zeros, of_factors, factors)
         carried["sums"] = [total + each for total, each in zip(carried["sums"], sums, strict=True)]
         return list(of_variables)
+
+
+def _check_rows(outputs: Leaves) -> None:
+    for each in keras.tree.flatten(outputs.filled(outputs.tensors)):
+        if not isinstance(each, tf.Tensor) or each.shape.rank == 0:
+            raise ValueError(
+                "A loss over the window needs outputs that are dense tensors with a row for each sample. "
+                f"Received: {each}"
+            )
 
 
 def _floating(keys: Sequence[Key], values: Values) -> list[tf.Tensor]:
