@@ -36,6 +36,8 @@ class Runs:
     def __init__(self, model: PiecesOfModel, data: MicroBatches, inputs_of: Callable[[Any], Any]) -> None:
         self._model, self._data, self._inputs_of = model, data, inputs_of
         self._specs = model.check(inputs_of(data.example()))
+        self.output_specs = self._specs.outputs
+        """What the leaves of the outputs are like."""
         state = {id(each): each for piece in model.pieces for each in piece.stretch.variables}
         self._variables = list(state.values())
         self._state = dict(zip(state, values_of(self._variables), strict=True))
@@ -166,11 +168,11 @@ class Runs:
 
     def specs_of(self, keys: Sequence[Key]) -> list[tf.TensorSpec]:
         """The specs of the leaves of tensors."""
-        return [spec for key in keys for spec in self._specs[key]]
+        return [spec for key in keys for spec in self._specs.tensors[key]]
 
     def takes_gradient(self, key: Key) -> bool:
         """Whether a gradient flows to a tensor."""
-        return key in self._model.trained and any(spec.dtype.is_floating for spec in self._specs[key])
+        return key in self._model.trained and any(spec.dtype.is_floating for spec in self._specs.tensors[key])
 
     def assign_state(self) -> None:
         """Assigns what the calls would have assigned."""

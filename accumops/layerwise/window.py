@@ -178,7 +178,7 @@ class LayerwiseWindow:
 
         room = self._runs.room(own) | {
             "cut": self._data.room_for(self._runs.specs_of(keys)),
-            "outputs": self._data.room_for(self._model.output_specs if own[-1].is_last else []),
+            "outputs": self._data.room_for(self._runs.output_specs if own[-1].is_last else []),
         }
         channels = [call.operation.moving_mean.shape[0] for call in own[-1].measures]
         none = [part for each in channels for part in WindowMoments.none(each)]
