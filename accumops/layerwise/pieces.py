@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -61,6 +61,15 @@ class Piece:
         """The statistics of its coupled calls, as of its last run."""
 
 
+class Specs(NamedTuple):
+    """What the leaves of tensors are like for a micro-batch of some shape."""
+
+    tensors: dict[Key, list[tf.TensorSpec]]
+    """Those that pieces give."""
+    outputs: list[tf.TensorSpec]
+    """Those of the model's outputs."""
+
+
 class PiecesOfModel:
     """A model in pieces.
 
@@ -82,8 +91,7 @@ class PiecesOfModel:
         """The pieces, in their order."""
         self.leaves: dict[Key, Leaves] = {}
         self.outputs = Leaves(None)
-        self.output_specs: list[tf.TensorSpec] = []
-        self._specs: dict[str, dict[Key, list[tf.TensorSpec]]] = {}
+        self._specs: dict[str, Specs] = {}
         self.trained = _behind_trained(self.stages)
 
     # A piece
@@ -155,11 +163,11 @@ class PiecesOfModel:
         self.leaves.update({key: Leaves(values[key]) for key in piece.gives})
         return [*(leaf for key in piece.gives for leaf in self.leaves[key].tensors), *more]
 
-    def check(self, x: Any) -> dict[Key, list[tf.TensorSpec]]:
-        """Returns the specs of what pieces give for a micro-batch. Each shape of one is checked once."""
+    def check(self, x: Any) -> Specs:
+        """Returns the specs for a micro-batch. Each shape of one is checked once."""
         kind = str([(leaf.shape, leaf.dtype) for leaf in keras.tree.flatten(x) if leaf is not None])
         if kind not in self._specs:
-            specs: dict[Key, list[tf.TensorSpec]] = {}
+            specs, outputs = dict[Key, list[tf.TensorSpec]](), list[tf.TensorSpec]()
             for piece in self.pieces:
                 moments = [
                     WindowMoments(*(tf.TensorSpec(shape, tf.float64) for shape in ([], [channels], [channels])))
@@ -169,10 +177,10 @@ class PiecesOfModel:
                 piece.adds_losses = piece.adds_losses or bool(losses)
                 rest = iter(given)
                 if piece.is_last:
-                    self.output_specs = given
+                    outputs = given
                 else:
                     specs.update({key: [next(rest) for _ in self.leaves[key].tensors] for key in piece.gives})
-            self._specs[kind] = specs
+            self._specs[kind] = Specs(specs, outputs)
         return self._specs[kind]
 
     def _cut_in_pieces(self) -> Iterator[Piece]:

@@ -36,6 +36,8 @@ class Runs:
     def __init__(self, model: PiecesOfModel, data: MicroBatches, inputs_of: Callable[[Any], Any]) -> None:
         self._model, self._data, self._inputs_of = model, data, inputs_of
         self._specs = model.check(inputs_of(data.example()))
+        self.output_specs = self._specs.outputs
+        """What the leaves of the outputs are like."""
         state = {id(each): each for piece in model.pieces for each in piece.stretch.variables}
         self._variables = list(state.values())
         self._state = dict(zip(state, values_of(self._variables), strict=True))
@@ -115,9 +117,10 @@ class Runs:
         self._unpack(piece.gives, iter(run.outputs[:end]), values)
         return run, run.outputs[end:]
 
-    def losses_before(self, i: Index) -> tf.Tensor:
-        """The sum of what layers of earlier stages have added to a micro-batch."""
-        return tf.add_n([tf.zeros(NUMBER.shape, NUMBER.dtype), *(each.read(i)[0] for each in self._losses.values())])
+    def losses_before(self, i: Index) -> tf.Tensor | None:
+        """The sum of what layers of earlier stages have added to a micro-batch, or None if they add nothing."""
+        losses = [each.read(i)[0] for each in self._losses.values()]
+        return tf.add_n(losses) if losses else None
 
     def _run(self, piece: Piece, state: list[tf.Tensor], data: Any, values: Values, **settings: Any) -> Run:
         moments = self.moments[piece.stage] if piece.coupled else []
@@ -165,11 +168,11 @@ class Runs:
 
     def specs_of(self, keys: Sequence[Key]) -> list[tf.TensorSpec]:
         """The specs of the leaves of tensors."""
-        return [spec for key in keys for spec in self._specs[key]]
+        return [spec for key in keys for spec in self._specs.tensors[key]]
 
     def takes_gradient(self, key: Key) -> bool:
         """Whether a gradient flows to a tensor."""
-        return key in self._model.trained and any(spec.dtype.is_floating for spec in self._specs[key])
+        return key in self._model.trained and any(spec.dtype.is_floating for spec in self._specs.tensors[key])
 
     def assign_state(self) -> None:
         """Assigns what the calls would have assigned."""

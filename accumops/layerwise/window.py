@@ -26,6 +26,7 @@ from accumops.layerwise.graph import Key
 from accumops.layerwise.micro_batches import Carried, Index, Kept, MicroBatches
 from accumops.layerwise.pieces import Piece, PiecesOfModel
 from accumops.layerwise.runs import NUMBER, Runs, Values, in_threes, leaves_of
+from accumops.memory.recompute import Leaves
 from accumops.normalization import replica_moments
 from accumops.normalization.window_moments import Sums, WindowMoments
 from accumops.window import replicas
@@ -39,7 +40,7 @@ class Loss(Protocol):
     """The loss of a micro-batch."""
 
     def __call__(
-        self, data: Any, outputs: Any, losses: Sequence[tf.Tensor], before: tf.Tensor, carried: Carried
+        self, data: Any, outputs: Any, losses: Sequence[tf.Tensor], before: tf.Tensor | None, carried: Carried
     ) -> Any:
         """Returns the loss, times what it counts for in the window, and the factor in it of losses that layers add.
 
@@ -47,7 +48,7 @@ class Loss(Protocol):
             data: The data of the micro-batch.
             outputs: The model's outputs.
             losses: What layers of the last stage have added.
-            before: The sum of what layers of other stages have added, for the logs.
+            before: The sum of what layers of other stages have added, for the logs; None if they add nothing.
             carried: Tensors that go from one micro-batch to the next.
         """
 
@@ -105,7 +106,11 @@ class LayerwiseWindow:
             loss: Takes the outputs of the window, and the mean over its samples of the losses that layers have added,
                 or None if none do. Returns the loss.
             dtype: The dtype to add layers' losses in.
+
+        Raises:
+            ValueError: If an output does not have a row for each sample.
         """
+        _check_rows(self._model.outputs)
         last = len(self._stages) - 1
         for stage in range(last):
             self._forward(stage)
@@ -173,7 +178,7 @@ class LayerwiseWindow:
 
         room = self._runs.room(own) | {
             "cut": self._data.room_for(self._runs.specs_of(keys)),
-            "outputs": self._data.room_for(self._model.output_specs if own[-1].is_last else []),
+            "outputs": self._data.room_for(self._runs.output_specs if own[-1].is_last else []),
         }
         channels = [call.operation.moving_mean.shape[0] for call in own[-1].measures]
         none = [part for each in channels for part in WindowMoments.none(each)]
@@ -316,6 +321,15 @@ class _StageGradient:
         sums = map(_or_zeros, of_factors, factors)
         carried["sums"] = [total + each for total, each in zip(carried["sums"], sums, strict=True)]
         return list(of_variables)
+
+
+def _check_rows(outputs: Leaves) -> None:
+    for each in keras.tree.flatten(outputs.filled(outputs.tensors)):
+        if not isinstance(each, tf.Tensor) or each.shape.rank == 0:
+            raise ValueError(
+                "A loss over the window needs outputs that are dense tensors with a row for each sample. "
+                f"Received: {each}"
+            )
 
 
 def _floating(keys: Sequence[Key], values: Values) -> list[tf.Tensor]:

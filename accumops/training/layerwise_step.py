@@ -21,7 +21,7 @@ from accumops.training.weighting import count_samples
 
 EVERY = 2
 """The layers from one kept tensor to the next, if nobody says."""
-Count = Callable[[Any, Any, list[Any], tf.Tensor, tf.Tensor, Carried], tf.Tensor]
+Count = Callable[[Any, Any, list[Any], tf.Tensor, tf.Tensor | None, Carried], tf.Tensor]
 
 
 def layerwise_step(model: Any) -> "LayerwiseStep | None":
@@ -124,8 +124,8 @@ class LayerwiseStep:
         Args:
             slices: The batch.
             static_sizes: As for `MicroBatches`.
-            count: Takes a micro-batch, its outputs, the calls of losses, the loss, what other layers have added to it
-                and carried tensors, which it changes. Returns the share.
+            count: Takes a micro-batch, its outputs, the calls of losses, the loss, what earlier stages have added to it
+                or None, and carried tensors, which it changes. Returns the share. The model's `losses` are all of them.
             carried: The tensors that its first call gets.
 
         Returns:
@@ -134,15 +134,14 @@ class LayerwiseStep:
         model = self._model
 
         def loss(
-            data: Any, outputs: Any, losses: Sequence[tf.Tensor], before: tf.Tensor, carried: Carried
+            data: Any, outputs: Any, losses: Sequence[tf.Tensor], before: tf.Tensor | None, carried: Carried
         ) -> tuple[tf.Tensor, tf.Tensor]:
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-            with (
-                model.with_losses([*regularization_losses(model), *losses]),
-                following(count_samples(x, y), model) as calls,
-            ):
+            losses = [*regularization_losses(model), *losses]
+            with model.with_losses(losses), following(count_samples(x, y), model) as calls:
                 value = model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight, training=True)
-            share = count(data, outputs, calls, value, before, carried)
+            with model.with_losses(losses if before is None else [*losses, before]):
+                share = count(data, outputs, calls, value, before, carried)
             scaled = model.optimizer.scale_loss(value)
             factor = tf.cast(model.optimizer.scale_loss(tf.ones([])), tf.float64) * tf.cast(share, tf.float64)
             return tf.math.multiply_no_nan(scaled, tf.cast(share, scaled.dtype)), factor

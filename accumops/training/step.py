@@ -195,13 +195,13 @@ class TrainingStep:
         sums = {"total": [none], "losses": [none], "seen": [none]}
         sums["scalars"] = [tf.zeros([number], none.dtype)] if number else []
 
-        def count(data: Any, y_pred: Any, calls: Any, loss: tf.Tensor, added: tf.Tensor, sums: Any) -> tf.Tensor:
+        def count(data: Any, y_pred: Any, calls: Any, loss: tf.Tensor, added: tf.Tensor | None, sums: Any) -> tf.Tensor:
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
             samples = count_samples(x, y)
             self._check_sums()
             scalars = self._compute_metrics(x, y, y_pred, sample_weight, samples)
             share = tf.cast(self._share(calls, data, samples), none.dtype)
-            loss = self._mean_loss(loss + tf.cast(added, loss.dtype), samples)
+            loss = self._mean_loss(loss if added is None else loss + tf.cast(added, loss.dtype), samples)
             sums["total"] = [sums["total"][0] + share]
             sums["losses"] = [sums["losses"][0] + tf.math.multiply_no_nan(tf.cast(loss, none.dtype), share)]
             sums["seen"] = [sums["seen"][0] + tf.cast(samples, none.dtype)]
