@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import keras
 import tensorflow as tf
 
-from accumops.layerwise.graph import Key
+from accumops.layerwise.graph import Call, Key
 from accumops.layerwise.micro_batches import Carried, Index, Kept, MicroBatches
 from accumops.layerwise.pieces import Piece, PiecesOfModel
 from accumops.layerwise.runs import NUMBER, Runs, Values, in_threes, leaves_of
@@ -148,10 +148,15 @@ class LayerwiseWindow:
         """Assigns what the calls would have assigned, and has the windows of the coupled layers take the moments."""
         self._runs.assign_state()
         calls = [piece.calls[i] for piece in self._model.pieces for i in piece.coupled]
-        known = self._runs.moments
-        moments = [each for stage in sorted(known) for each in known[stage]]
-        for call, each in zip(calls, moments, strict=True):
-            call.operation.add_to_window(each.as_batch(), pooled=replicas.running() is not None)
+        moments = [each for _, known in sorted(self._runs.moments.items()) for each in known]
+        of_call = {id(call): each for call, each in zip(calls, moments, strict=True)}
+        of_layer: dict[int, list[Call]] = {}
+        for call in self._stages.graph.calls:  # in the order in which Keras makes them
+            if id(call) in of_call:
+                of_layer.setdefault(id(call.operation), []).append(call)
+        for of_one in of_layer.values():
+            batches = [of_call[id(call)].as_batch() for call in of_one]
+            of_one[0].operation.add_window(batches, pooled=replicas.running() is not None)
 
     # Forward
 

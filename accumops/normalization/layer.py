@@ -352,14 +352,16 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
         found = [each() for each in self._state.of_models]
         return [window for window in found if window is not None and not window.released]
 
-    def add_to_window(self, moments: ops.BatchMoments, *, pooled: bool) -> None:
-        """Adds the moments of a batch to the window that a call of the layer would add to.
+    def add_window(self, calls: Sequence[ops.BatchMoments], *, pooled: bool) -> None:
+        """Adds the moments of a whole window, for each call of the layer in the model that is being traced.
 
         Args:
-            moments: The moments.
+            calls: The moments of each call.
             pooled: Whether they are those of all replicas.
         """
-        self._add(moments, pooled)
+        adopt = _ADOPT.get()
+        window = self._state.own if adopt is None else adopt(self)
+        window.add_calls(calls, pooled=pooled)
 
     def _add(self, moments: ops.BatchMoments, pooled: bool) -> None:
         adopt = _ADOPT.get()

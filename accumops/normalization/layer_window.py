@@ -34,6 +34,8 @@ class LayerWindow:
         self.released = False
         """Whether the trainer has left the layer."""
         self._variables: ops.MomentsWindow | None = None
+        self._earlier: dict[int, list[ops.BatchMoments]] = {}
+        """For each replica, what the layer's calls but the last have had, where each moves the statistics."""
 
     def build(self, limit: int) -> None:
         """Creates the variables.
@@ -82,6 +84,28 @@ class LayerWindow:
         for window, _ in self.parts():
             ops.merge_moments(moments, window=window)
 
+    def add_calls(self, calls: Sequence[ops.BatchMoments], *, pooled: bool) -> None:
+        """Adds the moments of a whole window, for each call of the layer in a model.
+
+        The statistics move call by call where the window ends, as in Keras on the whole batch. The function that is
+        being traced has to end the window as well.
+
+        Args:
+            calls: The moments of each call.
+            pooled: Whether they are those of all replicas.
+        """
+        *earlier, last = calls
+        self._earlier[_replica()] = list(earlier)
+        if pooled:  # only one replica adds what counts the values of all
+            first = tf.distribute.get_replica_context().replica_id_in_sync_group == 0
+            last = last._replace(count=tf.where(first, last.count, 0))
+        self.add(last)
+
+    def move_by_earlier_calls(self, moving: ops.MovingStatistics) -> None:
+        """Moves the statistics by all calls of `add_calls` but the last."""
+        for moments in self._earlier.pop(_replica(), []):
+            ops.merge_moments(moments, moving=moving)
+
     @classmethod
     def close_windows(cls, windows: "Sequence[LayerWindow]") -> None:
         """Ends windows, full or not: running statistics move by the window's moments, if it has any.
@@ -95,10 +119,12 @@ class LayerWindow:
         if replicas.running() is None:
             for each in built:
                 for window, moving in each.parts():
+                    each.move_by_earlier_calls(moving)
                     ops.merge_moments(None, window=window, moving=moving)
         elif built:
             for each, pooled in zip(built, _pool(built), strict=True):
                 ((_, moving),) = each.parts()
+                each.move_by_earlier_calls(moving)
                 ops.merge_moments(pooled, moving=moving)
                 each.drop_window()
 
@@ -109,6 +135,11 @@ class LayerWindow:
             kept = limit_alone if unless is None else tf.where(unless, tf.ones_like(limit_alone), limit_alone)
             for window, _ in self.parts():
                 window.counters.assign(window.counters * kept)
+        earlier = self._earlier.pop(_replica(), [])
+        if unless is not None and earlier:
+            self._earlier[_replica()] = [
+                each._replace(count=tf.where(unless, each.count, tf.zeros_like(each.count))) for each in earlier
+            ]
 
     def forget(self) -> None:
         """Drops the moments now, even while a function is traced."""
@@ -194,6 +225,11 @@ def _by_name(windows: Sequence[LayerWindow]) -> dict[str, LayerWindow]:
         alike = [name for name in named if name.partition(":")[0] == window.name]
         named[f"{window.name}:{len(alike)}" if alike else window.name] = window
     return named
+
+
+def _replica() -> int:
+    """The number of the replica that runs, or 0."""
+    return 0 if replicas.running() is None else replicas.local_replica()
 
 
 def _pool(windows: Sequence[LayerWindow]) -> list[ops.BatchMoments]:

@@ -1,0 +1,257 @@
+"""Windows with statistics="window" train as plain Keras on the whole batch."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import accumops
+
+SAMPLES = 13
+
+
+def residual(dtype="float64"):
+    """Residual blocks with branches that have normalizations of their own, and one without a scale."""
+    layers = keras.layers
+    x = inputs = keras.Input((8, 8, 3))
+    x = layers.ReLU()(layers.BatchNormalization(momentum=0.9)(layers.Conv2D(6, 3, padding="same")(x)))
+    for width in (6, 8):
+        way = layers.BatchNormalization(scale=False)(layers.Conv2D(width, 3, padding="same", use_bias=False)(x))
+        way = layers.BatchNormalization()(layers.Conv2D(width, 3, padding="same", use_bias=False)(layers.ReLU()(way)))
+        short = x if width == 6 else layers.BatchNormalization(center=False)(layers.Conv2D(width, 1)(x))
+        x = layers.ReLU()(layers.Add()([way, short]))
+    return keras.Model(inputs, layers.Dense(4)(layers.GlobalAveragePooling2D()(x)))
+
+
+def first_and_last():
+    """A normalization before all other layers, two in a row, and one behind all others."""
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            keras.Input((5,)),
+            layers.BatchNormalization(),
+            layers.Dense(7, activation="tanh"),
+            layers.BatchNormalization(),
+            layers.BatchNormalization(),
+            layers.Dense(4),
+            layers.BatchNormalization(),
+        ]
+    )
+
+
+def dense_connections():
+    """Tensors that lead across many normalizations, as in DenseNet, and a model within the model."""
+    layers = keras.layers
+    inner = keras.Sequential([keras.Input((6,)), layers.Dense(6), layers.BatchNormalization(), layers.ReLU()])
+    x = inputs = keras.Input((6,))
+    for _ in range(3):
+        x = layers.Concatenate()([x, layers.Dense(3)(layers.ReLU()(layers.BatchNormalization()(x)))])
+    return keras.Model(inputs, layers.Dense(4)(layers.Add()([inner(layers.Dense(6)(x)), inner(inputs)])))
+
+
+def exhaustively(*values):
+    """Cases that only an exhaustive run has."""
+    return [pytest.param(value, marks=pytest.mark.exhaustive) for value in values]
+
+
+NETS = {"residual": (residual, (8, 8, 3)), "first and last": (first_and_last, (5,)), "dense": (dense_connections, (6,))}
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    before = keras.config.floatx(), keras.config.dtype_policy()
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    yield
+    keras.config.set_floatx(before[0])
+    keras.config.set_dtype_policy(before[1])
+
+
+def problem(shape, seed=0):
+    """Samples that are far from alike, so that micro-batches have other moments than the batch."""
+    random = np.random.RandomState(seed)
+    scale = 1 + np.arange(SAMPLES).reshape(-1, *[1] * len(shape))
+    return random.randn(SAMPLES, *shape) * scale, random.randint(0, 4, SAMPLES)
+
+
+def train(model, x, y, optimizer="sgd", updates=3, **arguments):
+    optimizer = {"sgd": keras.optimizers.SGD(0.05, momentum=0.9), "adam": keras.optimizers.Adam(1e-3)}[optimizer]
+    model.compile(
+        optimizer,
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        **{"jit_compile": False, **arguments},
+    )
+    return model.fit(x, y, batch_size=SAMPLES, epochs=updates, shuffle=False, verbose=0).history
+
+
+def compare(build, shape, micro_batch_size, *, tolerance=1e-11, optimizer="sgd", every=None, memory=None, **arguments):
+    keras.utils.set_random_seed(1)
+    net = build()
+    x, y = problem(shape)
+    ours = accumops.replace_batchnorm_layers(net, statistics="window", every=every, memory=memory)
+    model = accumops.GradientAccumulateModel(ours, micro_batch_size=micro_batch_size)
+    history = train(model, x, y, optimizer, **arguments)
+    expected = train(net, x, y, optimizer)
+    for name, values in expected.items():
+        np.testing.assert_allclose(history[name], values, rtol=0, atol=tolerance, err_msg=name)
+    for mine, keras_own in zip(ours.weights, net.weights, strict=True):
+        np.testing.assert_allclose(mine.numpy(), keras_own.numpy(), rtol=0, atol=tolerance, err_msg=mine.path)
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("micro_batch_size", [*exhaustively(1, SAMPLES), 5])
+def test_equals_the_whole_batch(name, micro_batch_size):
+    compare(*NETS[name], micro_batch_size)
+
+
+@pytest.mark.parametrize("every", [*exhaustively(1, 3), 100])
+def test_whatever_is_kept(every):
+    compare(*NETS["residual"], 4, every=every)
+
+
+@pytest.mark.parametrize("name", ["first and last", *exhaustively("residual", "dense")])
+def test_under_xla(name):
+    compare(*NETS[name], 5, jit_compile=True)
+
+
+def test_in_the_reference():
+    accumops.set_backend("reference")
+    try:
+        compare(*NETS["residual"], 5)
+    finally:
+        accumops.set_backend("auto")
+
+
+def test_eagerly():
+    compare(*NETS["dense"], 5, run_eagerly=True)
+
+
+def test_with_adam():
+    compare(*NETS["residual"], 5, optimizer="adam", tolerance=1e-9)  # it divides by roots of squares
+
+
+def test_for_a_memory_goal():
+    compare(*NETS["residual"], 5, memory="1MB")
+
+
+def test_a_goal_that_nothing_keeps_to():
+    net = accumops.replace_batchnorm_layers(residual(), statistics="window", memory="20KB")
+    model = accumops.GradientAccumulateModel(net, micro_batch_size=5)
+    with pytest.raises(ValueError, match=r"No window of 13 samples .* keeps to memory=.*smallest goal .* is \d"):
+        train(model, *problem((8, 8, 3)))
+
+
+def test_micro_batches_by_themselves_differ():
+    keras.utils.set_random_seed(1)
+    net = residual()
+    x, y = problem((8, 8, 3))
+    ours = accumops.replace_batchnorm_layers(net)
+    train(accumops.GradientAccumulateModel(ours, micro_batch_size=5), x, y)
+    train(net, x, y)
+    off = [np.abs(a.numpy() - b.numpy()).max() for a, b in zip(ours.weights, net.weights, strict=True)]
+    assert max(off) > 1e-3
+
+
+def test_batches_of_any_size():
+    keras.utils.set_random_seed(1)
+    net, (x, y) = residual(), problem((8, 8, 3))
+    ours = accumops.replace_batchnorm_layers(net, statistics="window")
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)  # 8 and 5 samples
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    for model in (accumops.GradientAccumulateModel(ours, micro_batch_size=3), net):
+        model.compile(keras.optimizers.SGD(0.05), loss, jit_compile=False)
+        model.fit(data, epochs=3, verbose=0)
+    for mine, keras_own in zip(ours.weights, net.weights, strict=True):
+        np.testing.assert_allclose(mine.numpy(), keras_own.numpy(), rtol=0, atol=1e-11, err_msg=mine.path)
+
+
+def test_a_frozen_layer_keeps_its_statistics():
+    def build():
+        net = residual()
+        for layer in net.layers:
+            if isinstance(layer, keras.layers.BatchNormalization) and layer.name.endswith(net.layers[2].name[-2:]):
+                layer.trainable = False
+        net.layers[2].trainable = False
+        return net
+
+    compare(build, (8, 8, 3), 5)
+
+
+def test_dropout_has_the_same_masks_when_it_runs_again():
+    keras.utils.set_random_seed(3)
+    layers = keras.layers
+    net = keras.Sequential(
+        [
+            keras.Input((5,)),
+            layers.Dense(16),
+            layers.BatchNormalization(),
+            layers.Dropout(0.5, seed=7),
+            layers.Dense(16),
+            layers.BatchNormalization(),
+            layers.Dense(4),
+        ]
+    )
+    x, y = problem((5,))
+
+    def trained(micro_batch_size):
+        ours = accumops.replace_batchnorm_layers(net, statistics="window")
+        history = train(accumops.GradientAccumulateModel(ours, micro_batch_size=micro_batch_size), x, y, updates=3)
+        return history["loss"], ours.get_weights()
+
+    # With one micro-batch the masks of Keras on the whole batch are drawn.
+    losses, weights = trained(SAMPLES)
+    keras_net = keras.models.clone_model(net)
+    keras_net.set_weights(net.get_weights())
+    for layer, clone in zip(net.layers, keras_net.layers, strict=True):
+        if isinstance(layer, layers.Dropout):
+            clone.seed_generator.state.assign(layer.seed_generator.state)
+    expected = train(keras_net, x, y, updates=3)["loss"]
+    np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-11)
+    for mine, keras_own in zip(weights, keras_net.get_weights(), strict=True):
+        np.testing.assert_allclose(mine, keras_own, rtol=0, atol=1e-11)
+
+
+def test_the_update_waits_for_the_gradient():
+    """TensorFlow lets what waits for a loop start early, if nothing uses what the loop returns."""
+    net = keras.Sequential(
+        [
+            keras.Input((1, 1, 6)),
+            keras.layers.Conv2D(1280, 1, use_bias=False),
+            keras.layers.BatchNormalization(),
+            keras.layers.ReLU(6.0),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(4),
+        ]
+    )
+    ours = accumops.replace_batchnorm_layers(net, statistics="window")
+    model = accumops.GradientAccumulateModel(ours, micro_batch_size=5)
+    x, y = problem((1, 1, 6))
+    start = ours.get_weights()
+    model.compile(keras.optimizers.SGD(1.0), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    kernels = set()
+    for _ in range(12):
+        ours.set_weights(start)
+        model.train_on_batch(x, y)
+        kernels.add(ours.get_weights()[0].tobytes())
+    assert len(kernels) == 1
+
+
+def test_statistics_of_a_large_mean():
+    random = np.random.RandomState(0)
+    values = (random.randn(40, 5) + 3000 * random.randn(5)).astype("float32")
+    inputs = keras.Input((5,), dtype="float32")
+    layer = accumops.AccumBatchNormalization(statistics="window", dtype="float32", scale=False, center=False)
+    net = keras.Model(inputs, layer(inputs))
+    model = accumops.GradientAccumulateModel(keras.Sequential([net, keras.layers.Dense(1)]), micro_batch_size=7)
+    seen = {}
+
+    def loss(target, output):
+        return keras.ops.mean(keras.ops.square(target - output))
+
+    model.compile(keras.optimizers.SGD(0.0), loss, jit_compile=False)
+    model.model.layers[-1].set_weights([np.ones((5, 1)), np.zeros(1)])
+    wide = values.astype("float64")
+    normalized = (wide - wide.mean(0)) / np.sqrt(wide.var(0) + layer.epsilon)
+    seen = model.train_on_batch(values, np.zeros((40, 1)))
+    np.testing.assert_allclose(seen, np.mean(normalized.sum(1) ** 2), rtol=1e-5)
