@@ -423,6 +423,7 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
             "accum_steps": self.accum_steps,
             "statistics": self.statistics,
             "every": self.every,
+            "memory": self.memory,
         }
 
     def save_own_variables(self, store: dict[str, Any]) -> None:

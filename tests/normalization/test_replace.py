@@ -581,12 +581,42 @@ def test_same_network(make, rng, tmp_path):
 def test_configuration_of_a_layer():
     model = configurations()
     replaced = replace_batchnorm_layers(model, accum_steps=3)
+    own = {"accum_steps": 3, "statistics": "micro_batch", "every": None, "memory": None}
     for layer, accumulating in zip(model.layers[1:], replaced.layers[1:], strict=True):
-        assert accumulating.get_config() == {**layer.get_config(), "accum_steps": 3}
+        assert accumulating.get_config() == {**layer.get_config(), **own}
         assert accumulating.dtype_policy == layer.dtype_policy
         for weight, new in zip(layer.weights, accumulating.weights, strict=True):
             assert (new.regularizer is None) == (weight.regularizer is None)
             assert (new.constraint is None) == (weight.constraint is None)
+
+
+def test_statistics_of_the_window():
+    model = configurations()
+    own = {"accum_steps": None, "statistics": "window", "every": 3, "memory": None}
+    replaced = replace_batchnorm_layers(model, statistics="window", every=3)
+    for layer, accumulating in zip(model.layers[1:], replaced.layers[1:], strict=True):
+        assert accumulating.get_config() == {**layer.get_config(), **own}
+    for layer, restored in zip(model.layers, restore_batchnorm_layers(replaced).layers, strict=True):
+        assert restored.get_config() == layer.get_config()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"statistics": "batch"}, ValueError, "'micro_batch' or 'window'"),
+        ({"statistics": "window", "every": 0}, ValueError, "`every` must be at least 1"),
+        ({"statistics": "window", "every": 1.5}, TypeError, "`every` must be an int"),
+        ({"statistics": "window", "memory": "much"}, ValueError, "like '4GB'"),
+        ({"statistics": "window", "memory": 1.5}, TypeError, "`memory` must be"),
+        ({"statistics": "window", "every": 1, "memory": "1GB"}, ValueError, "`every` or `memory`, not both"),
+        ({"every": 1}, ValueError, "`every` is for statistics='window'"),
+    ],
+)
+def test_statistics_that_there_are_not(arguments, error, message):
+    with pytest.raises(error, match=message):
+        replace_batchnorm_layers(configurations(), **arguments)
+    with pytest.raises(error, match=message):
+        AccumBatchNormalization(**arguments)
 
 
 def test_layers_used_several_times_stay_one():
