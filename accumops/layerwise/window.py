@@ -150,8 +150,13 @@ class LayerwiseWindow:
         calls = [piece.calls[i] for piece in self._model.pieces for i in piece.coupled]
         known = self._runs.moments
         moments = [each for stage in sorted(known) for each in known[stage]]
-        for call, each in zip(calls, moments, strict=True):
-            call.operation.add_to_window(each.as_batch(), pooled=replicas.running() is not None)
+        in_order = {id(call): number for number, call in enumerate(self._stages.graph.calls)}
+        made: dict[int, int] = {}
+        for call, each in sorted(zip(calls, moments, strict=True), key=lambda pair: in_order[id(pair[0])]):
+            layer = call.operation
+            number = made.get(id(layer), 0)
+            layer.add_to_window(each.as_batch(), pooled=replicas.running() is not None, call=number)
+            made[id(layer)] = number + 1
 
     # Forward
 

@@ -352,16 +352,17 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
         found = [each() for each in self._state.of_models]
         return [window for window in found if window is not None and not window.released]
 
-    def add_to_window(self, moments: ops.BatchMoments, *, pooled: bool) -> None:
+    def add_to_window(self, moments: ops.BatchMoments, *, pooled: bool, call: int = 0) -> None:
         """Adds the moments of a batch to the window that a call of the layer would add to.
 
         Args:
             moments: The moments.
             pooled: Whether they are those of all replicas.
+            call: The number of the call in its step. Each moves the statistics by itself.
         """
-        self._add(moments, pooled)
+        self._add(moments, pooled, call)
 
-    def _add(self, moments: ops.BatchMoments, pooled: bool) -> None:
+    def _add(self, moments: ops.BatchMoments, pooled: bool, call: int = 0) -> None:
         adopt = _ADOPT.get()
         collects = _COLLECTS.get() if self._joined() else None
         if collects is False:
@@ -379,7 +380,7 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
             if pooled:  # they count the values of all replicas, so that only one replica adds them
                 first = tf.distribute.get_replica_context().replica_id_in_sync_group == 0
                 moments = moments._replace(count=tf.where(first, moments.count, 0))
-            window.add(moments)
+            window.of_call(call).add(moments)
             return
         self._called_alone()
         alone = self.accum_steps == 1 or (self.accum_steps is None and tf.executing_eagerly())

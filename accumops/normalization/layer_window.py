@@ -34,6 +34,27 @@ class LayerWindow:
         self.released = False
         """Whether the trainer has left the layer."""
         self._variables: ops.MomentsWindow | None = None
+        self._limit = 0
+        self._further_calls: list[LayerWindow] = []
+
+    def of_call(self, number: int) -> "LayerWindow":
+        """Returns the window of one of a layer's calls in a step, if each moves the statistics by itself.
+
+        Such windows end in the step that opens them, so that none is saved.
+
+        Args:
+            number: The number of the call. The window of the first one is this.
+        """
+        while len(self._further_calls) < number:
+            window = LayerWindow(self.member, self.name)
+            if self._variables is not None:
+                window.build(self._limit)
+            self._further_calls.append(window)
+        return self if number == 0 else self._further_calls[number - 1]
+
+    def of_all_calls(self) -> "list[LayerWindow]":
+        """The windows of all calls."""
+        return [self, *self._further_calls]
 
     def build(self, limit: int) -> None:
         """Creates the variables.
@@ -45,6 +66,9 @@ class LayerWindow:
             ValueError: On a replica of a strategy, for a layer that was built before: it would be created for this
                 replica only.
         """
+        self._limit = limit
+        for window in self._further_calls:
+            window.build(limit)
         with contextlib.ExitStack() as outside:
             if self.member.built:  # and now gets another trainer, maybe while a function is traced
                 if replicas.running() is not None:
@@ -91,7 +115,7 @@ class LayerWindow:
         Args:
             windows: The windows, of different layers.
         """
-        built = [window for window in windows if window.member.built]
+        built = [each for window in windows if window.member.built for each in window.of_all_calls()]
         if replicas.running() is None:
             for each in built:
                 for window, moving in each.parts():
@@ -107,8 +131,9 @@ class LayerWindow:
         if self.member.built:
             limit_alone = tf.constant([0, 0, 1], tf.int64)
             kept = limit_alone if unless is None else tf.where(unless, tf.ones_like(limit_alone), limit_alone)
-            for window, _ in self.parts():
-                window.counters.assign(window.counters * kept)
+            for each in self.of_all_calls():
+                for window, _ in each.parts():
+                    window.counters.assign(window.counters * kept)
 
     def forget(self) -> None:
         """Drops the moments now, even while a function is traced."""

@@ -1,5 +1,6 @@
 """One step of a `GradientAccumulateModel` whose window runs layer by layer, for layers with `statistics="window"`."""
 
+import collections
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -92,8 +93,13 @@ class LayerwiseStep:
         self._memory, self._every = layers[0].memory, layers[0].every
 
     def check(self) -> None:
-        """Raises a ValueError if the model cannot be cut, with the layer's name."""
-        graph_of_calls(self._model.model, couples)
+        """Raises a ValueError if the model cannot be cut, with the layer's name. Makes the windows of all calls."""
+        calls = [call for call in graph_of_calls(self._model.model, couples).calls if not call.casts]
+        counts = collections.Counter(id(call.operation) for call in calls)
+        members = self._model.optimizer.accumulator.state.members
+        for layer in self._model.normalizations():
+            if counts[id(layer)] > 1:
+                members.window_of(layer).of_call(counts[id(layer)] - 1)
 
     def _in_pieces(self, slices: Slices) -> PiecesOfModel:
         """The model in pieces, for windows like this one."""
