@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from accumops.adapters.keras_functional import Node, call_node, graph_of, nodes_of
 from accumops.adapters.keras_layer import layers_within
+from accumops.adapters.keras_model import mask_of, with_mask
 
 Key = tuple[tuple[int, ...], int]
 """A tensor of the graph: the calls of graphs that it is in, and the identity of the symbolic tensor. A graph that is
@@ -22,8 +23,8 @@ class Call(NamedTuple):
     place: tuple[int, ...]
     inputs: tuple[Key, ...]
     outputs: tuple[Key, ...]
-    casts: tuple[str | None, ...] = ()
-    """For the call that hands a graph its inputs: their dtypes there."""
+    casts: tuple[str, ...] = ()
+    """For the call that hands a graph inputs of other dtypes than it was made for: their dtypes there."""
 
     @property
     def operation(self) -> Any:
@@ -40,7 +41,7 @@ class Call(NamedTuple):
         if self.casts:
             for source, target, dtype in zip(self.inputs, self.outputs, self.casts, strict=True):
                 if source in values:
-                    values[target] = values[source] if dtype is None else tf.cast(values[source], dtype)
+                    values[target] = with_mask(tf.cast(values[source], dtype), mask_of(values[source]))
             return
         pairs = zip(self.node.inputs, self.inputs, strict=True)
         own = {identity: values[key] for identity, key in pairs if key in values}
@@ -95,11 +96,15 @@ def graph_of_calls(model: keras.Model, couples: Callable[[Any], bool]) -> Graph:
                     f"The model '{operation.name}' within '{model.name}' is called with other inputs than it was made "
                     "for, and has layers with statistics='window'. Call it with tensors of the shapes of its inputs."
                 )
-            starts = tuple((inside, id(each)) for each in inner.inputs)
-            casts = tuple(None if a.dtype == b.dtype else a.dtype for a, b in zip(inner.inputs, given, strict=True))
-            sizes.update(zip(starts, map(_bytes_of_sample, inner.inputs), strict=True))
-            yield Call(node, inside, inputs, starts, casts)
             inner_names: dict[int, Key] = {}
+            casts: list[tuple[Key, Key, str]] = []
+            for each, outer, source in zip(inner.inputs, given, inputs, strict=True):
+                inner_names[id(each)] = source if each.dtype == outer.dtype else (inside, id(each))
+                if each.dtype != outer.dtype:
+                    casts.append((source, (inside, id(each)), each.dtype))
+                    sizes[inside, id(each)] = _bytes_of_sample(each)
+            if casts:
+                yield Call(node, inside, *zip(*casts, strict=True))
             yield from walk(inner, inside, inner_names)
             for outer, each in zip(node.keras_node.outputs, inner.outputs, strict=True):
                 names[id(outer)] = inner_names.get(id(each), (inside, id(each)))

@@ -277,7 +277,13 @@ class _StageGradient:
         self._coupled = [piece.calls[i].operation for piece in own for i in piece.coupled]
 
     def sources(self, values: Values) -> list[tf.Tensor]:
-        """The tensors that lead into the stage and take a gradient."""
+        """The tensors that lead into the stage and take a gradient.
+
+        Each becomes a tensor of its own: a layer may return its input, and their gradients are not the same.
+        """
+        for key in self._received:
+            leaves = Leaves(values[key])
+            values[key] = leaves.filled([tf.identity(each) for each in leaves.tensors])
         return _floating(self._received, values)
 
     def each(self, body: Any, room: dict[str, Kept], carried: Carried) -> tuple[dict[str, Kept], Carried]:
@@ -312,7 +318,7 @@ class _StageGradient:
     ) -> Gradients:
         """Returns the gradients of variables, and keeps the others."""
         factors = [each for piece in self._own for supplied in piece.supplied for each in supplied.factors or ()]
-        sources = self.sources(values)
+        sources = _floating(self._received, values)
         of_variables, of_sources, of_factors = tape.gradient(
             targets, (variables, sources, factors), output_gradients=upstream
         )

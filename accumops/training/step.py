@@ -194,6 +194,7 @@ class TrainingStep:
         number = number_of_metrics(model)
         sums = {"total": [none], "losses": [none], "seen": [none]}
         sums["scalars"] = [tf.zeros([number], none.dtype)] if number else []
+        undo = Undo(model) if state.nonfinite.acts else None
 
         def count(data: Any, y_pred: Any, calls: Any, loss: tf.Tensor, added: tf.Tensor | None, sums: Any) -> tf.Tensor:
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
@@ -215,6 +216,10 @@ class TrainingStep:
         state.count_parts(number, total + tf.cast(left, total.dtype))
         tracker = loss_tracker(model)
         value = losses if self._sums() else tf.math.divide_no_nan(losses, total)
+        if undo is not None:  # a sample that is not finite makes all of its window so
+            counts = tf.math.is_finite(value)
+            undo.unless(counts)
+            value, seen = (tf.where(counts, each, tf.zeros_like(each)) for each in (value, seen))
         tracker.update_state(tf.cast(value, tracker.dtype), sample_weight=seen)
         for each in sums["scalars"]:
             count_scalars(model, each, seen)
