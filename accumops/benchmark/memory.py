@@ -11,7 +11,7 @@ from accumops.benchmark import training
 from accumops.benchmark.models import PROBLEMS, Problem
 from accumops.benchmark.result import Result, Row
 from accumops.benchmark.timing import interleave
-from accumops.memory.device_memory import AllocatorMemory, ResidentMemory
+from accumops.memory.device_memory import AllocatorMemory, ResidentMemory, memory_counter
 from accumops.planning.child_process import ChildProcess, ChildProcessFailed
 from accumops.training.model import GradientAccumulateModel
 
@@ -149,6 +149,29 @@ def peak_of(prepare: Callable[[], Callable[[], object]], device: str, *, activat
         if activations:
             before = memory.now()
         window()  # traces, if `prepare` has not
+        memory.forget_peak()
+        for _ in range(_WINDOWS):
+            window()
+        return memory.peak() - before
+
+
+def peak_of_later_windows(prepare: Callable[[], Callable[[], object]], device: str) -> int:
+    """Returns the peak while windows run, in bytes above the memory between windows. Needs a new process.
+
+    TensorFlow's allocator counts it. Where that does not count, the operating system does, from the moment before the
+    first window, because a process keeps memory that TensorFlow has let go: traced functions count then, too.
+
+    Args:
+        prepare: Makes the model, and returns a function that runs a window.
+        device: `"CPU"` or `"GPU"`.
+    """
+    with tf.device(f"{device}:0"):
+        memory = memory_counter(f"{device}:0")
+        window = prepare()
+        before = memory.now()
+        window()  # traces, and makes variables
+        if not isinstance(memory, ResidentMemory):
+            before = memory.now()
         memory.forget_peak()
         for _ in range(_WINDOWS):
             window()

@@ -18,6 +18,7 @@ from accumops.benchmark import (
     update,
     window,
     window_loss,
+    window_norm,
 )
 from accumops.benchmark.result import Result
 from accumops.verification.runner import backend, no_retracing_warnings
@@ -28,6 +29,7 @@ SUITES: dict[str, ModuleType] = {
     "batch-norm": batch_norm,
     "window": window,
     "window-loss": window_loss,
+    "window-norm": window_norm,
     "recompute": recompute,
     "goals": goals,
     "limit": limit,

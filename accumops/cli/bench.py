@@ -24,6 +24,7 @@ SUITES = (
     "batch-norm",
     "window",
     "window-loss",
+    "window-norm",
     "recompute",
     "goals",
     "limit",
@@ -44,7 +45,7 @@ SUITES = (
 @click.option(
     "--rounds",
     type=click.IntRange(min=2),
-    show_default="30, for window-loss, recompute and limit 10, for goals, plan and memory 3",
+    show_default="30, for window-loss, recompute and limit 10, for window-norm 5, for goals, plan and memory 3",
     help="Measurements of each contender.",
 )
 @json_option
@@ -67,6 +68,7 @@ def bench(
     batch-norm  forward and backward of one layer, and a window of a network
     window      4 micro-batches of 16 and their update, in six models
     window-loss a contrastive loss over the whole batch: time and memory
+    window-norm batch normalization over the whole batch: time and memory
     recompute   training that computes activations again: time and memory
     goals       recompute for memory goals: the planned and the measured peak
     limit       recompute or a smaller micro-batch, in the same memory

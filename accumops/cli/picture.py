@@ -75,5 +75,6 @@ def _colour(row: "Row") -> str:
 
 def _label(result: "Result", row: "Row", scale: float, unit: str) -> str:
     ratio = result.ratio(row)
-    value = f"{scale * (row.value or 0.0):.3g} {unit}"
-    return value if ratio is None else f"{value}, {ratio:.2f} x"
+    value = scale * (row.value or 0.0)
+    text = f"{value:.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"
+    return text if ratio is None else f"{text}, {ratio:.2f} x"

@@ -22,6 +22,18 @@ class DeviceMemory(Protocol):
         """The most bytes in use since `forget_peak`."""
 
 
+def memory_counter(device: str) -> DeviceMemory:
+    """Returns what counts memory on a device: TensorFlow's allocator, or else the operating system.
+
+    Args:
+        device: The device's name, such as `"CPU:0"`.
+    """
+    try:
+        return AllocatorMemory(device)
+    except ValueError:  # the allocator does not count
+        return ResidentMemory()
+
+
 class AllocatorMemory:
     """What TensorFlow's allocator has given out: tensors, and what it wastes for them.
 

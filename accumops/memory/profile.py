@@ -15,7 +15,7 @@ from accumops.adapters.keras_layer import StateRecorder, values_of
 from accumops.adapters.tensorflow import without_strategy
 from accumops.arguments import check_count
 from accumops.memory.cuts import Costs, costs_by_region, taken_by
-from accumops.memory.device_memory import AllocatorMemory, DeviceMemory, ResidentMemory
+from accumops.memory.device_memory import DeviceMemory, ResidentMemory, memory_counter
 from accumops.memory.layer_costs import CallCosts, costs_of
 from accumops.memory.pictures import figure_of
 from accumops.memory.segments import Segment, regions_of, running_in, segments_by_region
@@ -272,10 +272,7 @@ def memory_of_device(*, jit_compile: bool = False) -> DeviceMemory:
     device = "GPU:0" if tf.config.list_logical_devices("GPU") else "CPU:0"
     if device == "CPU:0" and jit_compile:
         return ResidentMemory()
-    try:
-        return AllocatorMemory(device)
-    except ValueError:  # the allocator does not count
-        return ResidentMemory()
+    return memory_counter(device)
 
 
 def peak_of_step(graph: keras.Function, batch_size: int, memory: DeviceMemory, *, jit_compile: bool = False) -> int:

@@ -26,6 +26,7 @@ from accumops.benchmark import (
     update,
     window,
     window_loss,
+    window_norm,
 )
 from accumops.benchmark.contender import Contender
 from accumops.cli import main
@@ -58,6 +59,7 @@ CONTENDERS = {
     | {"accumops, accum_steps, XLA", "accumops, micro_batch_size, XLA"}
     | {"accumops, accum_steps, lazy_sparse", "accumops, micro_batch_size, lazy_sparse"},
     "window-loss": {window_loss.FLOOR, "accumops, loss_over='window'", "the batch at once"},
+    "window-norm": {window_norm.FLOOR, window_norm.MICRO_BATCHES, "accumops, statistics='window', every=1"},
     "recompute": {recompute.FLOOR, "segments=8", 'policy="cheap"'},
     "goals": {f"{which}{what}" for which in (goals.FLOOR, "goal 1", "goal 2") for what in (", predicted", "")}
     | {"goal 1, the goal", "goal 2, the goal"},
@@ -107,7 +109,7 @@ class InThisProcess:
         pass
 
     def call(self, function, *, samples=1, **arguments):
-        assert function in (memory.peak_bytes, window_loss.peak_bytes, recompute.peak_bytes)
+        assert function in [each.peak_bytes for each in (memory, window_loss, window_norm, recompute)]
         return samples << 20
 
 
@@ -158,6 +160,8 @@ def small(monkeypatch):
         monkeypatch.setattr(recompute, name, 1)
     for name, value in (("BATCH", 8), ("MICRO", 4), ("SIDE", 4), ("towers", small_towers)):
         monkeypatch.setattr(window_loss, name, value)
+    monkeypatch.setattr(window_norm, "BATCH", 4)
+    monkeypatch.setattr(window_norm, "NETWORKS", {"small": window_norm.Network(small_network, 2, (1,))})
     monkeypatch.setattr(memory, "SIZES", (32, 64))
     monkeypatch.setattr(goals, "ChildProcess", Direct)
     for name, value in (("MODELS", ("small",)), ("GOALS", 2), ("BATCH", 64)):
