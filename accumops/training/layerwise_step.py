@@ -45,6 +45,11 @@ def layerwise_step(model: Any) -> "LayerwiseStep | None":
             f"{what}, so that all samples of a window depend on each other, and none can be left out as "
             "nonfinite='skip' does. Use nonfinite='drop', which leaves out the window."
         )
+    if model.model.built and not model.trainable_variables:
+        raise ValueError(
+            f"{what}, and the model has no trainable weights, so that its windows make no update. Move the statistics "
+            "with whole batches, in plain Keras."
+        )
     step = LayerwiseStep(model, layers)
     if model.model.built:
         step.check()
