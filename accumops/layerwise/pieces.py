@@ -40,6 +40,8 @@ class Piece:
         self.number, self.stage, self.begin, self.end = number, stage, begin, end
         self.calls = stages.calls[begin:end]
         self.coupled = [i - begin for i in stages.coupled[stage] if begin <= i < end]
+        self.coupled_before = sum(i < begin for i in stages.coupled[stage])
+        """The coupled calls of its stage that are in other pieces before it."""
         self.is_last = end == len(stages.calls)
         behind = [] if self.is_last or end != stages.range_of(stage)[1] else stages.coupled[stage + 1]
         self.measures = [stages.calls[i] for i in behind]

@@ -123,7 +123,8 @@ class Runs:
         return tf.add_n(losses) if losses else None
 
     def _run(self, piece: Piece, state: list[tf.Tensor], data: Any, values: Values, **settings: Any) -> Run:
-        moments = self.moments[piece.stage] if piece.coupled else []
+        begin = piece.coupled_before
+        moments = self.moments[piece.stage][begin : begin + len(piece.coupled)] if piece.coupled else []
         return piece.stretch.run(state, self._inputs_of(data), leaves_of(piece.needs, values), moments, **settings)
 
     def _unpack(self, keys: Sequence[Key], tensors: Any, values: Values) -> None:
