@@ -116,7 +116,7 @@ class Supplied(Statistics):
     """
 
     def __init__(self, moments: WindowMoments, watch: Callable[[tf.Tensor], None] = lambda tensor: None) -> None:
-        self._moments, self._watch = moments, watch
+        self._of_window, self._watch = moments, watch
         self.factors: tuple[tf.Tensor, tf.Tensor] | None = None
         """What it has multiplied by and added. Their gradients are the sums that `Tied` needs."""
 
@@ -124,13 +124,13 @@ class Supplied(Statistics):
         self, x: tf.Tensor, gamma: Any, beta: Any, *, axis: int, epsilon: float, mask: tf.Tensor | None
     ) -> tf.Tensor:
         """Returns the normalized `x`."""
-        dtype, channels = statistics_dtype(x.dtype), tf.shape(self._moments.mean)
+        dtype, channels = statistics_dtype(x.dtype), tf.shape(self._of_window.mean)
         gamma = tf.ones(channels, dtype) if gamma is None else tf.cast(gamma, dtype)
         beta = tf.zeros(channels, dtype) if beta is None else tf.cast(beta, dtype)
         self.factors = tf.identity(gamma), tf.identity(beta)
         for each in self.factors:
             self._watch(each)
-        return _normalized(x, *self.factors, self._moments, axis, epsilon)
+        return _normalized(x, *self.factors, self._of_window, axis, epsilon)
 
 
 class Sums(NamedTuple):
@@ -151,7 +151,7 @@ class Tied(Statistics):
     """
 
     def __init__(self, moments: WindowMoments, sums: Sums) -> None:
-        self._moments, self._sums = moments, sums
+        self._of_window, self._sums = moments, sums
         self.tie: tf.Tensor | None = None
         """A scalar whose gradient is this part."""
 
@@ -160,17 +160,17 @@ class Tied(Statistics):
     ) -> tf.Tensor:
         """Returns `x`, and keeps the tie."""
         dtype = statistics_dtype(x.dtype)
-        variance = tf.cast(self._moments.variance, dtype)
+        variance = tf.cast(self._of_window.variance, dtype)
         scale = tf.math.rsqrt(variance + tf.constant(epsilon, dtype))
         scale *= 1.0 if gamma is None else tf.stop_gradient(tf.cast(gamma, dtype))
-        scale = tf.math.divide_no_nan(-scale, tf.cast(self._moments.count, dtype))
+        scale = tf.math.divide_no_nan(-scale, tf.cast(self._of_window.count, dtype))
         of_gamma, of_beta = (tf.cast(each, dtype) for each in self._sums)
 
         @tf.custom_gradient
         def tie(x: tf.Tensor) -> Any:
             def gradient(upstream: tf.Tensor) -> tf.Tensor:
                 # -(sum(dy) + x' * sum(dy * x')) * gamma / deviation / count is a normalization, too.
-                part = _normalized(x, scale * of_gamma, scale * of_beta, self._moments, axis, epsilon)
+                part = _normalized(x, scale * of_gamma, scale * of_beta, self._of_window, axis, epsilon)
                 return part if mask is None else tf.where(mask[..., tf.newaxis], part, tf.zeros_like(part))
 
             return tf.zeros([], dtype), gradient
