@@ -13,6 +13,20 @@
 
 `FusedUpdate` says whether, and why, an update is fused or not.
 
+Where the norms of the sums are needed, the op that adds the window's last gradients reports them. In bytes a value:
+
+    20      the last gradients are added (12), the sums are read for their norms (4), and by the update (4)
+    16      the addition reports the norms, in the same pass
+    16      folded: sums and last gradients are read for the norms of what they add up to (8), and by the update (8)
+
+The third way takes as long as the first one (`benchmarks/clipping.py`, with figures in docs/benchmarks.md), so a window
+that clips by norm, unscales its loss or notes norms is not folded. The sums are still read for their norms
+
+    with a loss over the window, with statistics="window" of batch normalization, and where `flush` or a `close` without
+    gradients ends a window: nothing knows that an addition is the last one;
+    under XLA, which would compute the norms of each addition;
+    on replicas, whose sums are parts.
+
 A variable that the window has no gradient for is left out of each of them. In a graph this may be known only when it
 runs (`Connected.maybe`): then the update of such a variable is in a condition.
 """
@@ -36,7 +50,7 @@ from accumops.optimizer.nonfinite import decides_on_device, scale_of_loss, updat
 from accumops.optimizer.window_record import WindowRecord
 from accumops.window import replicas
 from accumops.window.connected_variables import Connected
-from accumops.window.micro_batch import CountedMicroBatch, Window
+from accumops.window.micro_batch import CountedMicroBatch, MicroBatch, Window
 from accumops.window.noise_schedule import NoiseScaleSchedule
 from accumops.window.squared_norms import SquaredNorms
 from accumops.window.state import WindowState
@@ -110,13 +124,32 @@ class Ending:
 
         XLA makes no pass of its own for norms, and would compute those of each micro-batch.
         """
-        asked = self.state.notes.norms is not None or (self.record is not None and self.record.norms)
-        return asked and not xla_compiles_this() and (ends or batch.fills)
+        return self._reports_norms and (ends or batch.fills)
+
+    def add_slice(self, batch: MicroBatch, *, last: bool | tf.Tensor) -> None:
+        """Adds one of the micro-batches that a step splits its batch into, without counting it.
+
+        Args:
+            batch: The micro-batch.
+            last: Whether it is the last one of its batch, if that is known.
+        """
+        self.state.add_slice(batch, self._reports_norms and last)
+
+    @property
+    def _reports_norms(self) -> bool:
+        return self._needs_norms and self.state.strategy is None and not xla_compiles_this()
+
+    @property
+    def _needs_norms(self) -> bool:
+        """Whether the norms of a window's sums are needed where it ends: to be noted, or for the update."""
+        noted = self.state.notes.norms is not None or (self.record is not None and self.record.norms)
+        needed = self.gradient_clipping is None and fused_update.needs_norms(self.optimizer)
+        return noted or (needed and bool(self.fused_update))
 
     def end(self) -> None:
         """Ends the window, whose micro-batches have all been added."""
         self.state.parts.end()
-        self._end(None)
+        self._end(None, self.state.last_slice.take())
 
     def end_if_open(self) -> None:
         """Ends the window, if there is one."""

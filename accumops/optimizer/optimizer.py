@@ -269,6 +269,7 @@ class GradientAccumulateOptimizer(LoadsState):
         *,
         weight: float | tf.Tensor,
         starts: tf.Tensor | bool,
+        last: tf.Tensor | bool = False,
     ) -> None:
         """Accumulates one of the micro-batches that a step splits its batch into, without counting it; not public.
 
@@ -279,15 +280,16 @@ class GradientAccumulateOptimizer(LoadsState):
             trainable_variables: As for `apply`.
             weight: As for `apply`.
             starts: Whether it is the first micro-batch of its window, a bool or a bool scalar.
+            last: Whether it is the last one, if that is known: norms that are needed then come from its addition.
 
         Raises:
             ValueError: As `apply` does.
         """
         gradients = self._in_order(grads, trainable_variables)
         if gradients is not None:
-            state = self._accumulator.state
             given = self._known.positions(trainable_variables)
-            state.add_slice(state.prepare_slice(gradients, weight, starts, given))
+            batch = self._accumulator.state.prepare_slice(gradients, weight, starts, given)
+            self._ending.add_slice(batch, last=last)
 
     def accumulate_part(
         self, grads: Gradients, trainable_variables: Sequence[keras.Variable], *, starts: tf.Tensor | bool

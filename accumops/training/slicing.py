@@ -13,7 +13,7 @@ Carried = Sequence[tf.Tensor]
 def fold_slices(
     data: Any,
     size: int,
-    run: Callable[[Any, tf.Tensor | bool, Carried], Carried],
+    run: Callable[[Any, tf.Tensor | bool, tf.Tensor | bool, Carried], Carried],
     carried: Carried,
     *,
     static_sizes: bool,
@@ -29,7 +29,8 @@ def fold_slices(
     Args:
         data: The batch, a structure of tensors, with None for parts that it lacks.
         size: Samples a slice; the last one is smaller where it has to be.
-        run: Takes a slice, whether it is the first, and scalars that go from slice to slice; returns the scalars.
+        run: Takes a slice, whether it is the first, whether it is the last, and scalars that go from slice to slice;
+            returns the scalars.
         carried: The scalars that the first slice is given.
         static_sizes: Whether the graph has to know the sizes of slices, as XLA needs it: a remainder then has a body of
             its own.
@@ -48,7 +49,7 @@ def fold_slices(
     if tf.executing_eagerly():
         begins = range(0, int(count), size)
         for begin in begins:
-            carried = run(part(begin, begin + size), begin == 0, carried)
+            carried = run(part(begin, begin + size), begin == 0, begin == begins[-1], carried)
         return len(begins), carried
 
     def loop(
@@ -62,7 +63,8 @@ def fold_slices(
             carried: Carried = before
             for i in range(slices):
                 first = tf.equal(begin, 0) if i == 0 else False
-                carried = run(cut(begin + i * size), first, carried)
+                last = begin + (i + 1) * size >= count
+                carried = run(cut(begin + i * size), first, last, carried)
             return [begin + slices * size, *carried]
 
         # One at a time: side by side, every micro-batch's activations would be alive, and their sums in any order.
@@ -82,5 +84,5 @@ def fold_slices(
     full = count // size * size
     carried = loop(done, full, whole, carried)
     return number, tf.cond(
-        full < count, lambda: list(run(part(full, count), tf.equal(full, 0), carried)), lambda: list(carried)
+        full < count, lambda: list(run(part(full, count), tf.equal(full, 0), True, carried)), lambda: list(carried)
     )

@@ -233,12 +233,13 @@ class TrainingStep:
         """
         return whole_tensors(data, self._model.whole_inputs)
 
-    def train_on_slice(self, data: Any, first: tf.Tensor | bool, carried: Carried) -> Carried:
+    def train_on_slice(self, data: Any, first: tf.Tensor | bool, last: tf.Tensor | bool, carried: Carried) -> Carried:
         """Trains on one of the micro-batches of a batch.
 
         Args:
             data: The micro-batch.
             first: Whether it is the first of its batch.
+            last: Whether it is the last one.
             carried: The sums before it: shares, losses times shares, shares that count in the logs, samples and, with
                 metrics, scalars.
 
@@ -250,7 +251,7 @@ class TrainingStep:
         passed = self._counted_pass(data)
         if passed.gradients is not None:
             model.optimizer.accumulate_slice(
-                passed.gradients, model.trainable_variables, weight=passed.share, starts=first
+                passed.gradients, model.trainable_variables, weight=passed.share, starts=first, last=last
             )
         weight = passed.share.weight if isinstance(passed.share, Share) else passed.share
         share = tf.cast(weight, total.dtype)

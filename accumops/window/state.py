@@ -37,7 +37,7 @@ from accumops.window.nonfinite import MAKES_UPDATE, NonfiniteGradients, Share, V
 from accumops.window.notes import Notes
 from accumops.window.parts import Parts
 from accumops.window.recorded_operations import Recording
-from accumops.window.squared_norms import SquaredNorms
+from accumops.window.squared_norms import LastSliceReport, SquaredNorms
 from accumops.window.state_variables import PER_REPLICA, new_accumulator, new_variable
 from accumops.window.sums import Found, add_gradients, as_gradient, together
 from accumops.window.touched_rows import TouchedRows
@@ -64,6 +64,7 @@ class WindowState(tf.Module):
         followed = accum_steps if isinstance(accum_steps, NoiseScaleSchedule) else None
         self.notes = Notes(owner, self.reduction, followed)
         """What is noted of windows for those who ask."""
+        self.last_slice = LastSliceReport()
         self.built = False
         self._owner = owner
         self._untracked = Untracked(members=Members(owner), strategy=None, parts=set())
@@ -174,6 +175,7 @@ class WindowState(tf.Module):
         Returns:
             The report, if there is one. Replicas make none: their sums are parts.
         """
+        self.last_slice.clear()
         with Recording() as accumulation:
             reported = self._add(batch, norms)
             self.connections.add(batch.present, batch.given)
@@ -183,9 +185,15 @@ class WindowState(tf.Module):
             self.counters.add(batch.limit)
         return reported
 
-    def add_slice(self, batch: MicroBatch) -> None:
-        """Adds a micro-batch to the window without counting it; `count` counts all of a window at once."""
-        self._add(batch)
+    def add_slice(self, batch: MicroBatch, norms: bool | tf.Tensor = False) -> None:
+        """Adds a micro-batch to the window without counting it; `count` counts all of a window at once.
+
+        Args:
+            batch: The micro-batch.
+            norms: Whether `last_slice` is to have its squared norms.
+        """
+        reported = self._add(batch, norms)
+        self.last_slice.add(None if norms is False else reported, self.accumulators[0])
         self.connections.add_slice(batch.present, batch.given)
 
     def add_part(self, gradients: Sequence[tf.Tensor | tf.IndexedSlices | None], starts: tf.Tensor | bool) -> None:
@@ -228,6 +236,7 @@ class WindowState(tf.Module):
     def count(self, steps: int | tf.Tensor, weight: tf.Tensor) -> None:
         """Opens a window that `add_slice` has filled: with this many micro-batches, and this sum of shares."""
         self.connections.count_slices()
+        self.last_slice.count()
         self.weight.assign(tf.cast(weight, self.weight.dtype))
         self.counters.fill(steps)
 
@@ -258,8 +267,8 @@ class WindowState(tf.Module):
         found = self._add_to(accumulators, batch, range(len(accumulators)), batch.weight * factor, norms)
         if found.norms is None:
             return found
-        gradients = found.norms.gradients * factor**2
-        return Found(found.finite, dataclasses.replace(found.norms, gradients=gradients))
+        report = found.norms.report * tf.constant([[factor**2], [1]], tf.float64)
+        return Found(found.finite, SquaredNorms(found.norms.positions, report))
 
     # The window on its way out
 
@@ -449,6 +458,7 @@ class WindowState(tf.Module):
     def _discard(self) -> None:
         self.counters.drop()
         self.connections.clear()
+        self.last_slice.clear()
         self.members.drop()
 
     def _check_gradients(self, gradients: list[tf.Tensor | tf.IndexedSlices | None]) -> None:

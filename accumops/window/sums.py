@@ -66,7 +66,7 @@ def add_gradients(
     dense = [i for i, each in enumerate(gradients) if each is not None and not isinstance(each, tf.IndexedSlices)]
     if len(dense) < len(positions):
         squares = tf.gather(squares, tf.constant(dense, tf.int32), axis=1)
-    return Found(finite, SquaredNorms([positions[i] for i in dense], *tf.unstack(squares)))
+    return Found(finite, SquaredNorms([positions[i] for i in dense], squares))
 
 
 def as_gradient(

@@ -13,7 +13,7 @@ BUDGET = {
     "accum_steps, micro-batch": (21, 4),
     "accum_steps, ends the window": (36, 4),
     "micro_batch_size": (44, 5),
-    "micro_batch_size, clipped": (59, 5),
+    "micro_batch_size, clipped": (60, 5),
     "micro_batch_size, losses scaled": (90, 5),
     "accum_steps, non-finite: skip, micro-batch": (55, 5),
     "accum_steps, non-finite: skip, ends the window": (81, 5),
@@ -22,7 +22,7 @@ BUDGET = {
     "a loop of one's own": (23, 5),
     "accum_steps, norms of variables, micro-batch": (21, 4),
     "accum_steps, norms of variables, ends the window": (44, 4),
-    "micro_batch_size, norms of variables": (50, 5),
+    "micro_batch_size, norms of variables": (51, 5),
     "a loop of one's own, norms of variables": (29, 6),
 }
 

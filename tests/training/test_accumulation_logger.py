@@ -275,7 +275,7 @@ class TestGradientNorm:
         ("optimizer", "norms", "number"),
         [
             (keras.optimizers.SGD(0.1), True, 0),
-            (keras.optimizers.SGD(0.1, clipnorm=1.0), None, 1),
+            (keras.optimizers.SGD(0.1, clipnorm=1.0), None, 0),
             (keras.optimizers.SGD(0.1, clipnorm=1.0), True, 0),
             (keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)), True, 0),
         ],

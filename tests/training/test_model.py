@@ -149,7 +149,7 @@ def test_parallel_micro_batches_depend_on_one_another_only_to_accumulate(rng):
             carried = [*[tf.constant(0.0)] * 4, tf.zeros([1])]
             for i in range(3):
                 part = tuple(each[16 * i : 16 * (i + 1)] for each in data)
-                carried = model._untracked.step.train_on_slice(part, i == 0, carried)
+                carried = model._untracked.step.train_on_slice(part, i == 0, i == 2, carried)
 
         operations = body.get_concrete_function().graph.get_operations()
     finally:

@@ -11,26 +11,30 @@ SIZE = 4
 
 
 def expected(x):
-    """The result of `summed`: how many slices there are, the sum of their means, weighted by order, and one first."""
+    """The result of `summed`: how many slices there are, the sum of their means, weighted by order, and one first.
+
+    And the mean of the last one.
+    """
     parts = [x[i : i + SIZE] for i in range(0, len(x), SIZE)]
     total = 0.0
     for part in parts:
         total = total / 2 + part.mean()
-    return len(parts), total, 1.0
+    return len(parts), total, 1.0, parts[-1].mean()
 
 
 def summed(x, known, **options):
-    """A function of the order of the slices, of the values in each and of which slice is told that it is the first."""
+    """A function of the order of the slices, of the values in each and of which slices are the first and the last."""
 
-    def run(data, first, carried):
-        total, firsts = carried
+    def run(data, first, last, carried):
+        total, firsts, lasts = carried
         part, nothing = data["x"]
         assert nothing is None
-        return [total / 2 + tf.reduce_mean(part), firsts + tf.cast(first, tf.float32)]
+        mean = tf.reduce_mean(part)
+        return [total / 2 + mean, firsts + tf.cast(first, tf.float32), lasts + mean * tf.cast(last, tf.float32)]
 
     def whole(x):
-        slices, (total, firsts) = fold_slices({"x": (x, None)}, SIZE, run, [tf.constant(0.0)] * 2, **options)
-        return tf.convert_to_tensor(slices), total, firsts
+        slices, carried = fold_slices({"x": (x, None)}, SIZE, run, [tf.constant(0.0)] * 3, **options)
+        return tf.convert_to_tensor(slices), *carried
 
     signature = [tf.TensorSpec([len(x) if known else None, 3])]
     return whole, signature
@@ -62,7 +66,7 @@ def test_sizes_are_known_to_the_graph_where_slices_are_of_one_size():
     """Layers then need no operations to find out about shapes."""
     seen = []
 
-    def run(part, first, carried):
+    def run(part, first, last, carried):
         seen.append(part.shape[0])
         return carried
 
@@ -75,7 +79,7 @@ def test_sizes_are_known_to_the_graph_where_slices_are_of_one_size():
 
 
 def test_a_batch_without_samples():
-    def run(part, first, carried):
+    def run(part, first, last, carried):
         return [carried[0] + tf.cast(tf.shape(part)[0] + 1, tf.float32)]
 
     def whole(x, empty):
@@ -95,7 +99,7 @@ def test_a_batch_without_samples():
 def test_no_samples_where_the_graph_knows():
     """A replica may get no samples: it then runs one slice without any."""
 
-    def run(part, first, carried):
+    def run(part, first, last, carried):
         return [carried[0] + tf.cast(tf.shape(part)[0] + 1, tf.float32)]
 
     def whole(x):
@@ -111,7 +115,7 @@ def test_ragged_tensors(rows, known, at_once):
     x = tf.RaggedTensor.from_row_lengths(tf.range(2.0 * rows), [1, 3] * (rows // 2))
     y = tf.range(rows, dtype=tf.float32)
 
-    def run(part, first, carried):
+    def run(part, first, last, carried):
         x, y = part
         return [carried[0] / 2 + tf.reduce_sum(x) * tf.reduce_sum(y)]
 
