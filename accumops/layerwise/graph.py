@@ -1,7 +1,7 @@
 """The calls of a model's graph as one list, those of graphs within it included."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import keras
@@ -10,6 +10,7 @@ import tensorflow as tf
 from accumops.adapters.keras_functional import Node, call_node, graph_of, nodes_of
 from accumops.adapters.keras_layer import layers_within
 from accumops.adapters.keras_model import mask_of, with_mask
+from accumops.window.coupling import couples
 
 Key = tuple[tuple[int, ...], int]
 """A tensor of the graph: the calls of graphs that it is in, and the identity of the symbolic tensor. A graph that is
@@ -59,14 +60,13 @@ class Graph(NamedTuple):
     """The bytes of a sample in each tensor, 0 where they are not known."""
 
 
-def graph_of_calls(model: keras.Model, couples: Callable[[Any], bool]) -> Graph:
+def graph_of_calls(model: keras.Model) -> Graph:
     """Returns the calls of a model, in the order in which Keras makes them.
 
     Graphs within the graph are opened if they have layers that couple samples.
 
     Args:
         model: The model.
-        couples: Whether a layer couples samples.
 
     Raises:
         ValueError: If the model is no graph that Keras knows, or such a layer is not called by a graph; with its name.
@@ -84,7 +84,7 @@ def graph_of_calls(model: keras.Model, couples: Callable[[Any], bool]) -> Graph:
             for each, tensor in zip(outputs, node.keras_node.outputs, strict=True):
                 sizes[each] = _bytes_of_sample(tensor)
             operation = node.operation
-            if not (isinstance(operation, keras.Layer) and _within(operation, couples)):
+            if not (isinstance(operation, keras.Layer) and _couples_within(operation)):
                 yield Call(node, place, inputs, outputs)
                 continue
             inner, inside = _opened(operation, model), (*place, number)
@@ -92,9 +92,10 @@ def graph_of_calls(model: keras.Model, couples: Callable[[Any], bool]) -> Graph:
             if len(inner.inputs) != len(inputs) or any(
                 len(a.shape) != len(b.shape) for a, b in zip(inner.inputs, given, strict=True)
             ):
+                inside_it = next(each for each in layers_within(operation) if couples(each))
                 raise ValueError(
-                    f"The model '{operation.name}' within '{model.name}' is called with other inputs than it was made "
-                    "for, and has layers with statistics='window'. Call it with tensors of the shapes of its inputs."
+                    f"{inside_it.coupled_because}, and its model '{operation.name}' is called within '{model.name}' "
+                    "with other inputs than it was made for. Call it with tensors of the shapes of its inputs."
                 )
             inner_names: dict[int, Key] = {}
             casts: list[tuple[Key, Key, str]] = []
@@ -115,8 +116,8 @@ def graph_of_calls(model: keras.Model, couples: Callable[[Any], bool]) -> Graph:
     for layer in layers_within(model):
         if couples(layer) and id(layer) not in made:
             raise ValueError(
-                f"The layer '{layer.name}' has statistics='window', and '{model.name}' cannot be cut there: another "
-                "layer calls it in its code. Use statistics='micro_batch' for it, or call it in a functional model."
+                f"{layer.coupled_because}, and '{model.name}' cannot be cut there: another layer calls it in its code. "
+                f"Use {layer.uncoupled} for it, or call it in a functional model."
             )
     outputs = [names.get(id(each), ((), id(each))) for each in graph.outputs]
     return Graph(calls, [((), id(each)) for each in graph.inputs], outputs, sizes)
@@ -127,16 +128,15 @@ def _opened(layer: keras.Layer, model: keras.Model) -> keras.Function:
     graph = graph_of(layer)
     if graph is None or not type(layer).call.__module__.startswith("keras."):
         what = f"'{model.name}'" if layer is model else f"'{layer.name}' within '{model.name}'"
-        coupled = [each.name for each in layers_within(layer) if getattr(each, "follows_window", False)]
+        coupled = next(each for each in layers_within(layer) if couples(each))
         raise ValueError(
-            f"The layer '{coupled[0] if coupled else layer.name}' has statistics='window', and {what} cannot be cut "
-            f"there: only the code of {type(layer).__name__} knows when it is called. Use a functional or Sequential "
-            "model, or statistics='micro_batch'."
+            f"{coupled.coupled_because}, and {what} cannot be cut there: only the code of {type(layer).__name__} knows "
+            f"when it is called. Use a functional or Sequential model, or {coupled.uncoupled}."
         )
     return graph
 
 
-def _within(layer: keras.Layer, couples: Callable[[Any], bool]) -> bool:
+def _couples_within(layer: keras.Layer) -> bool:
     """Whether there are layers that couple samples within a layer."""
     return any(couples(each) for each in layers_within(layer, include_self=False))
 

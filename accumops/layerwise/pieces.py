@@ -14,14 +14,11 @@ from accumops.layerwise.plan import Cut
 from accumops.layerwise.stages import Stages, stages_of
 from accumops.memory.recompute import Leaves
 from accumops.memory.replay import Stretch
-from accumops.normalization.window_moments import Measured, Sums, Supplied, Tied, WindowMoments, statistics_at_hand
+from accumops.window.coupling import Coupling, Supplying, Tensors, having_at_hand
 
 Gradients = Sequence[tf.Tensor | tf.IndexedSlices | None]
-
-
-def couples(layer: Any) -> bool:
-    """Whether a layer couples the samples of a window."""
-    return bool(getattr(layer, "follows_window", False))
+Outputs = tuple[list[tf.Tensor], list[Any]]
+"""The leaves of what a piece gives, or of the model's outputs; and totals or ties of the coupled calls behind it."""
 
 
 class Piece:
@@ -40,12 +37,14 @@ class Piece:
         self.number, self.stage, self.begin, self.end = number, stage, begin, end
         self.calls = stages.calls[begin:end]
         self.coupled = [i - begin for i in stages.coupled[stage] if begin <= i < end]
+        self.couplings: list[Coupling] = [self.calls[i].operation.coupling() for i in self.coupled]
         self.coupled_before = sum(i < begin for i in stages.coupled[stage])
         """The coupled calls of its stage that are in other pieces before it."""
         self.is_last = end == len(stages.calls)
         behind = [] if self.is_last or end != stages.range_of(stage)[1] else stages.coupled[stage + 1]
         self.measures = [stages.calls[i] for i in behind]
         """The coupled calls at the end of the piece, which need its outputs of all samples."""
+        self.couplings_behind: list[Coupling] = [call.operation.coupling() for call in self.measures]
         made = {key for call in self.calls for key in call.outputs} | set(stages.graph.inputs)
         used = {key: None for call in [*self.calls, *self.measures] for key in call.inputs}
         used |= dict.fromkeys(stages.graph.outputs if self.is_last else ())
@@ -59,8 +58,8 @@ class Piece:
         self.stretch = Stretch(self.layers, functools.partial(run, self))
         self.adds_losses = False
         """Whether its layers add losses, as found by `PiecesOfModel.check`."""
-        self.supplied: list[Supplied] = []
-        """The statistics of its coupled calls, as of its last run."""
+        self.supplied: list[Supplying] = []
+        """What was at hand for its coupled calls, in its last run."""
 
 
 class Specs(NamedTuple):
@@ -70,6 +69,8 @@ class Specs(NamedTuple):
     """Those that pieces give."""
     outputs: list[tf.TensorSpec]
     """Those of the model's outputs."""
+    totals: list[list[list[tf.TensorSpec]]]
+    """Of each stage's coupled calls, the totals."""
 
 
 class PiecesOfModel:
@@ -87,7 +88,7 @@ class PiecesOfModel:
     def __init__(self, model: keras.Model, call: Callable[[Any], Any], plan: Callable[[Stages], list[Cut]]) -> None:
         self._graph = graph_of(model)
         self._call = call
-        self.stages = stages_of(graph_of_calls(model, couples), couples)
+        self.stages = stages_of(graph_of_calls(model))
         self.cuts = plan(self.stages)
         self.pieces = list(self._cut_in_pieces())
         """The pieces, in their order."""
@@ -103,52 +104,50 @@ class PiecesOfModel:
         piece: Piece,
         x: Any,
         tensors: Sequence[tf.Tensor],
-        moments: Sequence[WindowMoments],
+        totals: Sequence[Tensors],
         measures: bool = False,
-        ties: Sequence[tuple[WindowMoments, Sums]] = (),
+        ties: Sequence[tuple[Tensors, Tensors]] = (),
         watch: Callable[[tf.Tensor], None] = lambda tensor: None,
-    ) -> list[tf.Tensor]:
+    ) -> Outputs:
         """Makes the calls of a piece.
 
         Args:
             piece: The piece.
             x: The inputs of the model.
             tensors: The leaves of what the piece needs.
-            moments: The moments of its coupled calls.
-            measures: Whether to return the moments of the coupled calls at its end.
-            ties: For these calls, their moments and sums, to return ties.
+            totals: The totals of its coupled calls.
+            measures: Whether to return the totals of the coupled calls at its end.
+            ties: For these calls, their totals and sums, to return ties.
             watch: Has a tape watch a tensor.
-
-        Returns:
-            The leaves of what it gives, or of the outputs for the last piece; and behind them moments or ties.
         """
         values, rest = dict[Key, Any](), iter(tensors)
         for key in piece.needs:
             values[key] = self.leaves[key].filled([next(rest) for _ in self.leaves[key].tensors])
-        piece.supplied = [Supplied(each, watch) for each in moments]
-        more: list[tf.Tensor] = []
+        piece.supplied = [
+            coupling.supplying(each, watch) for coupling, each in zip(piece.couplings, totals, strict=True)
+        ]
+        more: list[Any] = []
 
         def run(inputs: list[Any], settings: dict[str, Any]) -> list[Any]:
             values.update(zip(self.stages.graph.inputs, inputs, strict=True))
             supplied = iter(piece.supplied)
             for i, call in enumerate(piece.calls):
                 if i in piece.coupled:
-                    with statistics_at_hand(next(supplied)):
+                    with having_at_hand(next(supplied)):
                         call.run(values, settings)
                 else:
                     call.run(values, settings)
-            for call in piece.measures if measures else ():
-                measured = Measured()
-                with statistics_at_hand(measured):
+            behind = list(zip(piece.measures, piece.couplings_behind, strict=True))
+            for call, coupling in behind if measures else ():
+                measuring = coupling.measuring()
+                with having_at_hand(measuring):
                     call.run(dict(values), settings)
-                assert measured.moments is not None
-                more.extend(measured.moments)
-            for call, (its_moments, sums) in zip(piece.measures if ties else (), ties, strict=True):
-                tied = Tied(its_moments, sums)
-                with statistics_at_hand(tied):
+                more.append(list(measuring.totals))
+            for (call, coupling), (its_totals, sums) in zip(behind if ties else (), ties, strict=True):
+                tying = coupling.tying(its_totals, sums)
+                with having_at_hand(tying):
                     call.run(dict(values), settings)
-                assert tied.tie is not None
-                more.append(tied.tie)
+                more.append(tying.tie)
             if piece.is_last:
                 return [values[key] for key in self.stages.graph.outputs]
             return [tf.zeros([1]) for _ in self.stages.graph.outputs]
@@ -161,28 +160,29 @@ class PiecesOfModel:
             set_run(self._graph, before)
         if piece.is_last:
             self.outputs = Leaves(outputs)
-            return [*self.outputs.tensors, *more]
+            return list(self.outputs.tensors), more
         self.leaves.update({key: Leaves(values[key]) for key in piece.gives})
-        return [*(leaf for key in piece.gives for leaf in self.leaves[key].tensors), *more]
+        return [leaf for key in piece.gives for leaf in self.leaves[key].tensors], more
 
     def check(self, x: Any) -> Specs:
         """Returns the specs for a micro-batch. Each shape of one is checked once."""
         kind = str([(leaf.shape, leaf.dtype) for leaf in keras.tree.flatten(x) if leaf is not None])
         if kind not in self._specs:
             specs, outputs = dict[Key, list[tf.TensorSpec]](), list[tf.TensorSpec]()
+            totals: list[list[list[tf.TensorSpec]]] = [[] for _ in range(len(self.stages))]
             for piece in self.pieces:
-                moments = [
-                    WindowMoments(*(tf.TensorSpec(shape, tf.float64) for shape in ([], [channels], [channels])))
-                    for channels in (piece.calls[i].operation.moving_mean.shape[0] for i in piece.coupled)
-                ]
-                given, losses = piece.stretch.check(x, [spec for key in piece.needs for spec in specs[key]], moments)
+                known = totals[piece.stage][piece.coupled_before :][: len(piece.coupled)]
+                needs = [spec for key in piece.needs for spec in specs[key]]
+                (given, behind), losses = piece.stretch.check(x, needs, known, measures=True)
                 piece.adds_losses = piece.adds_losses or bool(losses)
                 rest = iter(given)
                 if piece.is_last:
                     outputs = given
                 else:
                     specs.update({key: [next(rest) for _ in self.leaves[key].tensors] for key in piece.gives})
-            self._specs[kind] = Specs(specs, outputs)
+                if piece.measures:
+                    totals[piece.stage + 1] = behind
+            self._specs[kind] = Specs(specs, outputs, totals)
         return self._specs[kind]
 
     def _cut_in_pieces(self) -> Iterator[Piece]:

@@ -11,7 +11,7 @@ from accumops.layerwise.micro_batches import Carried, Index, Kept, MicroBatches
 from accumops.layerwise.pieces import Piece, PiecesOfModel
 from accumops.memory.recompute import Leaves
 from accumops.memory.replay import Run
-from accumops.normalization.window_moments import Sums, WindowMoments
+from accumops.window.coupling import Tensors
 
 NUMBER = tf.TensorSpec([], tf.float64)
 """What losses of layers and what they count for are summed and kept in, whatever the model computes in."""
@@ -38,6 +38,8 @@ class Runs:
         self._specs = model.check(inputs_of(data.example()))
         self.output_specs = self._specs.outputs
         """What the leaves of the outputs are like."""
+        self.totals_specs = self._specs.totals
+        """What the totals of each stage's coupled calls are like."""
         state = {id(each): each for piece in model.pieces for each in piece.stretch.variables}
         self._variables = list(state.values())
         self._state = dict(zip(state, values_of(self._variables), strict=True))
@@ -48,9 +50,9 @@ class Runs:
         """The sum of the losses that layers of a piece have added."""
         self._cuts: dict[int, Kept] = {}
         """The tensors at each cut, by its stage."""
-        self.moments: dict[int, list[WindowMoments]] = {0: []}
-        """The moments of each stage's coupled calls, once they are known."""
-        self.sums: dict[int, list[Sums]] = {}
+        self.totals: dict[int, list[Tensors]] = {0: []}
+        """The totals of each stage's coupled calls, once they are known."""
+        self.sums: dict[int, list[Tensors]] = {}
         """The sums of each stage's coupled calls, once they are known."""
 
     # In the body of a loop over micro-batches
@@ -80,11 +82,11 @@ class Runs:
         kept: dict[str, Kept],
         carried: Carried,
         watch: Watch = _nothing,
-    ) -> tuple[Run, list[WindowMoments]]:
+    ) -> tuple[Run, list[Tensors]]:
         """Runs a piece for the first time, and keeps what running it again takes.
 
         Returns:
-            The run, and the moments of the coupled calls behind the piece.
+            The run, and the totals of the coupled calls behind the piece.
         """
         state = dict(zip(map(id, self._variables), carried["state"], strict=True))
         before = [state[id(each)] for each in piece.stretch.variables]
@@ -95,10 +97,9 @@ class Runs:
         if piece.adds_losses:
             total = tf.add_n([tf.cast(tf.reduce_sum(each), NUMBER.dtype) for each in run.losses])
             kept[f"losses {piece.number}"] = kept[f"losses {piece.number}"].written(i, [total])
-        end = len(run.outputs) - 3 * len(piece.measures)
-        outputs, moments = run.outputs[:end], run.outputs[end:]
+        outputs, totals = run.outputs
         self._unpack(piece.gives, iter(outputs), values)
-        return run._replace(outputs=outputs), in_threes(moments)
+        return run._replace(outputs=outputs), totals
 
     def again(
         self, piece: Piece, i: Index, data: Any, values: Values, *, ties: bool = False, watch: Watch = _nothing
@@ -110,12 +111,12 @@ class Runs:
         """
         tied = []
         if ties and not piece.is_last:
-            tied = list(zip(self.moments[piece.stage + 1], self.sums[piece.stage + 1], strict=True))
+            tied = list(zip(self.totals[piece.stage + 1], self.sums[piece.stage + 1], strict=True))
         before = self._first[piece.number].read(i)
         run = self._run(piece, before, data, values, collect_moments=False, ties=tied, watch=watch)
-        end = len(run.outputs) - len(tied)
-        self._unpack(piece.gives, iter(run.outputs[:end]), values)
-        return run, run.outputs[end:]
+        outputs, its_ties = run.outputs
+        self._unpack(piece.gives, iter(outputs), values)
+        return run._replace(outputs=outputs), its_ties
 
     def losses_before(self, i: Index) -> tf.Tensor | None:
         """The sum of what layers of earlier stages have added to a micro-batch, or None if they add nothing."""
@@ -124,8 +125,8 @@ class Runs:
 
     def _run(self, piece: Piece, state: list[tf.Tensor], data: Any, values: Values, **settings: Any) -> Run:
         begin = piece.coupled_before
-        moments = self.moments[piece.stage][begin : begin + len(piece.coupled)] if piece.coupled else []
-        return piece.stretch.run(state, self._inputs_of(data), leaves_of(piece.needs, values), moments, **settings)
+        totals = self.totals[piece.stage][begin : begin + len(piece.coupled)] if piece.coupled else []
+        return piece.stretch.run(state, self._inputs_of(data), leaves_of(piece.needs, values), totals, **settings)
 
     def _unpack(self, keys: Sequence[Key], tensors: Any, values: Values) -> None:
         for key in keys:
@@ -184,8 +185,3 @@ class Runs:
 def leaves_of(keys: Sequence[Key], values: Values) -> list[tf.Tensor]:
     """The leaves of tensors: masks, and the parts of composite tensors, included."""
     return [leaf for key in keys for leaf in Leaves(values[key]).tensors]
-
-
-def in_threes(tensors: Sequence[tf.Tensor]) -> list[WindowMoments]:
-    """The moments that a list of tensors holds one after another."""
-    return [WindowMoments(*tensors[i : i + 3]) for i in range(0, len(tensors), 3)]

@@ -8,10 +8,10 @@ Each call is made as late as it can be: in the backward pass, gradients of what 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from accumops.layerwise.graph import Call, Graph, Key
+from accumops.window.coupling import couples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +57,11 @@ class Stages:
         return sum(self.graph.bytes_of.get(key, 0) for key in keys)
 
 
-def stages_of(graph: Graph, couples: Callable[[Any], bool]) -> Stages:
+def stages_of(graph: Graph) -> Stages:
     """Returns a graph in stages.
 
     Args:
         graph: The graph.
-        couples: Whether an operation couples samples.
     """
     calls = graph.calls
     coupled = [not call.casts and couples(call.operation) for call in calls]
@@ -75,7 +74,7 @@ def stages_of(graph: Graph, couples: Callable[[Any], bool]) -> Stages:
                 behind[before] = max(behind[before], behind[i] + coupled[i])
     depth = max((each + is_coupled for each, is_coupled in zip(behind, coupled, strict=True)), default=0)
     stage = [depth - each for each in behind]
-    # The coupled calls of a stage come first: the stage begins when their moments are known.
+    # The coupled calls of a stage come first: the stage begins when their totals are known.
     order = sorted(range(len(calls)), key=lambda i: (stage[i], not coupled[i], i))
     ordered, of_order = [calls[i] for i in order], [stage[i] for i in order]
     begins = [

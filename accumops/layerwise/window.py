@@ -2,8 +2,8 @@
 
 Forward, for each stage but the last:
 
-    for each micro-batch: run the stage; keep what its cut keeps; add the moments of the coupled calls that follow
-    the moments of the window are known
+    for each micro-batch: run the stage; keep what its cut keeps; merge the totals of the coupled calls that follow
+    the totals of the window are known
 
 The last stage has the loss. Its gradient, and in reverse order the gradients of the stages before it:
 
@@ -11,7 +11,7 @@ The last stage has the loss. Its gradient, and in reverse order the gradients of
     the sums of the coupled calls are known
 
 A stage is run from the tensors that were kept last before it. The stages between are run again. That is local to a
-micro-batch, whatever coupled calls are between: their moments are known. Second runs have the bits of the first
+micro-batch, whatever coupled calls are between: their totals are known. Second runs have the bits of the first
 (`memory/replay.py`).
 """
 
@@ -25,11 +25,10 @@ import tensorflow as tf
 from accumops.layerwise.graph import Call, Key
 from accumops.layerwise.micro_batches import Carried, Index, Kept, MicroBatches
 from accumops.layerwise.pieces import Piece, PiecesOfModel
-from accumops.layerwise.runs import NUMBER, Runs, Values, in_threes, leaves_of
+from accumops.layerwise.runs import NUMBER, Runs, Values, leaves_of
 from accumops.memory.recompute import Leaves
-from accumops.normalization import replica_moments
-from accumops.normalization.window_moments import Sums, WindowMoments
 from accumops.window import replicas
+from accumops.window.coupling import Coupling, Tensors
 
 Gradients = Sequence[tf.Tensor | tf.IndexedSlices | None]
 Add = Callable[[Gradients, Sequence[keras.Variable], "tf.Tensor | bool"], None]
@@ -145,23 +144,23 @@ class LayerwiseWindow:
         return carried["sum"][0]
 
     def _finish(self) -> None:
-        """Assigns what the calls would have assigned, and has the windows of the coupled layers take the moments."""
+        """Assigns what the calls would have assigned, and has the coupled layers take their totals."""
         self._runs.assign_state()
         calls = [piece.calls[i] for piece in self._model.pieces for i in piece.coupled]
-        moments = [each for _, known in sorted(self._runs.moments.items()) for each in known]
-        of_call = {id(call): each for call, each in zip(calls, moments, strict=True)}
+        totals = [each for _, known in sorted(self._runs.totals.items()) for each in known]
+        of_call = {id(call): each for call, each in zip(calls, totals, strict=True)}
         of_layer: dict[int, list[Call]] = {}
         for call in self._stages.graph.calls:  # in the order in which Keras makes them
             if id(call) in of_call:
                 of_layer.setdefault(id(call.operation), []).append(call)
         for of_one in of_layer.values():
-            batches = [of_call[id(call)].as_batch() for call in of_one]
-            of_one[0].operation.add_window(batches, pooled=replicas.running() is not None)
+            of_calls = [of_call[id(call)] for call in of_one]
+            of_one[0].operation.coupling().end(of_calls, pooled=replicas.running() is not None)
 
     # Forward
 
     def _forward(self, stage: int) -> Kept:
-        """Runs a stage for all micro-batches, and finds the moments of the coupled calls that follow.
+        """Runs a stage for all micro-batches, and finds the totals of the coupled calls that follow.
 
         Returns:
             For the last stage, the leaves of the outputs.
@@ -169,29 +168,36 @@ class LayerwiseWindow:
         own = self._model.pieces_of(stage)
         cut = next((cut for cut in self._model.cuts if cut.stage == stage), None)
         keys = [] if cut is None else self._stages.crossing(cut.position)
+        specs = [] if own[-1].is_last else self._runs.totals_specs[stage + 1]
+
+        def unflattened(totals: Tensors) -> list[Tensors]:
+            rest = iter(totals)
+            return [[next(rest) for _ in each] for each in specs]
 
         def body(i: Index, data: Any, kept: dict[str, Kept], carried: Carried) -> None:
             values = self._runs.reach(stage, i, data, kept)
             for piece in own:
-                run, moments = self._runs.first(piece, i, data, values, kept, carried)
+                run, totals = self._runs.first(piece, i, data, values, kept, carried)
                 if cut is not None and cut.position == piece.end:
                     kept["cut"] = kept["cut"].written(i, leaves_of(keys, values))
             if own[-1].is_last:
                 kept["outputs"] = kept["outputs"].written(i, run.outputs)
-            merged = [a.merged(b) for a, b in zip(in_threes(carried["moments"]), moments, strict=True)]
-            carried["moments"] = list(itertools.chain(*merged))
+            known = unflattened(carried["totals"])
+            merged = [
+                coupling.merged(a, b) for coupling, a, b in zip(own[-1].couplings_behind, known, totals, strict=True)
+            ]
+            carried["totals"] = list(itertools.chain(*merged))
 
         room = self._runs.room(own) | {
             "cut": self._data.room_for(self._runs.specs_of(keys)),
             "outputs": self._data.room_for(self._runs.output_specs if own[-1].is_last else []),
         }
-        channels = [call.operation.moving_mean.shape[0] for call in own[-1].measures]
-        none = [part for each in channels for part in WindowMoments.none(each)]
-        kept, carried = self._data.each(body, room, self._runs.carried() | {"moments": none})
+        none = [tf.zeros(spec.shape, spec.dtype) for each in specs for spec in each]
+        kept, carried = self._data.each(body, room, self._runs.carried() | {"totals": none})
         self._runs.take(own, kept, carried)
         if cut is not None:
             self._runs.keep_cut(stage, kept["cut"])
-        self._runs.moments[stage + 1] = _over_replicas(in_threes(carried["moments"]))
+        self._runs.totals[stage + 1] = _over_replicas(own[-1].couplings_behind, unflattened(carried["totals"]))
         return kept["outputs"]
 
     def _last_stage(self, loss: Loss, carried: Carried) -> Carried:
@@ -229,7 +235,9 @@ class LayerwiseWindow:
         own = self._model.pieces_of(stage)
         gradient = _StageGradient(self._runs, self._data, own, self._gradients)
         given = [key for piece in own for key in piece.gives if key in self._gradients]
-        variables = list({id(each): each for piece in own for each in piece.stretch.trainable}.values())
+        trainable = [each for piece in own for each in piece.stretch.trainable]
+        trainable += [each for call in own[-1].measures for each in call.operation.trainable_variables]
+        variables = list({id(each): each for each in trainable}.values())
 
         def body(i: Index, data: Any, kept: dict[str, Kept], carried: Carried) -> None:
             values = self._runs.reach(stage, i, data, kept)
@@ -274,7 +282,9 @@ class _StageGradient:
         made = {key for piece in own for key in piece.gives}
         needs = {key: None for piece in own for key in piece.needs if key not in made}
         self._received = [key for key in needs if runs.takes_gradient(key)]
-        self._coupled = [piece.calls[i].operation for piece in own for i in piece.coupled]
+        specs = runs.totals_specs[own[0].stage]
+        couplings = [each for piece in own for each in piece.couplings]
+        self._factors = [coupling.factor_specs(each) for coupling, each in zip(couplings, specs, strict=True)]
 
     def sources(self, values: Values) -> list[tf.Tensor]:
         """The tensors that lead into the stage and take a gradient.
@@ -292,17 +302,14 @@ class _StageGradient:
             known = self._gradients.get(key)
             specs = [spec for spec in self._runs.specs_of([key]) if spec.dtype.is_floating]
             room[f"gradient {number}"] = self._data.room_for(specs) if known is None else known
-        carried["sums"] = [
-            tf.zeros([layer.moving_mean.shape[0]], tf.float64 if layer.compute_dtype == "float64" else tf.float32)
-            for layer in self._coupled
-            for _ in Sums._fields
-        ]
+        carried["sums"] = [tf.zeros(spec.shape, spec.dtype) for each in self._factors for spec in each]
         kept, carried = self._data.each(body, room | self._runs.last_use_of_cut(self._own[0].stage), carried)
         self._gradients.update({key: kept[f"gradient {number}"] for number, key in enumerate(self._received)})
         sums = carried.pop("sums")
         if sums and replicas.running() is not None:
             sums = replicas.sum_over_replicas(sums)
-        self._runs.sums[self._own[0].stage] = [Sums(*sums[i : i + 2]) for i in range(0, len(sums), 2)]
+        rest = iter(sums)
+        self._runs.sums[self._own[0].stage] = [[next(rest) for _ in each] for each in self._factors]
         return kept, carried
 
     def of(
@@ -317,7 +324,7 @@ class _StageGradient:
         carried: Carried,
     ) -> Gradients:
         """Returns the gradients of variables, and keeps the others."""
-        factors = [each for piece in self._own for supplied in piece.supplied for each in supplied.factors or ()]
+        factors = [each for piece in self._own for supplied in piece.supplied for each in supplied.factors]
         sources = _floating(self._received, values)
         of_variables, of_sources, of_factors = tape.gradient(
             targets, (variables, sources, factors), output_gradients=upstream
@@ -351,8 +358,13 @@ def _or_zeros(gradient: tf.Tensor | None, like: tf.Tensor) -> tf.Tensor:
     return tf.zeros_like(like) if gradient is None else tf.cast(gradient, like.dtype)
 
 
-def _over_replicas(moments: list[WindowMoments]) -> list[WindowMoments]:
-    """The moments of all replicas."""
-    if replicas.running() is None or not moments:
-        return moments
-    return [WindowMoments.of(each) for each in replica_moments.pool(moments)]
+def _over_replicas(couplings: Sequence[Coupling], totals: Sequence[Tensors]) -> list[Tensors]:
+    """The totals of all replicas."""
+    pooled = list(totals)
+    if replicas.running() is None:
+        return pooled
+    for kind in dict.fromkeys(map(type, couplings)):
+        alike = [i for i, coupling in enumerate(couplings) if type(coupling) is kind]
+        for i, each in zip(alike, couplings[alike[0]].over_replicas([totals[i] for i in alike]), strict=True):
+            pooled[i] = each
+    return pooled

@@ -32,10 +32,11 @@ from accumops.adapters.untracked import Untracked
 from accumops.arguments import check_accum_steps, check_statistics, check_window_memory
 from accumops.normalization import replica_moments
 from accumops.normalization.layer_window import LayerWindow, Saved, load_windows, saved_windows
-from accumops.normalization.window_moments import at_hand
+from accumops.normalization.window_moments import NormalizationOverWindow
 from accumops.renamed import explains_renamed
 from accumops.window import replicas
 from accumops.window.accumulator import GradientAccumulator
+from accumops.window.coupling import at_hand
 from accumops.window.members import register_member
 from accumops.window.state import WindowState
 
@@ -238,6 +239,20 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
     def follows_window(self) -> bool:
         """Whether the layer normalizes by the moments of the window in training: it is not frozen."""
         return bool(self.statistics == "window" and self.trainable)
+
+    @property
+    def coupled_because(self) -> str:
+        """Says that it couples the samples of a window, as the beginning of an error."""
+        return f"The layer '{self.name}' has statistics='window'"
+
+    @property
+    def uncoupled(self) -> str:
+        """What may stand in its place."""
+        return "statistics='micro_batch'"
+
+    def coupling(self) -> NormalizationOverWindow:
+        """How the layer couples the samples of a window that it follows."""
+        return NormalizationOverWindow(self)
 
     def check_window(self, accum_steps: Any, micro_batch_size: int | str | None = None) -> None:
         """Raises if the layer cannot be trained with windows of `accum_steps` micro-batches.

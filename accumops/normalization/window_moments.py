@@ -1,8 +1,6 @@
-"""What a batch normalization layer does where a window runs layer by layer. The layer is called in three ways:
+"""What a batch normalization layer does where a window runs layer by layer (`window/coupling.py`).
 
-    Measured   before the window's moments are known: it gives the moments of a micro-batch, and returns its input
-    Supplied   when they are: it normalizes by them. The gradient takes them for constants
-    Tied       in the backward pass: it gives the rest of the gradient, which passes through the moments
+Its totals are the moments, and its factors gamma and beta.
 
 With x' = (x - mean) / deviation, y = gamma * x' + beta, and the gradient dy of y, the gradient of x is (Ioffe and
 Szegedy 2015, https://arxiv.org/abs/1502.03167)
@@ -13,15 +11,15 @@ where both sums go over the window. `Supplied` gives the first term, and the sum
 `Tied` gives the other two terms.
 """
 
-import contextlib
-import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import tensorflow as tf
 
 from accumops import ops
+from accumops.normalization import replica_moments
 from accumops.ops.reference import statistics_dtype
+from accumops.window.coupling import Tensors
 
 
 class WindowMoments(NamedTuple):
@@ -32,12 +30,6 @@ class WindowMoments(NamedTuple):
     mean: tf.Tensor
     squares: tf.Tensor
     """The sum of squared distances from the mean."""
-
-    @classmethod
-    def none(cls, channels: int) -> "WindowMoments":
-        """The moments of no values."""
-        zeros = tf.zeros([channels], tf.float64)
-        return cls(tf.zeros([], tf.float64), zeros, zeros)
 
     @classmethod
     def of(cls, moments: ops.BatchMoments) -> "WindowMoments":
@@ -74,36 +66,18 @@ class Statistics(Protocol):
         ...
 
 
-_AT_HAND: contextvars.ContextVar[Statistics | None] = contextvars.ContextVar("statistics", default=None)
-
-
-@contextlib.contextmanager
-def statistics_at_hand(statistics: Statistics) -> Iterator[None]:
-    """Gives statistics to the layer with `statistics="window"` that is called in a block."""
-    token = _AT_HAND.set(statistics)
-    try:
-        yield
-    finally:
-        _AT_HAND.reset(token)
-
-
-def at_hand() -> Statistics | None:
-    """The statistics that `statistics_at_hand` gives, or None."""
-    return _AT_HAND.get()
-
-
 class Measured(Statistics):
     """Takes the moments of what a layer is called with."""
 
     def __init__(self) -> None:
-        self.moments: WindowMoments | None = None
+        self.totals: Tensors = ()
 
     def normalize(
         self, x: tf.Tensor, gamma: Any, beta: Any, *, axis: int, epsilon: float, mask: tf.Tensor | None
     ) -> tf.Tensor:
         """Returns `x`, and keeps its moments."""
         _, moments = ops.batch_norm(x, None, None, axis=axis, epsilon=epsilon, mask=mask)
-        self.moments = WindowMoments.of(moments)
+        self.totals = WindowMoments.of(moments)
         return x
 
 
@@ -117,7 +91,7 @@ class Supplied(Statistics):
 
     def __init__(self, moments: WindowMoments, watch: Callable[[tf.Tensor], None] = lambda tensor: None) -> None:
         self._of_window, self._watch = moments, watch
-        self.factors: tuple[tf.Tensor, tf.Tensor] | None = None
+        self.factors: Tensors = ()
         """What it has multiplied by and added. Their gradients are the sums that `Tied` needs."""
 
     def normalize(
@@ -127,10 +101,10 @@ class Supplied(Statistics):
         dtype, channels = statistics_dtype(x.dtype), tf.shape(self._of_window.mean)
         gamma = tf.ones(channels, dtype) if gamma is None else tf.cast(gamma, dtype)
         beta = tf.zeros(channels, dtype) if beta is None else tf.cast(beta, dtype)
-        self.factors = tf.identity(gamma), tf.identity(beta)
+        gamma, beta = self.factors = tf.identity(gamma), tf.identity(beta)
         for each in self.factors:
             self._watch(each)
-        return _normalized(x, *self.factors, self._of_window, axis, epsilon)
+        return _normalized(x, gamma, beta, self._of_window, axis, epsilon)
 
 
 class Sums(NamedTuple):
@@ -152,7 +126,7 @@ class Tied(Statistics):
 
     def __init__(self, moments: WindowMoments, sums: Sums) -> None:
         self._of_window, self._sums = moments, sums
-        self.tie: tf.Tensor | None = None
+        self.tie: Any = None
         """A scalar whose gradient is this part."""
 
     def normalize(
@@ -177,6 +151,47 @@ class Tied(Statistics):
 
         self.tie = tie(x)
         return x
+
+
+class NormalizationOverWindow:
+    """How a layer normalizes by the moments of windows: a `Coupling`.
+
+    Args:
+        layer: The `AccumBatchNormalization`.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+
+    def measuring(self) -> Measured:
+        """See `Coupling`."""
+        return Measured()
+
+    def supplying(self, totals: Tensors, watch: Callable[[tf.Tensor], None]) -> Supplied:
+        """See `Coupling`."""
+        return Supplied(WindowMoments(*totals), watch)
+
+    def tying(self, totals: Tensors, sums: Tensors) -> Tied:
+        """See `Coupling`."""
+        return Tied(WindowMoments(*totals), Sums(*sums))
+
+    def merged(self, totals: Tensors, others: Tensors) -> Tensors:
+        """See `Coupling`."""
+        return WindowMoments(*totals).merged(WindowMoments(*others))
+
+    def factor_specs(self, totals: Sequence[tf.TensorSpec]) -> list[tf.TensorSpec]:
+        """See `Coupling`."""
+        dtype = tf.float64 if self._layer.compute_dtype == "float64" else tf.float32
+        return [tf.TensorSpec(totals[1].shape, dtype)] * len(Sums._fields)
+
+    def over_replicas(self, totals: Sequence[Tensors]) -> list[Tensors]:
+        """See `Coupling`."""
+        pooled = replica_moments.pool([WindowMoments(*each) for each in totals])
+        return [WindowMoments.of(each) for each in pooled]
+
+    def end(self, calls: Sequence[Tensors], *, pooled: bool) -> None:
+        """See `Coupling`."""
+        self._layer.add_window([WindowMoments(*each).as_batch() for each in calls], pooled=pooled)
 
 
 def _normalized(

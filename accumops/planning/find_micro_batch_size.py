@@ -20,6 +20,7 @@ from accumops.planning.search import Subject, Try, fastest, search
 from accumops.planning.traced_pass import TracedPass, trace_pass
 from accumops.planning.training_memory import default_limit, fixed_memory
 from accumops.sizes import bytes_from, readable
+from accumops.window.coupling import couples
 
 
 def find_micro_batch_size(
@@ -223,10 +224,10 @@ def _check(model: Any, effective_batch_size: Any, recompute: Any, margin: Any) -
             "for the part of the batch that a replica gets."
         )
     for layer in layers_within(model):
-        if getattr(layer, "follows_window", False):
+        if couples(layer):
             raise ValueError(
-                f"The layer '{layer.name}' has statistics='window': its windows keep tensors of all their samples, "
-                "which no measurement of a micro-batch shows. Choose `micro_batch_size`, and limit what is kept with "
+                f"{layer.coupled_because}: its windows keep tensors of all their samples, which no measurement of a "
+                "micro-batch shows. Choose `micro_batch_size`, and limit what is kept with "
                 '`replace_batchnorm_layers(model, statistics="window", memory=...)`.'
             )
     if effective_batch_size is not None:

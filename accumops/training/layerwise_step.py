@@ -1,4 +1,4 @@
-"""One step of a `GradientAccumulateModel` whose window runs layer by layer, for layers with `statistics="window"`."""
+"""One step of a `GradientAccumulateModel` whose window runs layer by layer, for layers that couple its samples."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,14 +10,14 @@ from accumops.adapters.keras_layer import layers_within, regularization_losses
 from accumops.adapters.keras_losses import following
 from accumops.layerwise.graph import graph_of_calls
 from accumops.layerwise.micro_batches import Carried, MicroBatches
-from accumops.layerwise.pieces import PiecesOfModel, couples
+from accumops.layerwise.pieces import PiecesOfModel
 from accumops.layerwise.plan import Cut, plan_every, plan_for_memory
 from accumops.layerwise.stages import Stages
 from accumops.layerwise.window import Gradients, LayerwiseWindow
 from accumops.memory.slices import Slices
-from accumops.normalization.layer import AccumBatchNormalization
 from accumops.sizes import bytes_from
 from accumops.training.weighting import count_samples
+from accumops.window.coupling import couples
 
 EVERY = 2
 """The layers from one kept tensor to the next, if nobody says."""
@@ -30,10 +30,18 @@ def layerwise_step(model: Any) -> "LayerwiseStep | None":
     Raises:
         ValueError: If one does, and the model cannot train so; with the layer's name.
     """
-    layers = [layer for layer in model.normalizations() if couples(layer)]
-    if not layers or model.micro_batch_size is None:
+    layers = [layer for layer in layers_within(model) if couples(layer)]
+    if not layers:
         return None
-    what = f"The layer '{layers[0].name}' has statistics='window'"
+    what = layers[0].coupled_because
+    if model.micro_batch_size is None:
+        if model.accum_steps != 1:
+            raise ValueError(
+                f"{what}, and with accum_steps={model.accum_steps} the samples of a window are not there at the same "
+                "time. Use `micro_batch_size` in place of `accum_steps`, with whole windows as batches, or "
+                f"{layers[0].uncoupled}."
+            )
+        return None
     if model.finds_micro_batch:
         raise ValueError(
             f"{what}, and micro_batch_size='auto' measures micro-batches by themselves: give a number of samples."
@@ -47,8 +55,8 @@ def layerwise_step(model: Any) -> "LayerwiseStep | None":
         )
     if model.model.built and not model.trainable_variables:
         raise ValueError(
-            f"{what}, and the model has no trainable weights, so that its windows make no update. Move the statistics "
-            "with whole batches, in plain Keras."
+            f"{what}, and the model has no trainable weights, so that its windows make no update. Call it with whole "
+            "batches, in plain Keras."
         )
     step = LayerwiseStep(model, layers)
     if model.model.built:
@@ -68,9 +76,9 @@ def check_noise(model: Any) -> None:
     layers = [layer for layer in layers_within(model) if couples(layer)]
     if layers and getattr(model, "micro_batch_size", None) is not None:
         raise ValueError(
-            f"The layer '{layers[0].name}' has statistics='window', so that the gradients of micro-batches depend on "
-            "each other, and their noise cannot be told from how they differ. Leave out `GradientNoiseScale` and "
-            "`track_noise`, compile the model again if it has been trained with one, or use statistics='micro_batch'."
+            f"{layers[0].coupled_because}, so that the gradients of micro-batches depend on each other, and their "
+            "noise cannot be told from how they differ. Leave out `GradientNoiseScale` and `track_noise`, compile the "
+            f"model again if it has been trained with one, or use {layers[0].uncoupled}."
         )
 
 
@@ -85,20 +93,14 @@ class LayerwiseStep:
         ValueError: If the layers do not agree on how much the windows keep.
     """
 
-    def __init__(self, model: Any, layers: Sequence[AccumBatchNormalization]) -> None:
+    def __init__(self, model: Any, layers: Sequence[keras.Layer]) -> None:
         self._model = model
         self._pieces: dict[tuple[int | None, int], PiecesOfModel] = {}
-        for name in ("memory", "every"):
-            given = {getattr(layer, name) for layer in layers}
-            if len(given) > 1:
-                raise ValueError(
-                    f"All layers with statistics='window' of a model must have the same `{name}`. Received: {given}"
-                )
-        self._memory, self._every = layers[0].memory, layers[0].every
+        self._memory, self._every = (_agreed(layers, name) for name in ("memory", "every"))
 
     def check(self) -> None:
         """Raises a ValueError if the model cannot be cut, with the layer's name."""
-        graph_of_calls(self._model.model, couples)
+        graph_of_calls(self._model.model)
 
     def _in_pieces(self, slices: Slices) -> PiecesOfModel:
         """The model in pieces, for windows like this one."""
@@ -187,3 +189,13 @@ class LayerwiseStep:
             model.optimizer.accumulate_part(gradients, variables, starts=starts)
 
         return LayerwiseWindow(self._in_pieces(data.slices), data, inputs_of, add, model.trainable_variables)
+
+
+def _agreed(layers: Sequence[keras.Layer], name: str) -> Any:
+    """What the layers that have an attribute say there."""
+    given = {getattr(layer, name) for layer in layers if hasattr(layer, name)}
+    if len(given) > 1:
+        raise ValueError(
+            f"All layers with statistics='window' of a model must have the same `{name}`. Received: {given}"
+        )
+    return given.pop() if given else None

@@ -14,7 +14,7 @@ import keras
 import tensorflow as tf
 
 from accumops.adapters.keras_layer import layers_within
-from accumops.layerwise.pieces import couples
+from accumops.window.coupling import couples
 
 _CONVOLUTIONS = (
     keras.layers.Conv1D,

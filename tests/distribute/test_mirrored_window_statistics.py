@@ -18,7 +18,17 @@ def network():
     shared = layers.BatchNormalization()
     hidden = shared(layers.Dense(6)(layers.ReLU()(shared(layers.Dense(6)(inputs)))))
     hidden = layers.BatchNormalization(momentum=0.9)(layers.Dense(5)(layers.ReLU()(hidden)))
-    return keras.Model(inputs, layers.Dense(3)(hidden))
+    return keras.Model(inputs, layers.Dense(3)(Centred()(hidden)))
+
+
+class Centred(accumops.layers.CoupledLayer):
+    """Subtracts a share of the batch's mean."""
+
+    def totals(self, inputs):
+        return keras.ops.cast(keras.ops.shape(inputs)[0], inputs.dtype), keras.ops.sum(inputs, 0)
+
+    def combine(self, inputs, totals):
+        return inputs - 0.7 * totals[1] / totals[0]
 
 
 # Of 13 samples one replica has more than the other, and each a smaller micro-batch at its end.
