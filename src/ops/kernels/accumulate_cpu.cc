@@ -4,7 +4,6 @@
 
 #include "accumulate.h"
 #include "span.h"
-#include "update_span.h"
 
 namespace accumops {
 namespace {
@@ -17,39 +16,6 @@ constexpr std::int64_t kCutElements = 64;
 // Above this, accumulators that are only written bypass the caches: forward and backward of the
 // next micro-batch would evict them anyway, and a store that is not streamed reads its line first.
 constexpr std::int64_t kStreamingBytes = 16 << 20;
-// Norms are of so many elements at a time: what has just been read and written is still in the
-// caches.
-constexpr std::int64_t kNormElements = 4096;
-
-// The squared norms of a part of a gradient, and of what it has made of its accumulator.
-struct Norms {
-  double gradient = 0;
-  double accumulator = 0;
-};
-
-// Accumulates a span piece by piece, and adds to `norms` what it comes upon. Returns whether the
-// gradient is finite, if the span asks for it.
-bool AccumulateWithNorms(const Span& span, Norms& norms) {
-  const auto accumulate = CurrentSpanFunctions().accumulate;
-  const auto squared_norm = CurrentUpdateSpanFunctions().quick_squared_norm;
-  bool finite = true;
-  for (std::int64_t begin = 0; begin < span.size; begin += kNormElements) {
-    Span piece = span;
-    piece.accumulator = static_cast<char*>(span.accumulator) +
-                        begin * static_cast<std::int64_t>(SizeOf(span.accumulator_dtype));
-    piece.gradient = static_cast<const char*>(span.gradient) +
-                     begin * static_cast<std::int64_t>(SizeOf(span.gradient_dtype));
-    piece.size = std::min(kNormElements, span.size - begin);
-    finite &= accumulate(piece);
-    norms.gradient += squared_norm(piece.gradient, piece.size, piece.gradient_dtype, 1);
-    // Streamed values are in no cache; the same products are made once more.
-    norms.accumulator +=
-        span.streaming ? squared_norm(piece.gradient, piece.size, piece.gradient_dtype,
-                                      static_cast<float>(span.scale))
-                       : squared_norm(piece.accumulator, piece.size, piece.accumulator_dtype, 1);
-  }
-  return finite;
-}
 
 std::int64_t BytesPerElement(const AccumulateItem& item) {
   return static_cast<std::int64_t>(SizeOf(item.accumulator_dtype) + SizeOf(item.gradient_dtype));
@@ -79,7 +45,7 @@ void AccumulateCpu(const AccumulateItem* items, std::size_t count, double scale,
       overwrite && accumulator_bytes >= kStreamingBytes && static_cast<float>(scale) != 0;
   const std::int64_t chunks = (starts[count] + kChunkBytes - 1) / kChunkBytes;
   // Of chunk c's part of item i at c + i: from one part to the next, one of the two grows.
-  std::vector<Norms> norms;
+  std::vector<SpanNorms> norms;
   if (report.squared_norms != nullptr) norms.resize(static_cast<std::size_t>(chunks) + count);
   std::atomic<bool> finite{true};
 
@@ -105,9 +71,9 @@ void AccumulateCpu(const AccumulateItem* items, std::size_t count, double scale,
                          overwrite,
                          streaming && item.accumulator_dtype == DType::kFloat32,
                          report.all_finite != nullptr};
-      const bool fine = norms.empty()
-                            ? functions.accumulate(span)
-                            : AccumulateWithNorms(span, norms[static_cast<std::size_t>(chunk) + i]);
+      const bool fine = norms.empty() ? functions.accumulate(span)
+                                      : functions.accumulate_with_norms(
+                                            span, norms[static_cast<std::size_t>(chunk) + i]);
       if (!fine) finite.store(false, std::memory_order_relaxed);
     }
   };
@@ -117,7 +83,7 @@ void AccumulateCpu(const AccumulateItem* items, std::size_t count, double scale,
   }
   if (report.squared_norms == nullptr) return;
   for (std::size_t i = 0; i < count; ++i) {
-    Norms total;
+    SpanNorms total;
     if (starts[i] < starts[i + 1]) {
       for (std::int64_t c = starts[i] / kChunkBytes; c <= (starts[i + 1] - 1) / kChunkBytes; ++c) {
         total.gradient += norms[static_cast<std::size_t>(c) + i].gradient;

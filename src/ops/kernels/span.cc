@@ -3,6 +3,7 @@
 
 #include "elements.h"
 #include "lanes.h"
+#include "squares.h"
 
 #define ACCUMOPS_STRING_(x) #x
 #define ACCUMOPS_STRING(x) ACCUMOPS_STRING_(x)
@@ -75,22 +76,43 @@ std::int64_t Head(const float* p, std::int64_t size) {
 
 // The processor's own prefetcher stops at each 4 KiB page; TensorFlow's memory has no larger ones.
 constexpr std::int64_t kAhead = 512;  // elements
-void Prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+// Inlined at once: GCC takes a call of it for one that does nothing.
+__attribute__((always_inline)) inline void Prefetch(const void* p) {
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+}
+
+struct Accumulated {
+  Lanes gradient, result;
+};
+
+// Accumulates the vector from element i on.
+template <bool kOverwrite, bool kStreaming, bool kCheck, typename Gradient>
+__attribute__((always_inline)) inline Accumulated AccumulateVector(float* accumulator,
+                                                                   const Gradient* gradient,
+                                                                   std::int64_t i, Lanes factor,
+                                                                   Record& record) {
+  Prefetch(gradient + i + kAhead);
+  if (!kOverwrite) Prefetch(accumulator + i + kAhead);
+  const Lanes g = LoadWide<Lanes>(gradient + i);
+  if (kCheck) record = Note(record, g);
+  const Lanes product = factor * g;
+  const Lanes result = kOverwrite ? product : LoadWide<Lanes>(accumulator + i) + product;
+  StoreNarrow<kStreaming>(accumulator + i, result);
+  return {g, result};
+}
+
+Lanes FactorOf(float scale) {
+  return scale - Lanes{};
+}  // scale + Lanes{} would lose the sign of -0
 
 template <bool kOverwrite, bool kStreaming, bool kCheck, typename Gradient>
 bool AccumulateVectors(float* accumulator, const Gradient* gradient, std::int64_t size,
                        float scale) {
   constexpr std::int64_t kUnroll = 4;
-  const Lanes factor = scale - Lanes{};  // scale + Lanes{} would lose the sign of -0
+  const Lanes factor = FactorOf(scale);
   Record record = NoRecord();
   const auto step = [&](std::int64_t i) __attribute__((always_inline)) {
-    Prefetch(gradient + i + kAhead);
-    if (!kOverwrite) Prefetch(accumulator + i + kAhead);
-    const Lanes g = LoadWide<Lanes>(gradient + i);
-    if (kCheck) record = Note(record, g);
-    const Lanes product = factor * g;
-    const Lanes result = kOverwrite ? product : LoadWide<Lanes>(accumulator + i) + product;
-    StoreNarrow<kStreaming>(accumulator + i, result);
+    AccumulateVector<kOverwrite, kStreaming, kCheck>(accumulator, gradient, i, factor, record);
   };
   const std::int64_t head = Head(accumulator, size);
   bool finite = AccumulateScalar<kOverwrite, kCheck>(accumulator, gradient, 0, head, scale);
@@ -102,6 +124,31 @@ bool AccumulateVectors(float* accumulator, const Gradient* gradient, std::int64_
   finite &= AccumulateScalar<kOverwrite, kCheck>(accumulator, gradient, i, size, scale);
   if (kStreaming) FinishStreaming();
   return finite && Clean(record);
+}
+
+// Accumulates a run whose accumulator begins at a cache line. The squares are those of squares.h.
+template <bool kOverwrite, bool kStreaming, bool kCheck, typename Gradient>
+bool AccumulateRun(float* accumulator, const Gradient* gradient, float scale, SpanNorms& norms) {
+  constexpr std::int64_t kSums = kSquareSums / kLanes;
+  const Lanes factor = FactorOf(scale);
+  Record record = NoRecord();
+  Lanes of_gradient[kSums] = {}, of_accumulator[kSums] = {};
+  for (std::int64_t i = 0; i < kSquaresRun; i += kSquareSums) {
+    for (std::int64_t k = 0; k < kSums; ++k) {
+      const Accumulated each = AccumulateVector<kOverwrite, kStreaming, kCheck>(
+          accumulator, gradient, i + k * kLanes, factor, record);
+      of_gradient[k] += each.gradient * each.gradient;
+      of_accumulator[k] += each.result * each.result;
+    }
+  }
+  float sums[kSquareSums];
+  __builtin_memcpy(sums, of_gradient, sizeof sums);
+  norms.gradient += TotalOfRun(sums, gradient, 1);
+  __builtin_memcpy(sums, of_accumulator, sizeof sums);
+  // Streamed values are in no cache; the same products are made once more.
+  norms.accumulator +=
+      kStreaming ? TotalOfRun(sums, gradient, scale) : TotalOfRun(sums, accumulator, 1);
+  return Clean(record);
 }
 #endif
 
@@ -172,6 +219,82 @@ bool Accumulate(const Span& span) {
                                                    : AccumulateGradient<float>(span);
 }
 
+// Accumulates a run or less, and then reads what is still in the caches once more.
+bool AccumulateThenSquares(const Span& span, SpanNorms& norms) {
+  const bool finite = Accumulate(span);
+  norms.gradient += Squares(span.gradient, span.size, span.gradient_dtype, 1);
+  norms.accumulator +=
+      span.streaming
+          ? Squares(span.gradient, span.size, span.gradient_dtype, static_cast<float>(span.scale))
+          : Squares(span.accumulator, span.size, span.accumulator_dtype, 1);
+  return finite;
+}
+
+using RunFunction = bool (*)(const Span& span, SpanNorms& norms);
+
+#if defined(ACCUMOPS_VECTORS)
+template <typename Gradient, bool kOverwrite, bool kStreaming, bool kCheck>
+bool RunOf(const Span& span, SpanNorms& norms) {
+  return AccumulateRun<kOverwrite, kStreaming, kCheck>(static_cast<float*>(span.accumulator),
+                                                       static_cast<const Gradient*>(span.gradient),
+                                                       static_cast<float>(span.scale), norms);
+}
+
+template <typename Gradient>
+RunFunction RunWithFlags(const Span& span) {
+  if (!span.overwrite) {
+    return span.check_finite ? RunOf<Gradient, false, false, true>
+                             : RunOf<Gradient, false, false, false>;
+  }
+  if (!span.streaming) {
+    return span.check_finite ? RunOf<Gradient, true, false, true>
+                             : RunOf<Gradient, true, false, false>;
+  }
+  return span.check_finite ? RunOf<Gradient, true, true, true> : RunOf<Gradient, true, true, false>;
+}
+#endif
+
+// What accumulates each whole run of a span.
+RunFunction RunFunctionOf(const Span& span) {
+#if defined(ACCUMOPS_VECTORS)
+  const auto* accumulator = static_cast<const float*>(span.accumulator);
+  if (span.accumulator_dtype == DType::kFloat32 && static_cast<float>(span.scale) != 0 &&
+      Head(accumulator, span.size) == 0) {
+    switch (span.gradient_dtype) {
+      case DType::kFloat16:
+        return RunWithFlags<Float16>(span);
+      case DType::kBFloat16:
+        return RunWithFlags<BFloat16>(span);
+      case DType::kFloat32:
+        return RunWithFlags<float>(span);
+      case DType::kFloat64:
+        break;
+    }
+  }
+#else
+  (void)span;
+#endif
+  return AccumulateThenSquares;
+}
+
+bool AccumulateWithNorms(const Span& span, SpanNorms& norms) {
+  const RunFunction run = RunFunctionOf(span);
+  bool finite = true;
+  Span piece = span;
+  for (std::int64_t begin = 0; begin < span.size; begin += kSquaresRun) {
+    piece.size = span.size - begin < kSquaresRun ? span.size - begin : kSquaresRun;
+    finite &= (piece.size == kSquaresRun ? run : AccumulateThenSquares)(piece, norms);
+    piece.accumulator = static_cast<char*>(piece.accumulator) +
+                        kSquaresRun * static_cast<std::int64_t>(SizeOf(span.accumulator_dtype));
+    piece.gradient = static_cast<const char*>(piece.gradient) +
+                     kSquaresRun * static_cast<std::int64_t>(SizeOf(span.gradient_dtype));
+  }
+#if defined(ACCUMOPS_VECTORS)
+  if (span.streaming) FinishStreaming();
+#endif
+  return finite;
+}
+
 void Triad(float* a, const float* b, const float* c, float scale, std::int64_t size,
            bool streaming) {
   std::int64_t i = 0;
@@ -199,7 +322,10 @@ extern const BatchNormSpanFunctions kBatchNormSpanFunctions;
 extern const UpdateSpanFunctions kUpdateSpanFunctions;
 extern const SpanFunctions kSpanFunctions;
 const SpanFunctions kSpanFunctions = {ACCUMOPS_STRING(ACCUMOPS_INSTRUCTION_SET),
-                                      &kBatchNormSpanFunctions, &kUpdateSpanFunctions, Accumulate,
+                                      &kBatchNormSpanFunctions,
+                                      &kUpdateSpanFunctions,
+                                      Accumulate,
+                                      AccumulateWithNorms,
                                       Triad};
 
 }  // namespace ACCUMOPS_INSTRUCTION_SET

@@ -20,6 +20,12 @@ struct Span {
   bool check_finite;
 };
 
+// The sums of squares of a gradient, and of what it has made of its accumulator.
+struct SpanNorms {
+  double gradient = 0;
+  double accumulator = 0;
+};
+
 struct BatchNormSpanFunctions;
 struct UpdateSpanFunctions;
 
@@ -29,6 +35,8 @@ struct SpanFunctions {
   const UpdateSpanFunctions* update;
   // Returns false if `check_finite` and the gradient holds Inf or NaN.
   bool (*accumulate)(const Span& span);
+  // The same, and adds to `norms` what it comes upon.
+  bool (*accumulate_with_norms)(const Span& span, SpanNorms& norms);
   // a = b + scale * c, with plain or with non-temporal stores: the yardstick for bandwidth.
   void (*triad)(float* a, const float* b, const float* c, float scale, std::int64_t size,
                 bool streaming);

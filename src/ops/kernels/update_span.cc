@@ -241,83 +241,10 @@ double SquaredNorm(const void* values, std::int64_t size, DType dtype) {
   return 0;
 }
 
-// Sixteen float32, and the squares of a run of them: a few are added in float32, which is several
-// times faster than in float64, and their sums in float64.
-using Wide __attribute__((vector_size(64))) = float;
-constexpr std::int64_t kWideLanes = 16;
-constexpr std::int64_t kWideSums = 4;
-constexpr std::int64_t kSquaresRun = kWideLanes * kWideSums * 8;
-// A smaller sum may lack squares that are too small for float32, each of less than 1.2e-38, and a
-// larger one may have overflowed.
-constexpr double kLeastSquares = 1e-28;
-constexpr double kMostSquares = 1e38;
-
-// As SquaresOfRun, for values whose squares leave the range of float32.
-double WideSquaresOfRun(const float* values, float scale) {
-  double total = 0;
-  for (std::int64_t i = 0; i < kSquaresRun; ++i) {
-    const double value = static_cast<double>(values[i] * scale);
-    total += value * value;
-  }
-  return total;
-}
-
-double SquaresOfRun(const float* values, float scale) {
-  Wide sums[kWideSums] = {};
-  for (std::int64_t i = 0; i < kSquaresRun; i += kWideSums * kWideLanes) {
-    for (std::int64_t k = 0; k < kWideSums; ++k) {
-      Wide value;
-      __builtin_memcpy(&value, values + i + k * kWideLanes, sizeof value);
-      value *= scale;
-      sums[k] += value * value;
-    }
-  }
-  const Wide sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  double total = 0;
-  for (std::int64_t k = 0; k < kWideLanes; ++k) total += static_cast<double>(sum[k]);
-  // False for a NaN, too.
-  const bool in_range = total >= kLeastSquares && total <= kMostSquares;
-  return in_range ? total : WideSquaresOfRun(values, scale);
-}
-
-template <typename T>
-double QuickSquaredNormOf(const T* values, std::int64_t size, float scale) {
-  double total = 0;
-  std::int64_t i = 0;
-  for (; i + kSquaresRun <= size; i += kSquaresRun) {
-    if constexpr (sizeof(T) == sizeof(float)) {
-      total += SquaresOfRun(values + i, scale);
-    } else {
-      float run[kSquaresRun];
-      for (std::int64_t k = 0; k < kSquaresRun; ++k) run[k] = Widen(values[i + k]);
-      total += SquaresOfRun(run, scale);
-    }
-  }
-  for (; i < size; ++i) {
-    const double value = static_cast<double>(scale * Widen(values[i]));
-    total += value * value;
-  }
-  return total;
-}
-
-double QuickSquaredNorm(const void* values, std::int64_t size, DType dtype, float scale) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return QuickSquaredNormOf(static_cast<const Float16*>(values), size, scale);
-    case DType::kBFloat16:
-      return QuickSquaredNormOf(static_cast<const BFloat16*>(values), size, scale);
-    case DType::kFloat32:
-      return QuickSquaredNormOf(static_cast<const float*>(values), size, scale);
-    case DType::kFloat64:
-      return SquaredNormOf(static_cast<const double*>(values), size);
-  }
-  return 0;
-}
-
 }  // namespace
 
 extern const UpdateSpanFunctions kUpdateSpanFunctions;
-const UpdateSpanFunctions kUpdateSpanFunctions = {Update, SquaredNorm, QuickSquaredNorm};
+const UpdateSpanFunctions kUpdateSpanFunctions = {Update, SquaredNorm};
 
 }  // namespace ACCUMOPS_INSTRUCTION_SET
 }  // namespace accumops

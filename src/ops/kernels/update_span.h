@@ -24,10 +24,6 @@ struct UpdateSpan {
 struct UpdateSpanFunctions {
   void (*update)(const UpdateSpan& span, const UpdateSettings& settings);
   double (*squared_norm)(const void* values, std::int64_t size, DType dtype);
-  // The sum of squares of scale * values, several times as fast: products, squares and sums of a
-  // few of them are float32, unless these leave its range. Of float64 values the scale is 1, and
-  // everything is float64.
-  double (*quick_squared_norm)(const void* values, std::int64_t size, DType dtype, float scale);
 };
 
 // The functions of the instruction set in use, see span.h.
