@@ -76,6 +76,9 @@ def accumulate(
     >>> accumops.ops.accumulate([acc], [tf.constant([1.0, 2.0])], overwrite=True)
     >>> acc.numpy()
     array([1., 2.], dtype=float32)
+    >>> accumops.ops.accumulate([acc], [tf.constant([1.0, 2.0])], only_if=tf.constant(False))
+    >>> acc.numpy()
+    array([1., 2.], dtype=float32)
     """
     variables = [check_variable(f"accumulators[{i}]", v) for i, v in enumerate(accumulators)]
     checked = [_as_gradient(g, i) for i, g in enumerate(gradients)]

@@ -251,6 +251,26 @@ def test_a_schedule_is_asked_where_a_window_ends():
     np.testing.assert_allclose(variable.numpy(), [1 - 0.1 * (1 + 1 / 2 + 1 / 3)], rtol=1e-6)
 
 
+def test_xla_may_compile_a_function_around_a_graph_with_flags():
+    """The graph was traced before anybody could know."""
+
+    def train(compiled):
+        variables = [keras.Variable(tf.ones(shape)) for shape in SHAPES]
+        optimizer = accumops.GradientAccumulateOptimizer(keras.optimizers.Adam(0.1), 3)
+        step = step_of(optimizer, variables)
+        rng = np.random.default_rng(11)
+        step(*draw(rng))
+        around = tf.function(lambda *given: step(*given), jit_compile=compiled)
+        for _ in range(7):
+            around(*draw(rng))
+        assert step.experimental_get_tracing_count() == 1
+        assert int(optimizer.iterations) == 2
+        return [each.numpy() for each in [*variables, optimizer.accumulator.state.counters.step]]
+
+    for compiled, plain in zip(train(True), train(False), strict=True):
+        np.testing.assert_allclose(compiled, plain, rtol=1e-5)
+
+
 KEPT = {
     "moving averages": {"inner": lambda: keras.optimizers.Adam(0.01, use_ema=True)},
     "gradient_clipping": {"gradient_clipping": accumops.AdaptiveGradientClipping()},
