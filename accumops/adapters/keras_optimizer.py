@@ -204,6 +204,24 @@ def replacing_arithmetic(
 
 
 @relies_on(
+    f"{_OPTIMIZER}._get_current_learning_rate()",
+    feature="fused updates in graphs that do not know whether a window ends",
+)
+@contextlib.contextmanager
+def without_arithmetic(optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
+    """Has `optimizer.apply` do only what `replacing_arithmetic` leaves of it, and look up no learning rate.
+
+    Args:
+        optimizer: One that `why_arithmetic_is_kept` has nothing against.
+    """
+    with (
+        replacing_arithmetic(optimizer, lambda gradients, variables, learning_rate: None),
+        overriding(optimizer, _get_current_learning_rate=lambda: 0.0),
+    ):
+        yield
+
+
+@relies_on(
     "keras.optimizers.LossScaleOptimizer._common_apply(gradients, variables)",
     "keras.optimizers.LossScaleOptimizer._tf_apply(gradients, variables)",
     "keras.optimizers.LossScaleOptimizer.check_finite(gradients)",

@@ -22,6 +22,7 @@ def accumulate(
     touched_rows: Sequence[tf.Variable | None] | None = None,
     check_finite: bool = False,
     squared_norms: bool | tf.Tensor = False,
+    only_if: bool | tf.Tensor | None = None,
 ) -> tf.Tensor | tuple[tf.Tensor, tf.Tensor] | None:
     """Adds scaled gradients to accumulators in place: `acc <- (overwrite ? 0 : acc) + scale * gradient`.
 
@@ -48,13 +49,16 @@ def accumulate(
         squared_norms: Whether to report the sums of squares of gradients and accumulators, from the same pass. It can
             be a scalar bool tensor, which a GPU's op reads on the host: where it is false, the report is NaN and takes
             no time.
+        only_if: Whether to do anything: None, a bool or a scalar bool tensor, which a GPU's op reads on the host. Where
+            it is false, no variable is read, written or locked, and no gradient is looked at. With it a graph chooses
+            what it adds without a condition, which takes time for each variable and gradient that goes through it.
 
     Returns:
         None; with `check_finite` a scalar bool tensor, true if all gradients are finite, whatever `scale` is. With
         `squared_norms` a float64 tensor of shape `[2, len(accumulators)]`: the sum of squares of each gradient, as it
         is given, and of each accumulator, as the op leaves it, right to about 1e-6 of themselves. A sum is finite
         exactly if all its values are. It is NaN where the gradient is `tf.IndexedSlices`. With both, a tuple of the
-        two.
+        two. Where `only_if` is false, gradients count as finite, and all sums are NaN.
 
     Raises:
         ValueError: If lengths, shapes or dtypes do not fit, or a variable is given twice.
@@ -72,6 +76,9 @@ def accumulate(
     >>> accumops.ops.accumulate([acc], [tf.constant([1.0, 2.0])], overwrite=True)
     >>> acc.numpy()
     array([1., 2.], dtype=float32)
+    >>> accumops.ops.accumulate([acc], [tf.constant([1.0, 2.0])], only_if=tf.constant(False))
+    >>> acc.numpy()
+    array([1., 2.], dtype=float32)
     """
     variables = [check_variable(f"accumulators[{i}]", v) for i, v in enumerate(accumulators)]
     checked = [_as_gradient(g, i) for i, g in enumerate(gradients)]
@@ -82,6 +89,7 @@ def accumulate(
     factor = _as_scale(scale, variables)
     start = as_flag("overwrite", overwrite)
     norms = squared_norms if isinstance(squared_norms, bool) else as_flag("squared_norms", squared_norms)
+    acts = None if only_if is None else as_flag("only_if", only_if)
     fused = library.fused_ops(variables)
     if fused is None:
         return reference.accumulate(
@@ -92,8 +100,9 @@ def accumulate(
             touched_rows=flags,
             check_finite=check_finite,
             squared_norms=norms,
+            only_if=acts,
         )
-    return _accumulate_fused(fused, variables, checked, factor, start, flags, check_finite, norms)
+    return _accumulate_fused(fused, variables, checked, factor, start, flags, check_finite, norms, acts)
 
 
 def _accumulate_fused(
@@ -105,6 +114,7 @@ def _accumulate_fused(
     touched_rows: list[tf.Variable | None] | None,
     check_finite: bool,
     squared_norms: bool | tf.Tensor,
+    only_if: tf.Tensor | None,
 ) -> tf.Tensor | tuple[tf.Tensor, tf.Tensor] | None:
     flags = touched_rows or [None] * len(variables)
     sparse = [i for i, g in enumerate(gradients) if isinstance(g, tf.IndexedSlices)]
@@ -120,6 +130,7 @@ def _accumulate_fused(
         scale=scale,
         overwrite=overwrite,
         norms_if=[] if isinstance(squared_norms, bool) else [squared_norms],
+        only_if=[] if only_if is None else [only_if],
         check_finite=[tf.bool] if check_finite else [],
         squared_norms=[] if squared_norms is False else [tf.float64],
     )

@@ -1,5 +1,6 @@
 """Every op in plain TensorFlow: these functions define what the kernels compute, and run where the kernels cannot."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,34 +18,51 @@ def accumulate(
     touched_rows: Sequence[tf.Variable | None] | None = None,
     check_finite: bool = False,
     squared_norms: bool | tf.Tensor = False,
+    only_if: tf.Tensor | None = None,
 ) -> tf.Tensor | tuple[tf.Tensor, tf.Tensor] | None:
     """Defines `accumops.ops.accumulate`. It takes the same arguments and does not check them.
 
     A scale that is 0 in the accumulator's dtype adds nothing, whatever the gradients hold, and touches no row.
     """
-    touched_rows = touched_rows or [None] * len(accumulators)
-    finite = []
-    norms = []
-    with tf.control_dependencies(_check_indices(accumulators, gradients)):
-        for accumulator, gradient, touched in zip(accumulators, gradients, touched_rows, strict=True):
-            values = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
-            if check_finite:
-                finite.append(tf.reduce_all(tf.math.is_finite(values)))
-            # Convert a number straight to this dtype: TensorFlow would first make it a float32.
-            factor = tf.cast(scale, accumulator.dtype) if tf.is_tensor(scale) else tf.constant(scale, accumulator.dtype)
-            # Not a plain product: 0 * Inf is NaN.
-            product = tf.math.multiply_no_nan(tf.cast(values, accumulator.dtype), factor)
-            if isinstance(gradient, tf.IndexedSlices):
-                _accumulate_rows(accumulator, product, gradient.indices, overwrite, touched, factor != 0)
-            else:
-                accumulator.assign(tf.where(overwrite, product, accumulator + product))
-            if squared_norms is not False:
-                norms.append(_norms_beside(gradient, accumulator, squared_norms))
-    all_finite = (tf.reduce_all(tf.stack(finite)) if finite else tf.constant(True)) if check_finite else None
-    if squared_norms is False:
-        return all_finite
-    sums = tf.transpose(tf.stack(norms)) if norms else tf.zeros([2, 0], tf.float64)
-    return sums if all_finite is None else (all_finite, sums)
+
+    def add() -> tf.Tensor | tuple[tf.Tensor, tf.Tensor] | None:
+        flags = touched_rows or [None] * len(accumulators)
+        finite = []
+        norms = []
+        with tf.control_dependencies(_check_indices(accumulators, gradients)):
+            for accumulator, gradient, touched in zip(accumulators, gradients, flags, strict=True):
+                values = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
+                if check_finite:
+                    finite.append(tf.reduce_all(tf.math.is_finite(values)))
+                # Convert a number straight to this dtype: TensorFlow would first make it a float32.
+                factor = (
+                    tf.cast(scale, accumulator.dtype) if tf.is_tensor(scale) else tf.constant(scale, accumulator.dtype)
+                )
+                # Not a plain product: 0 * Inf is NaN.
+                product = tf.math.multiply_no_nan(tf.cast(values, accumulator.dtype), factor)
+                if isinstance(gradient, tf.IndexedSlices):
+                    _accumulate_rows(accumulator, product, gradient.indices, overwrite, touched, factor != 0)
+                else:
+                    accumulator.assign(tf.where(overwrite, product, accumulator + product))
+                if squared_norms is not False:
+                    norms.append(_norms_beside(gradient, accumulator, squared_norms))
+        all_finite = (tf.reduce_all(tf.stack(finite)) if finite else tf.constant(True)) if check_finite else None
+        if squared_norms is False:
+            return all_finite
+        return _report(all_finite, tf.transpose(tf.stack(norms)) if norms else tf.zeros([2, 0], tf.float64))
+
+    if only_if is None:
+        return add()
+    finite = tf.constant(True) if check_finite else None
+    norms = None if squared_norms is False else tf.fill([2, len(accumulators)], tf.constant(math.nan, tf.float64))
+    return tf.cond(only_if, add, lambda: _report(finite, norms))
+
+
+def _report(all_finite: tf.Tensor | None, norms: tf.Tensor | None) -> tf.Tensor | tuple[tf.Tensor, tf.Tensor] | None:
+    """What `accumulate` returns: each of the two that there is."""
+    if all_finite is None or norms is None:
+        return all_finite if norms is None else norms
+    return all_finite, norms
 
 
 def _norms_beside(
@@ -129,29 +147,37 @@ def update(
     beta_2: float,
     epsilon: float,
     clip: float,
+    only_if: tf.Tensor | None = None,
 ) -> None:
-    """Defines `accumops.ops.update`. It takes the same arguments, all of them, and does not check them.
+    """Defines `accumops.ops.update`. It takes the same arguments, all of them but `only_if`, and does not check them.
 
     A weight of 0 counts as no latest gradients, whatever they hold.
     """
-    scales = tf.broadcast_to(scales, [len(variables)])
-    for i, variable in enumerate(variables):
-        gradient = tf.zeros_like(variable)
-        if accumulators is not None:
-            gradient = tf.where(overwrite, gradient, accumulators[i])
-        if latest is not None:
-            gradient += tf.math.multiply_no_nan(tf.cast(latest[i], tf.float32), weight)
-        gradient *= scales[i]
-        if clip:
-            gradient = tf.clip_by_value(gradient, -clip, clip)
-        before = [tf.convert_to_tensor(each) for each in (variable, *(slot[i] for slot in slots))]
-        value = before[0] - before[0] * decay if decays[i] else before[0]
-        after = step(rule, value, before[1:], gradient, rate, beta_1, beta_2, epsilon)
-        rows = touched_rows[i]
-        for target, old, new in zip((variable, *(slot[i] for slot in slots)), before, after, strict=True):
-            if rows is not None:
-                new = tf.where(tf.reshape(rows, [-1] + [1] * (new.shape.rank - 1)), new, old)
-            target.assign(tf.where(applies, new, old))
+
+    def make() -> None:
+        factors = tf.broadcast_to(scales, [len(variables)])
+        for i, variable in enumerate(variables):
+            gradient = tf.zeros_like(variable)
+            if accumulators is not None:
+                gradient = tf.where(overwrite, gradient, accumulators[i])
+            if latest is not None:
+                gradient += tf.math.multiply_no_nan(tf.cast(latest[i], tf.float32), weight)
+            gradient *= factors[i]
+            if clip:
+                gradient = tf.clip_by_value(gradient, -clip, clip)
+            before = [tf.convert_to_tensor(each) for each in (variable, *(slot[i] for slot in slots))]
+            value = before[0] - before[0] * decay if decays[i] else before[0]
+            after = step(rule, value, before[1:], gradient, rate, beta_1, beta_2, epsilon)
+            rows = touched_rows[i]
+            for target, old, new in zip((variable, *(slot[i] for slot in slots)), before, after, strict=True):
+                if rows is not None:
+                    new = tf.where(tf.reshape(rows, [-1] + [1] * (new.shape.rank - 1)), new, old)
+                target.assign(tf.where(applies, new, old))
+
+    if only_if is None:
+        make()
+    else:
+        tf.cond(only_if, make, lambda: None)
 
 
 def step(

@@ -37,6 +37,7 @@ def update(
     beta_2: float = 0.0,
     epsilon: float = 0.0,
     clip: float = 0.0,
+    only_if: bool | tf.Tensor | None = None,
 ) -> None:
     """Makes an optimizer's step in place, for all variables in one op.
 
@@ -81,6 +82,8 @@ def update(
         beta_2: The second decay rate.
         epsilon: The number added to the root.
         clip: The largest magnitude of a gradient's values; 0 means no limit.
+        only_if: Whether to do anything: None, a bool or a scalar bool tensor. Where it is false, no variable is read,
+            written or locked. A GPU's op reads it on the host, where `applies` may be what a GPU has computed.
 
     Raises:
         ValueError: If lengths, shapes or dtypes do not fit, a variable is given twice, or a setting is out of range.
@@ -125,6 +128,7 @@ def update(
         "weight": _as_factor("weight", weight),
         "overwrite": as_flag("overwrite", overwrite),
         "applies": as_flag("applies", applies),
+        "only_if": None if only_if is None else as_flag("only_if", only_if),
         "decays": decaying,
         "beta_1": float(beta_1),
         "beta_2": float(beta_2),
@@ -145,7 +149,7 @@ def update(
         rows_of=[i for i, variable in enumerate(flags) if variable is not None],
         new_1=1.0 - beta_1,
         new_2=1.0 - beta_2,
-        **arguments,
+        **{**arguments, "only_if": [] if only_if is None else [arguments["only_if"]]},
     )
 
 

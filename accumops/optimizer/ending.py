@@ -13,6 +13,15 @@
 
 `FusedUpdate` says whether, and why, an update is fused or not.
 
+The graph of Keras's own `fit` does not know whether a micro-batch ends its window. Then the end is in a condition,
+which takes time for each gradient, accumulator, variable and slot that goes through it; or, where nothing but the two
+ops uses these, flags of the ops decide (`_flags_decide`). That is so for windows that would be folded and for those
+that are clipped by norm, unless
+
+    a gradient may be missing, or is that of single rows and has to be clipped by norm;
+    XLA compiles the graph, which copies what a flag leaves alone;
+    moving averages, constraints, a scaled loss, notes or what is not finite act on variables where the window ends.
+
 Where the norms of the sums are needed, the op that adds the window's last gradients reports them. In bytes a value:
 
     20      the last gradients are added (12), the sums are read for their norms (4), and by the update (4)
@@ -50,6 +59,7 @@ from accumops.optimizer.nonfinite import decides_on_device, scale_of_loss, updat
 from accumops.optimizer.window_record import WindowRecord
 from accumops.window import replicas
 from accumops.window.connected_variables import Connected
+from accumops.window.flags import end_if_full
 from accumops.window.micro_batch import CountedMicroBatch, MicroBatch, Window
 from accumops.window.noise_schedule import NoiseScaleSchedule
 from accumops.window.squared_norms import SquaredNorms
@@ -110,6 +120,8 @@ class Ending:
                     strategy,
                     lambda: _if(ends or state.counters.ready, lambda: self._end_across(strategy, batch)),
                 )
+            elif ends is None and self._flags_decide(batch):
+                self._add_or_end(batch)
             elif self.folds:
                 _if(ends or batch.fills, lambda: self._fold(batch), lambda: self._add(batch))
             else:
@@ -118,6 +130,30 @@ class Ending:
 
     def _add(self, batch: CountedMicroBatch) -> None:
         self.state.add(batch)
+
+    def _flags_decide(self, batch: CountedMicroBatch) -> bool:
+        """Whether flags of the ops can decide, when a graph runs, if a micro-batch ends the window."""
+        if tf.executing_eagerly() or xla_compiles_this():
+            return False
+        # What looks at a window that ends, or at gradients that are not finite, does so in the condition.
+        if self.record is not None or self.state.notes.look_at_sums or self.state.nonfinite.acts:
+            return False
+        if self.gradient_clipping is not None or isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
+            return False
+        if not self.fused_update or not decides_on_device(self.optimizer, self.variables):
+            return False
+        # Nothing reports the norm of a table's sum: only the end of a window has to read it.
+        has_rows = any(isinstance(each, tf.IndexedSlices) for each in batch.gradients)
+        return len(batch.present) == len(self.variables) and (self.folds or not has_rows)
+
+    def _add_or_end(self, batch: CountedMicroBatch) -> None:
+        """Adds a micro-batch, or ends the window with it, by flags of the ops."""
+
+        def update(window: Window) -> Callable[[], None]:
+            return fused_update.apply_if(batch.fills, self.optimizer, window, self.variables, lazy=self.lazy_sparse)
+
+        with LOCK:
+            end_if_full(self.state, batch, update, folds=self.folds)
 
     def _asks_for_norms(self, batch: CountedMicroBatch, ends: bool | None) -> bool | tf.Tensor:
         """Whether the op that adds a micro-batch is to report squared norms: if it is the window's last one.

@@ -9,18 +9,33 @@ The wrapped optimizer's own `apply` still runs, with its arithmetic replaced:
 The op reads the window's sums as they are: division by the sum of shares, unscaling and clipping by a norm are one
 factor for each variable. Slots are the optimizer's own variables. Whether a window with gradients that are not finite
 makes an update is a flag of the op, so that no step waits for a GPU to decide it.
+
+Where a graph does not know whether a micro-batch ends its window, that is a flag of the op as well, and what stands
+around the op is in conditions that capture a few scalars:
+
+    condition                           the learning rate and what the op makes of it
+    `ops.update(only_if=)`              in no condition, which would take time for each variable that it captures
+    condition                           `optimizer.apply`, with its arithmetic replaced by nothing: it counts the update
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import keras
 import tensorflow as tf
 
 from accumops import ops
 from accumops.adapters.conditional_steps import constraining_if, warn_of_missing_gradients
-from accumops.adapters.keras_optimizer import decays, index_of, replacing_arithmetic, rule_of, why_arithmetic_is_kept
+from accumops.adapters.keras_optimizer import (
+    decays,
+    index_of,
+    replacing_arithmetic,
+    rule_of,
+    why_arithmetic_is_kept,
+    without_arithmetic,
+)
 from accumops.ops import library
 from accumops.ops.variables import tf_variable
 from accumops.optimizer.nonfinite import apply_if_finite, decides_on_device, follow, scale_of_loss
@@ -108,8 +123,7 @@ def apply(
 
     def update(applies: Sequence[tf.Tensor | bool]) -> None:
         warn_of_missing(_unscaled(optimizer), variables, connected)
-        scale = scale_of_loss(optimizer)
-        unscale = 1.0 if scale is None else 1 / scale
+        unscale = _unscale(optimizer)
         _Update(_unscaled(optimizer), windows, variables, unscale, squared_norms, lazy, applies).run(positions)
 
     on_device = decides_on_device(optimizer, variables)
@@ -131,6 +145,40 @@ def apply(
         follow(optimizer, windows[0].verdict, finite[0])
 
 
+def apply_if(
+    full: tf.Tensor,
+    optimizer: keras.optimizers.Optimizer,
+    window: Window,
+    variables: Sequence[keras.Variable],
+    *,
+    lazy: bool,
+) -> Callable[[], None]:
+    """As `apply`, in a graph that knows only when it runs whether there is an update to make.
+
+    Args:
+        full: Whether there is, a bool scalar on the host.
+        optimizer: One that `describe` says is fused, and no LossScaleOptimizer.
+        window: The window, with a gradient for each variable.
+        variables: As for `apply`.
+        lazy: As for `apply`.
+
+    Returns:
+        What is left to be done where there is an update, in a condition: `optimizer.apply` counts it.
+    """
+    squared_norms = [window.squared_norms if needs_norms(optimizer) else None]
+    update = _Update(optimizer, [window], variables, _unscale(optimizer), squared_norms, lazy, [True])
+    return update.run_if(full)
+
+
+class _Factors(NamedTuple):
+    """The scalars of an update."""
+
+    scales: tf.Tensor
+    """From sums of gradients to what a step takes: one, or one for each variable."""
+    rate: tf.Tensor
+    decay: tf.Tensor
+
+
 class _Update:
     """One update of an optimizer that scales no losses itself, on each replica of this process."""
 
@@ -148,10 +196,7 @@ class _Update:
         assert rule is not None, "checked by `describe`"
         self._optimizer, self._rule, self._lazy = optimizer, rule, lazy
         self._windows, self._variables, self._applies = windows, variables, applies
-        self._scales = []
-        for window, squares in zip(windows, squared_norms, strict=True):
-            with window.place(variables[0]):
-                self._scales.append(_scales(optimizer, window, unscale, squares))
+        self._unscale, self._squared_norms = unscale, squared_norms
 
     def run(self, positions: Sequence[int]) -> None:
         """Calls the optimizer's `apply` for the variables at these positions."""
@@ -163,7 +208,7 @@ class _Update:
 
         def update(unused: object, updated: Sequence[keras.Variable], learning_rate: tf.Tensor) -> None:
             with Recording() as recording:
-                self._step([places[id(variable)] for variable in updated], learning_rate)
+                self._step([places[id(variable)] for variable in updated], self._factors(learning_rate))
             # What follows in `apply`, such as incrementing `iterations`, waits for the op: a failed update is not
             # counted.
             after_update.enter_context(tf.control_dependencies(recording.effects))
@@ -176,52 +221,84 @@ class _Update:
                 iterations = self._optimizer.iterations  # `apply` has counted an update that may be none
                 iterations.assign_sub(tf.cast(~self._applies[0], iterations.dtype))
 
-    def _step(self, positions: Sequence[int], learning_rate: tf.Tensor) -> None:
+    def run_if(self, full: tf.Tensor) -> Callable[[], None]:
+        """Makes the update of all variables where a flag is true, and returns what is left to be done there."""
+        optimizer, variables = self._optimizer, self._variables
+
+        def unread() -> _Factors:
+            return _Factors(
+                tf.zeros([len(variables)] if optimizer.clipnorm else []), tf.constant(0.0), tf.constant(0.0)
+            )
+
+        factors = tf.cond(full, lambda: self._factors(optimizer.learning_rate)[0], unread)
+        self._step_all(range(len(variables)), [factors], only_if=full)
+
+        def count() -> None:
+            some = tf.constant(0.0)  # stands for a gradient; nothing reads it
+            with without_arithmetic(optimizer):
+                type(optimizer).apply(optimizer, [some] * len(variables), list(variables))
+
+        return count
+
+    def _factors(self, learning_rate: float | tf.Tensor) -> list[_Factors]:
+        """The scalars of the update, on each replica."""
+        factors = []
+        for window, squares in zip(self._windows, self._squared_norms, strict=True):
+            with window.place(self._variables[0]):
+                rate = tf.cast(learning_rate, tf.float32)
+                decay = self._optimizer.weight_decay
+                scales = _scales(self._optimizer, window, self._unscale, squares)
+                decay_of_step = tf.constant(0.0) if decay is None else decay * rate
+                factors.append(_Factors(scales, self._rule.rate(rate), decay_of_step))
+        return factors
+
+    def _step(self, positions: Sequence[int], factors: Sequence[_Factors]) -> None:
         maybe = {i: flag for i, flag in self._windows[0].connected.maybe.items() if i in positions}
-        self._step_all([i for i in positions if i not in maybe], learning_rate)
+        self._step_all([i for i in positions if i not in maybe], factors)
         if not maybe:
             return
         flags = list(maybe.values())
 
         def step_each() -> None:
             for i, flag in maybe.items():
-                tf.cond(flag, lambda i=i: self._step_all([i], learning_rate), lambda: None)
+                tf.cond(flag, lambda i=i: self._step_all([i], factors), lambda: None)
 
         # Usually all of them have a gradient, or none has.
         tf.cond(
             tf.reduce_all(flags),
-            lambda: self._step_all(list(maybe), learning_rate),
+            lambda: self._step_all(list(maybe), factors),
             lambda: tf.cond(tf.reduce_any(flags), step_each, lambda: None),
         )
 
-    def _step_all(self, positions: Sequence[int], learning_rate: tf.Tensor) -> None:
-        for window, scales, applies in zip(self._windows, self._scales, self._applies, strict=True):
+    def _step_all(
+        self, positions: Sequence[int], factors: Sequence[_Factors], only_if: tf.Tensor | None = None
+    ) -> None:
+        for window, applies, own in zip(self._windows, self._applies, factors, strict=True):
             # One op for the variables whose last gradient is folded in, or a few, and one for the others.
             folded = [i for i in positions if i in window.latest]
             others = [i for i in positions if i not in window.latest]
             latest = [window.latest.get(i) for i in range(len(self._variables))]
             with window.place(self._variables[0]):
                 for chosen in in_buckets(folded, latest, self._variables):
-                    self._step_in_one_op(window, chosen, scales, applies, learning_rate, folded=True)
+                    self._step_in_one_op(window, chosen, own, applies, only_if, folded=True)
                 if others:
-                    self._step_in_one_op(window, others, scales, applies, learning_rate, folded=False)
+                    self._step_in_one_op(window, others, own, applies, only_if, folded=False)
 
     def _step_in_one_op(
         self,
         window: Window,
         chosen: Sequence[int],
-        scales: tf.Tensor,
+        factors: _Factors,
         applies: tf.Tensor | bool,
-        learning_rate: tf.Tensor,
+        only_if: tf.Tensor | None,
         *,
         folded: bool,
     ) -> None:
         optimizer, rule = self._optimizer, self._rule
         # The optimizer may have been built for more variables, or in another order.
         in_slots = [index_of(optimizer, self._variables[i]) for i in chosen]
-        rate = tf.cast(learning_rate, tf.float32)
-        decay = optimizer.weight_decay
-        decaying = [decay is not None and decays(optimizer, self._variables[i]) for i in chosen]
+        has_decay = optimizer.weight_decay is not None
+        decaying = [has_decay and decays(optimizer, self._variables[i]) for i in chosen]
         rows = [None if folded else self._rows(window, i, each) for i, each in zip(chosen, decaying, strict=True)]
         ops.update(
             rule.name,
@@ -229,15 +306,16 @@ class _Update:
             [[window.own(slot[i]) for i in in_slots] for slot in rule.slots],
             accumulators=None if folded and window.starts is True else [window.accumulators[i] for i in chosen],
             latest=[window.latest[i] for i in chosen] if folded else None,
-            scales=tf.gather(scales, chosen) if scales.shape.rank else scales,
-            rate=rule.rate(rate),
-            decay=0.0 if decay is None else decay * rate,
+            scales=tf.gather(factors.scales, chosen) if factors.scales.shape.rank else factors.scales,
+            rate=factors.rate,
+            decay=factors.decay,
             decays=decaying,
             weight=window.latest_weight if folded else 1.0,
             overwrite=window.starts if folded else False,
             applies=applies,
             touched_rows=rows,
             clip=_clip_value(optimizer),
+            only_if=only_if,
             **rule.settings,
         )
 
@@ -260,6 +338,12 @@ def warn_of_missing(
     missing = [variables[i] for i in connected.without if i in connected.maybe]
     if missing:
         warn_of_missing_gradients(optimizer, missing)
+
+
+def _unscale(optimizer: keras.optimizers.Optimizer) -> float | tf.Tensor:
+    """What takes the factor of scaled losses out of gradients."""
+    scale = scale_of_loss(optimizer)
+    return 1.0 if scale is None else 1 / scale
 
 
 def _scales(

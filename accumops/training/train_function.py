@@ -1,12 +1,12 @@
 """The functions that `fit` calls once a step, where XLA does not compile the step.
 
-A call of a `tf.function` takes microseconds for each variable that it uses, and so does a condition. A condition that
-ends a window uses all variables of the update. So there are three functions of one step:
+A call of a `tf.function` takes microseconds for each variable that it uses, and so does a condition. The end of a
+window uses all variables of the update. So there are three functions of one step:
 
 function   used when                                         contains
 False      the window still needs more than one micro-batch  no update; an assertion comes first
 True       this step ends the window                         the update, without condition; an assertion comes first
-None       this is not known                                 the update, in a condition
+None       this is not known                                 the update, by flags of its ops or in a condition
 
 The host counts along how many micro-batches the window still needs, and reads nothing. If something else uses the
 window, that count is stale: the function then refuses to run, before it has fetched any data, and the counters are

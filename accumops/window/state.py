@@ -39,7 +39,7 @@ from accumops.window.parts import Parts
 from accumops.window.recorded_operations import Recording
 from accumops.window.squared_norms import LastSliceReport, SquaredNorms
 from accumops.window.state_variables import PER_REPLICA, new_accumulator, new_variable
-from accumops.window.sums import Found, add_gradients, as_gradient, together
+from accumops.window.sums import Found, add_gradients, as_gradient, check_gradients, together
 from accumops.window.touched_rows import TouchedRows
 
 
@@ -154,7 +154,7 @@ class WindowState(tf.Module):
         if self.strategy is not None:
             replicas.check_in_replica(self.strategy, f"`accumulate` of {self._owner}")
         gradients = list(gradients)
-        self._check_gradients(gradients)
+        check_gradients(gradients, self._names, self.accumulators, self._owner)
         gradients = list(map(as_gradient, gradients, self.accumulators))
         share = self.nonfinite.share(gradients, weight)
         if checks := self.members.check():
@@ -221,7 +221,7 @@ class WindowState(tf.Module):
         with Recording() as accumulation:
             if self.strategy is None:
                 positions = batch.present if batch.starts is False else range(len(self.accumulators))
-                found = self._sum(batch, positions, norms if noise is None else True)
+                found = self.sum_gradients(batch, positions, norms if noise is None else True)
             else:
                 found = self._sum_on_replica(self.strategy, batch)
         with tf.control_dependencies(accumulation.operations):
@@ -240,10 +240,18 @@ class WindowState(tf.Module):
         self.weight.assign(tf.cast(weight, self.weight.dtype))
         self.counters.fill(steps)
 
-    def _sum(self, batch: MicroBatch, positions: Iterable[int], norms: bool | tf.Tensor = False) -> Found:
-        """Adds the gradients at some positions to their accumulators."""
+    def sum_gradients(
+        self,
+        batch: MicroBatch,
+        positions: Iterable[int],
+        norms: bool | tf.Tensor = False,
+        only_if: tf.Tensor | None = None,
+    ) -> Found:
+        """Adds the gradients at some positions to their accumulators; with `only_if` where it is true."""
         groups = in_buckets(positions, batch.gradients, self.accumulators)
-        return together([self._add_to(self.accumulators, batch, group, batch.weight, norms) for group in groups])
+        return together(
+            [self._add_to(self.accumulators, batch, group, batch.weight, norms, only_if) for group in groups]
+        )
 
     def _add_to(
         self,
@@ -252,10 +260,13 @@ class WindowState(tf.Module):
         positions: Sequence[int],
         scale: tf.Tensor,
         norms: bool | tf.Tensor,
+        only_if: tf.Tensor | None = None,
     ) -> Found:
-        """As `_sum`, in one operation."""
+        """As `sum_gradients`, in one operation."""
         check_finite = self.nonfinite.policy == "drop"
-        return add_gradients(accumulators, batch, positions, scale, check_finite=check_finite, norms=norms)
+        return add_gradients(
+            accumulators, batch, positions, scale, check_finite=check_finite, norms=norms, only_if=only_if
+        )
 
     def _sum_on_replica(self, strategy: tf.distribute.Strategy, batch: MicroBatch) -> Found:
         accumulators = [replicas.own(accumulator) for accumulator in self.accumulators]
@@ -293,9 +304,9 @@ class WindowState(tf.Module):
             verdict = self.verdict()
             with self._closing_with(verdict):
                 yield Window(
-                    self._held(connected),
+                    self.held(connected),
                     connected,
-                    self._divisor(self.weight),
+                    self.divisor(self.weight),
                     self.touched_rows,
                     verdict=verdict,
                     groups=self._groups(),
@@ -328,7 +339,7 @@ class WindowState(tf.Module):
 
     def _reduced(self, connected: Connected, *, sums: bool = True) -> Window:
         """Reduces the window of a replica with those of all others, in one operation for each dtype."""
-        accumulators = self._held(connected)
+        accumulators = self.held(connected)
         held = [i for i, each in enumerate(accumulators) if each is not None]
         values = [tf.convert_to_tensor(self.accumulators[i]) for i in held]
         asked = [self.nonfinite.in_window] if self.nonfinite.acts else []
@@ -338,7 +349,7 @@ class WindowState(tf.Module):
         weight, *reduced = replicas.sum_over_replicas([*parts, *([] if noise is None else noise.parts())])
         verdict = self.nonfinite.verdict(weight, reduced.pop(0) if asked else None)
         latest = dict(zip(held, reduced if sums else values, strict=False))
-        divisor = self._divisor(weight)
+        divisor = self.divisor(weight)
         groups = None
         if noise is not None:
             squares, count = reduced[-2:]
@@ -367,7 +378,7 @@ class WindowState(tf.Module):
         """
         latest = {i: batch.gradients[i] for i in batch.present if not isinstance(batch.gradients[i], tf.IndexedSlices)}
         with Recording() as accumulation:
-            finite = self._sum(batch, (i for i in range(len(self.accumulators)) if i not in latest)).finite
+            finite = self.sum_gradients(batch, (i for i in range(len(self.accumulators)) if i not in latest)).finite
             if self.nonfinite.policy == "drop":
                 others = ops.all_finite(list(latest.values()))
                 finite = others if finite is None else finite & others
@@ -378,9 +389,9 @@ class WindowState(tf.Module):
             connected = self.connections.at_end(batch.present, batch.given)
             with self._closing_with(verdict):
                 yield Window(
-                    self._held(connected),
+                    self.held(connected),
                     connected,
-                    self._divisor(batch.total),
+                    self.divisor(batch.total),
                     self.touched_rows,
                     latest,
                     batch.weight,
@@ -426,19 +437,20 @@ class WindowState(tf.Module):
         with Recording() as update:
             yield
         with tf.control_dependencies(update.effects):
-            self._close(verdict)
+            self.close(verdict)
 
-    def _divisor(self, weight: tf.Tensor | keras.Variable) -> tf.Tensor:
+    def divisor(self, weight: tf.Tensor | keras.Variable) -> tf.Tensor:
         """What turns the sums of a window with this sum of shares into its gradients."""
         total = tf.convert_to_tensor(weight)
         return total if self.reduction == "mean" else tf.ones_like(total)
 
-    def _held(self, connected: Connected) -> list[keras.Variable | None]:
+    def held(self, connected: Connected) -> list[keras.Variable | None]:
         """The accumulators, None for those of variables that the window has no gradient for."""
         positions = set(connected.positions)
         return [accumulator if i in positions else None for i, accumulator in enumerate(self.accumulators)]
 
-    def _close(self, verdict: Verdict) -> None:
+    def close(self, verdict: Verdict) -> None:
+        """Counts the open window as closed, after its update; the next micro-batch opens another one."""
         self.counters.close()
         self.connections.clear()
         self.nonfinite.count_more(verdict.uncounted)
@@ -460,18 +472,3 @@ class WindowState(tf.Module):
         self.connections.clear()
         self.last_slice.clear()
         self.members.drop()
-
-    def _check_gradients(self, gradients: list[tf.Tensor | tf.IndexedSlices | None]) -> None:
-        if len(gradients) != len(self.accumulators):
-            raise ValueError(
-                f"{self._owner} was built for {len(self.accumulators)} variables. Received: {len(gradients)} gradients."
-            )
-        if all(gradient is None for gradient in gradients):
-            raise ValueError(f"No gradients provided for any variable: {list(self._names)}.")
-        for name, accumulator, gradient in zip(self._names, self.accumulators, gradients, strict=True):
-            shape = getattr(gradient, "shape", None)
-            if shape is not None and not tf.TensorShape(shape).is_compatible_with(accumulator.shape):
-                raise ValueError(
-                    f"The gradient of '{name}' must have its shape, {tuple(accumulator.shape)}. "
-                    f"Received: {tf.TensorShape(shape)}."
-                )

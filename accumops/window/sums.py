@@ -36,6 +36,7 @@ def add_gradients(
     *,
     check_finite: bool,
     norms: bool | tf.Tensor,
+    only_if: tf.Tensor | None = None,
 ) -> Found:
     """Adds the gradients of a micro-batch at some positions to their accumulators.
 
@@ -46,6 +47,7 @@ def add_gradients(
         scale: The factor for the gradients.
         check_finite: Whether to look if the gradients are finite.
         norms: Whether to report squared norms.
+        only_if: Whether to add anything, as for `ops.accumulate`.
     """
     gradients = [batch.gradients[i] for i in positions]
     reports = ops.accumulate(
@@ -59,6 +61,7 @@ def add_gradients(
         touched_rows=[batch.touched_rows[i] for i in positions],
         check_finite=check_finite,
         squared_norms=norms,
+        only_if=only_if,
     )
     if norms is False:
         return Found(reports, None)
@@ -82,6 +85,36 @@ def as_gradient(
         return gradient if sparse else values
     values = tf.cast(values, accumulator.dtype)
     return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape) if sparse else values
+
+
+def check_gradients(
+    gradients: Sequence[tf.Tensor | tf.IndexedSlices | None],
+    names: Sequence[str],
+    accumulators: Sequence[keras.Variable],
+    owner: str,
+) -> None:
+    """Checks that the gradients of a micro-batch fit the accumulators.
+
+    Args:
+        gradients: The gradients.
+        names: The names of the variables.
+        accumulators: One for each variable.
+        owner: What the accumulators belong to, for messages.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    if len(gradients) != len(accumulators):
+        raise ValueError(f"{owner} was built for {len(accumulators)} variables. Received: {len(gradients)} gradients.")
+    if all(gradient is None for gradient in gradients):
+        raise ValueError(f"No gradients provided for any variable: {list(names)}.")
+    for name, accumulator, gradient in zip(names, accumulators, gradients, strict=True):
+        shape = getattr(gradient, "shape", None)
+        if shape is not None and not tf.TensorShape(shape).is_compatible_with(accumulator.shape):
+            raise ValueError(
+                f"The gradient of '{name}' must have its shape, {tuple(accumulator.shape)}. "
+                f"Received: {tf.TensorShape(shape)}."
+            )
 
 
 def _no_change(accumulator: tf.Variable | keras.Variable) -> tf.Tensor | tf.IndexedSlices:

@@ -43,13 +43,15 @@ class Placed:
 
     Attributes:
         waits: For each tensor that the host reads from the GPU, what computes it and what reads it.
-        uploads: The same for each tensor that goes to the GPU, a batch's own excepted.
+        uploads: The same for each tensor that goes to the GPU, a batch's own excepted. TensorFlow sends a tensor once,
+            however many operations read it there.
         launches: How often each operation launches a kernel on the GPU; what is in a loop's body counts once.
     """
 
     waits: list[str] = dataclasses.field(default_factory=list)
     uploads: list[str] = dataclasses.field(default_factory=list)
     launches: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    _sent: set[Any] = dataclasses.field(default_factory=set)
 
 
 def two_devices() -> None:
@@ -147,7 +149,8 @@ def _read(op: tf.Operation, i: int, at: str, wanted: str, result: Placed, path: 
     edge = f"{path}{source.name} ({source.type}, {op.inputs[i].dtype.name}) -> {op.name} ({op.type})"
     if at == "gpu":
         result.waits.append(edge)
-    elif source.type not in ("IteratorGetNext", "IdentityN"):
+    elif source.type not in ("IteratorGetNext", "IdentityN") and op.inputs[i].ref() not in result._sent:
+        result._sent.add(op.inputs[i].ref())
         result.uploads.append(edge)
 
 

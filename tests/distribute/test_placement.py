@@ -10,20 +10,20 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks" / "gpu")
 
 # The most launches beside plain Keras's forward and backward pass, and scalars that go to the GPU.
 BUDGET = {
-    "accum_steps, micro-batch": (21, 4),
-    "accum_steps, ends the window": (36, 4),
-    "micro_batch_size": (44, 5),
-    "micro_batch_size, clipped": (60, 5),
-    "micro_batch_size, losses scaled": (90, 5),
-    "accum_steps, non-finite: skip, micro-batch": (55, 5),
-    "accum_steps, non-finite: skip, ends the window": (81, 5),
-    "accum_steps, non-finite: drop, micro-batch": (44, 5),
-    "accum_steps, non-finite: drop, ends the window": (74, 5),
-    "a loop of one's own": (23, 5),
-    "accum_steps, norms of variables, micro-batch": (21, 4),
-    "accum_steps, norms of variables, ends the window": (44, 4),
-    "micro_batch_size, norms of variables": (51, 5),
-    "a loop of one's own, norms of variables": (29, 6),
+    "accum_steps, micro-batch": (21, 2),
+    "accum_steps, ends the window": (36, 2),
+    "micro_batch_size": (44, 3),
+    "micro_batch_size, clipped": (60, 3),
+    "micro_batch_size, losses scaled": (90, 3),
+    "accum_steps, non-finite: skip, micro-batch": (55, 2),
+    "accum_steps, non-finite: skip, ends the window": (81, 2),
+    "accum_steps, non-finite: drop, micro-batch": (44, 2),
+    "accum_steps, non-finite: drop, ends the window": (74, 2),
+    "a loop of one's own": (23, 4),
+    "accum_steps, norms of variables, micro-batch": (21, 2),
+    "accum_steps, norms of variables, ends the window": (44, 2),
+    "micro_batch_size, norms of variables": (51, 3),
+    "a loop of one's own, norms of variables": (29, 4),
 }
 
 

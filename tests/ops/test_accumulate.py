@@ -2,6 +2,7 @@
 
 import threading
 
+import handles
 import ml_dtypes
 import numpy as np
 import pytest
@@ -237,6 +238,71 @@ def test_squared_norms_where_a_tensor_asks_for_them(backend, mode, rng):
         sums = [[np.sum(np.square(each, dtype=np.float64)) for each in gradients]]
         sums.append([np.sum(np.square(each.numpy(), dtype=np.float64)) for each in accumulators])
         np.testing.assert_allclose(found, sums if wanted else np.full_like(found, np.nan), rtol=2e-6)
+
+
+def test_nothing_is_done_where_a_flag_says_so(backend, mode):
+    """To no bit of an accumulator or a flag, whatever the gradients hold."""
+    dense, table = tf.Variable([1.0, -0.0, np.nan]), tf.Variable([[1.0], [2.0], [0.0]], dtype=tf.float64)
+    rows = tf.Variable([True, True, False])
+
+    @mode
+    def run(only_if, values, **arguments):
+        gradients = [values, tf.IndexedSlices(tf.cast(values[:2, None], tf.float64), tf.constant([1, 2]))]
+        return ops.accumulate(
+            [dense, table], gradients, touched_rows=[None, rows], overwrite=True, only_if=only_if, **arguments
+        )
+
+    assert run(tf.constant(False), tf.constant([np.nan, 2.0, 3.0])) is None
+    finite = run(tf.constant(False), tf.constant([np.nan, 2.0, 3.0]), check_finite=True)
+    both = run(tf.constant(False), tf.constant([np.nan, 2.0, 3.0]), check_finite=True, squared_norms=True)
+    norms = run(tf.constant(False), tf.constant([np.nan, 2.0, 3.0]), squared_norms=tf.constant(True))
+    assert finite.numpy()
+    assert both[0].numpy()
+    for report in (both[1], norms):
+        assert (report.dtype, report.shape) == (tf.float64, (2, 2))
+        assert np.isnan(report.numpy()).all()
+    assert dense.numpy().tobytes() == np.array([1, -0.0, np.nan], np.float32).tobytes()
+    np.testing.assert_array_equal(table.numpy(), [[1], [2], [0]])
+    np.testing.assert_array_equal(rows.numpy(), [True, True, False])
+
+    finite, norms = run(tf.constant(True), tf.constant([1.0, 2.0, 3.0]), check_finite=True, squared_norms=True)
+    assert finite.numpy()
+    np.testing.assert_allclose(norms.numpy(), [[14, np.nan], [14, np.nan]])
+    np.testing.assert_array_equal(dense.numpy(), [1, 2, 3])
+    np.testing.assert_array_equal(table.numpy(), [[0], [1], [2]])
+    np.testing.assert_array_equal(rows.numpy(), [False, True, True])
+
+
+@pytest.mark.parametrize("does", [False, True])
+def test_the_flag_may_be_known(backend, mode, does):
+    accumulator = tf.Variable([1.0, 2.0])
+    mode(lambda: ops.accumulate([accumulator], [tf.ones([2])], only_if=does))()
+    np.testing.assert_array_equal(accumulator.numpy(), [2, 3] if does else [1, 2])
+
+
+def test_a_shape_that_is_known_late_is_not_looked_at_where_nothing_is_added(backend):
+    accumulator = tf.Variable([1.0, 2.0])
+
+    @tf.function(input_signature=[tf.TensorSpec(None), tf.TensorSpec([], tf.bool)])
+    def run(gradient, only_if):
+        ops.accumulate([accumulator], [gradient], only_if=only_if)
+
+    run(tf.ones([3]), tf.constant(False))
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        run(tf.ones([3]), tf.constant(True))
+    np.testing.assert_array_equal(accumulator.numpy(), [1, 2])
+    run(tf.ones([2]), tf.constant(True))
+    np.testing.assert_array_equal(accumulator.numpy(), [2, 3])
+
+
+def test_variables_are_not_looked_at_where_nothing_is_added():
+    """Not even whether they have a value."""
+    accumulator = handles.uninitialized(tf.float32, [2])
+    raw = ops.library.load()[0]
+    arguments = {"indices": [], "touched_rows": [], "scale": 1.0, "overwrite": False, "norms_if": []}
+    raw.accum_ops_accumulate(accumulators=[accumulator], gradients=[tf.ones([2])], only_if=[False], **arguments)
+    with pytest.raises(tf.errors.FailedPreconditionError):
+        raw.accum_ops_accumulate(accumulators=[accumulator], gradients=[tf.ones([2])], only_if=[True], **arguments)
 
 
 def test_empty_list(backend, mode):

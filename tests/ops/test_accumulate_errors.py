@@ -15,7 +15,16 @@ PRECONDITION = tf.errors.FailedPreconditionError
 
 
 def raw(
-    accumulators, gradients, *, indices=(), touched_rows=(), scale=1.0, overwrite=False, norms_if=(), check_finite=()
+    accumulators,
+    gradients,
+    *,
+    indices=(),
+    touched_rows=(),
+    scale=1.0,
+    overwrite=False,
+    norms_if=(),
+    only_if=(),
+    check_finite=(),
 ):
     """The op itself, without the checks of `ops.accumulate`."""
     module, problem = library.load()
@@ -28,6 +37,7 @@ def raw(
         scale=tf.constant(scale),
         overwrite=tf.constant(overwrite),
         norms_if=list(norms_if),
+        only_if=list(only_if),
         check_finite=check_finite,
     )
 
@@ -88,6 +98,8 @@ MALFORMED = {
     "overwrite is a vector": (INVALID, "overwrite|rank 0", lambda c: raw([c.a.handle], [c.gradient], overwrite=[True])),
     "norms_if is a vector": (INVALID, "norms_if", lambda c: raw([c.a.handle], [c.gradient], norms_if=[[True]])),
     "norms_if are two": (INVALID, "norms_if", lambda c: raw([c.a.handle], [c.gradient], norms_if=[True, True])),
+    "only_if is a vector": (INVALID, "only_if|rank 0", lambda c: raw([c.a.handle], [c.gradient], only_if=[[True]])),
+    "only_if are two": (INVALID, "only_if", lambda c: raw([c.a.handle], [c.gradient], only_if=[True, True])),
     "indices are a matrix": (
         INVALID,
         r"indices\[0\].*\[1,2\]|rank 1",

@@ -165,6 +165,38 @@ def test_a_step_that_does_not_apply_writes_nothing(backend, mode, rng, rule):
 
 
 @pytest.mark.parametrize(("backend", "mode", "rule"), RULES, indirect=["backend", "mode"])
+def test_a_flag_says_whether_anything_is_done(backend, mode, rng, rule):
+    problem = Problem(rng, rule)
+    only_if = tf.Variable(False)
+    problem.run(mode, latest=True, scales=np.nan, rate=0.01, decay=0.1, only_if=only_if)
+    for i, value in enumerate(problem.values):
+        problem.check(i, (value, [slot[i] for slot in problem.slots]), np.testing.assert_array_equal)
+    only_if.assign(True)
+    problem.run(mode, latest=True, scales=0.5, rate=0.01, applies=False, only_if=only_if)
+    for i, value in enumerate(problem.values):
+        problem.check(i, (value, [slot[i] for slot in problem.slots]), np.testing.assert_array_equal)
+    problem.run(mode, scales=0.5, rate=0.01, only_if=only_if)
+    for i, total in enumerate(problem.sums):
+        problem.check(i, problem.expected(i, np.float32(0.5) * total, rate=0.01), comparison(backend, mode))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_a_shape_that_is_known_late_is_not_looked_at_where_nothing_is_done(backend):
+    variable = tf.Variable([1.0, 2.0])
+
+    @tf.function(input_signature=[tf.TensorSpec(None), tf.TensorSpec([], tf.bool)])
+    def run(latest, only_if):
+        ops.update("sgd", [variable], latest=[latest], rate=1.0, only_if=only_if)
+
+    run(tf.ones([3]), tf.constant(False))
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        run(tf.ones([3]), tf.constant(True))
+    np.testing.assert_array_equal(variable.numpy(), [1, 2])
+    run(tf.ones([2]), tf.constant(True))
+    np.testing.assert_array_equal(variable.numpy(), [0, 1])
+
+
+@pytest.mark.parametrize(("backend", "mode", "rule"), RULES, indirect=["backend", "mode"])
 def test_rows_without_a_flag_stay_as_they_are(backend, mode, rng, rule):
     shapes = [(1000, 33), (4, 5), (300, 2, 3), (7,), (0, 3)]
     problem = Problem(rng, rule, shapes)
@@ -373,6 +405,7 @@ WRONG = {
     "a rate of many": (("sgd", ONE), {"rate": tf.zeros([3])}, ValueError, "`rate` must be of shape"),
     "scales of others": (("sgd", ONE), {"scales": tf.zeros([3])}, ValueError, "`scales` must be of shape"),
     "a number as a flag": (("sgd", ONE), {"applies": 1}, ValueError, "`applies` must be a bool or a scalar bool"),
+    "a number for only_if": (("sgd", ONE), {"only_if": 0}, ValueError, "`only_if` must be a bool or a scalar bool"),
     "many flags": (("sgd", ONE), {"overwrite": tf.constant([True])}, ValueError, "`overwrite` must be a bool or a"),
 }
 
@@ -441,6 +474,8 @@ RAW = {
     "scales of no variable": ({"scales": np.ones(0, np.float32)}, INVALID, r"scales must be .*\[0\]"),
     "rate": ({"rate": [1.0]}, INVALID, "rank 0|rate must be a scalar"),
     "applies": ({"applies": [True]}, INVALID, "rank 0|applies must be a scalar"),
+    "only_if": ({"only_if": [[True]]}, INVALID, "rank 0|only_if must be one scalar"),
+    "two of only_if": ({"only_if": [True, True]}, INVALID, "only_if must be one scalar or none"),
     "clip": ({"clip": -1.0}, INVALID, "clip must not be negative"),
     "uninitialized": (
         {"accumulators": ["gone"]},
@@ -480,6 +515,7 @@ def test_malformed_calls_of_the_raw_op_fail_and_change_nothing(case, way):
         "weight": 1.0,
         "overwrite": False,
         "applies": True,
+        "only_if": [],
         "rule": "sgd",
         "decays": [False],
         **changes,
@@ -510,7 +546,7 @@ def test_sizes_that_xla_knows_late():
         raw.accum_ops_update(
             variables=[variable.handle], slots=[], accumulators=[], touched_rows=[], rate=1.0, decay=0.0, weight=1.0,
             latest=[gradient if late == "latest" else [1.0, 1.0]], scales=scales if late == "scales" else 1.0,
-            overwrite=False, applies=True, rule="sgd", decays=[False],
+            overwrite=False, applies=True, only_if=[], rule="sgd", decays=[False],
         )  # fmt: skip
 
     for late, message in (("latest", r"latest\[0\] is f32\[<=2\]"), ("scales", r"scales is f32\[<=1\]")):
@@ -520,20 +556,22 @@ def test_sizes_that_xla_knows_late():
             np.testing.assert_array_equal(variable.numpy(), [1, 2])
 
 
-@pytest.mark.parametrize("name", ["rate", "decay", "weight", "overwrite", "applies"])
+@pytest.mark.parametrize("name", ["rate", "decay", "weight", "overwrite", "applies", "only_if"])
 def test_a_vector_for_a_scalar_that_only_the_call_shows(name):
     """Under XLA, too: no lowering takes it element by element."""
     raw = ops.library.load()[0]
     variable, accumulator = tf.Variable([1.0, 2.0]), tf.Variable([1.0, 1.0])
-    scalars = {"rate": 0.5, "decay": 0.0, "weight": 1.0, "overwrite": False, "applies": True}
+    scalars = {"rate": 0.5, "decay": 0.0, "weight": 1.0, "overwrite": False, "applies": True, "only_if": True}
     dtype = tf.bool if isinstance(scalars[name], bool) else tf.float32
     for jit_compile in (False, True):
 
         @tf.function(jit_compile=jit_compile, input_signature=[tf.TensorSpec(None, dtype)])
         def run(value):
+            given = scalars | {name: value}
+            given["only_if"] = [given["only_if"]]
             raw.accum_ops_update(
                 variables=[variable.handle], slots=[], accumulators=[accumulator.handle], touched_rows=[], latest=[],
-                scales=1.0, rule="sgd", decays=[True], **(scalars | {name: value}),
+                scales=1.0, rule="sgd", decays=[True], **given,
             )  # fmt: skip
 
         with pytest.raises(tf.errors.InvalidArgumentError, match="scalar"):

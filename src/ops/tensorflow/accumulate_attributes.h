@@ -13,7 +13,6 @@ struct AccumulateAttributes {
   std::size_t count = 0;    // accumulators
   std::size_t sparse = 0;   // the last of them, which receive rows
   std::size_t tracked = 0;  // the last of those, whose touched rows are known
-  std::size_t flags = 0;    // 1 if an input says whether norms are wanted
   bool check_finite = false;
   bool squared_norms = false;
 
@@ -25,11 +24,10 @@ struct AccumulateAttributes {
   // Reads them from an OpKernelConstruction or an InferenceContext.
   template <typename Context>
   absl::Status Read(Context& context) {
-    int accumulators = 0, touched = 0, wanted = 0;
+    int accumulators = 0, touched = 0;
     std::vector<tensorflow::DataType> gradients, indices;
     TF_RETURN_IF_ERROR(context.GetAttr("N", &accumulators));
     TF_RETURN_IF_ERROR(context.GetAttr("M", &touched));
-    TF_RETURN_IF_ERROR(context.GetAttr("R", &wanted));
     TF_RETURN_IF_ERROR(context.GetAttr("gradient_types", &gradients));
     TF_RETURN_IF_ERROR(context.GetAttr("index_types", &indices));
     TF_RETURN_IF_ERROR(ReadFlag(context, "check_finite", &check_finite));
@@ -37,8 +35,6 @@ struct AccumulateAttributes {
     count = static_cast<std::size_t>(accumulators);
     sparse = indices.size();
     tracked = static_cast<std::size_t>(touched);
-    flags = static_cast<std::size_t>(wanted);
-    if (flags > 1) return absl::InvalidArgumentError("norms_if must be one scalar or none.");
     if (gradients.size() == count && sparse <= count && tracked <= sparse) return absl::OkStatus();
     return absl::InvalidArgumentError(absl::StrCat(
         "Accumulate takes one gradient for each accumulator, at most as many indices, and at most "

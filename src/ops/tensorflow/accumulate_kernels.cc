@@ -29,7 +29,6 @@ struct Inputs {
   OpInputList indices;
   const Tensor* scale = nullptr;
   const Tensor* overwrite = nullptr;
-  bool wants_norms = true;  // if there is an output for them
 
   absl::Status Read(OpKernelContext* ctx);
   std::vector<AccumulateItem> DenseItems() const;
@@ -41,12 +40,6 @@ absl::Status Inputs::Read(OpKernelContext* ctx) {
   TF_RETURN_IF_ERROR(ctx->input_list("indices", &indices));
   TF_RETURN_IF_ERROR(RequireScalar(ctx, "scale", &scale));
   TF_RETURN_IF_ERROR(RequireScalar(ctx, "overwrite", &overwrite));
-  OpInputList norms_if;
-  TF_RETURN_IF_ERROR(ctx->input_list("norms_if", &norms_if));
-  if (norms_if.size() > 1 || (norms_if.size() == 1 && norms_if[0].dims() != 0)) {
-    return absl::InvalidArgumentError("norms_if must be one scalar or none.");
-  }
-  wants_norms = norms_if.size() == 0 || norms_if[0].scalar<bool>()();
   TF_RETURN_IF_ERROR(variables.Add(ctx, "accumulators"));
   TF_RETURN_IF_ERROR(variables.Add(ctx, "touched_rows"));
   TF_RETURN_IF_ERROR(variables.Lock());
@@ -117,12 +110,15 @@ struct Cpu {
                              : inputs.scale->scalar<float>()();
     const bool overwrite = inputs.overwrite->scalar<bool>()();
     PoolExecutor executor(ctx);
-    if (report.all_finite != nullptr) *report.all_finite = true;
     const auto items = inputs.DenseItems();
     AccumulateCpu(items.data(), items.size(), scale, overwrite, report, executor);
     for (const AccumulateRowsItem& item : inputs.RowsItems()) {
       AccumulateRowsCpu(item, scale, overwrite, report.all_finite, executor);
     }
+    return absl::OkStatus();
+  }
+  static absl::Status SetTrue(OpKernelContext*, bool* flag) {
+    *flag = true;
     return absl::OkStatus();
   }
   static absl::Status FillWithNan(OpKernelContext*, double* values, std::size_t count) {
@@ -141,9 +137,6 @@ struct Gpu {
     CUstream_st* stream = CudaStream(ctx);
     const DeviceScalar scale = {inputs.scale->data(), ToDType(inputs.scale->dtype())};
     const bool* overwrite = inputs.overwrite->scalar<bool>().data();
-    if (report.all_finite != nullptr) {
-      TF_RETURN_IF_ERROR(FromCuda(SetFlagCuda(report.all_finite, true, stream)));
-    }
     const auto items = inputs.DenseItems();
     Tensor workspace;
     if (report.squared_norms != nullptr) {
@@ -159,6 +152,9 @@ struct Gpu {
           FromCuda(AccumulateRowsCuda(item, scale, overwrite, report.all_finite, stream)));
     }
     return absl::OkStatus();
+  }
+  static absl::Status SetTrue(OpKernelContext* ctx, bool* flag) {
+    return FromCuda(SetFlagCuda(flag, true, CudaStream(ctx)));
   }
   static absl::Status FillWithNan(OpKernelContext* ctx, double* values, std::size_t count) {
     return FromCuda(FillWithNanCuda(values, count, CudaStream(ctx)));
@@ -176,25 +172,14 @@ class AccumulateOp : public ParallelKernel {
 
   // On an error nothing has been added to any variable, unless a GPU fails between two launches.
   void Compute(OpKernelContext* ctx) final {
+    bool adds = true, wants_norms = true;
+    OP_REQUIRES_OK(ctx, ReadOptionalFlag(ctx, "only_if", &adds));
+    OP_REQUIRES_OK(ctx, ReadOptionalFlag(ctx, "norms_if", &wants_norms));
     AccumulateReport report;
-    if (attributes_.check_finite) {
-      Tensor* output = nullptr;
-      OP_REQUIRES_OK(ctx, ctx->allocate_output(0, TensorShape({}), &output));
-      report.all_finite = output->scalar<bool>().data();
-    }
+    OP_REQUIRES_OK(ctx, StartReport(ctx, adds && wants_norms, &report));
+    if (!adds) return;
     Inputs inputs(attributes_);
     OP_REQUIRES_OK(ctx, inputs.Read(ctx));
-    if (attributes_.squared_norms) {
-      Tensor* output = nullptr;
-      const TensorShape shape({2, static_cast<std::int64_t>(attributes_.dense())});
-      OP_REQUIRES_OK(ctx, ctx->allocate_output(attributes_.check_finite ? 1 : 0, shape, &output));
-      auto* const norms = static_cast<double*>(output->data());
-      if (inputs.wants_norms) {
-        report.squared_norms = norms;
-      } else {
-        OP_REQUIRES_OK(ctx, Launchers::FillWithNan(ctx, norms, 2 * attributes_.dense()));
-      }
-    }
     OP_REQUIRES_OK(ctx, Launchers::CheckIndices(inputs));
     OP_REQUIRES_OK(ctx,
                    inputs.variables.MakeWritable(ctx, Launchers::kCopy, inputs.variables.size()));
@@ -202,15 +187,39 @@ class AccumulateOp : public ParallelKernel {
   }
 
  private:
+  // Makes the outputs, and gives them the values that they have where nothing is added.
+  absl::Status StartReport(OpKernelContext* ctx, bool wants_norms, AccumulateReport* report) const {
+    if (attributes_.check_finite) {
+      Tensor* output = nullptr;
+      TF_RETURN_IF_ERROR(ctx->allocate_output(0, TensorShape({}), &output));
+      report->all_finite = output->scalar<bool>().data();
+      TF_RETURN_IF_ERROR(Launchers::SetTrue(ctx, report->all_finite));
+    }
+    if (attributes_.squared_norms) {
+      Tensor* output = nullptr;
+      const TensorShape shape({2, static_cast<std::int64_t>(attributes_.dense())});
+      TF_RETURN_IF_ERROR(ctx->allocate_output(attributes_.check_finite ? 1 : 0, shape, &output));
+      auto* const norms = static_cast<double*>(output->data());
+      if (wants_norms) {
+        report->squared_norms = norms;
+      } else {
+        TF_RETURN_IF_ERROR(Launchers::FillWithNan(ctx, norms, 2 * attributes_.dense()));
+      }
+    }
+    return absl::OkStatus();
+  }
+
   AccumulateAttributes attributes_;
 };
 
 REGISTER_KERNEL_BUILDER(Name("AccumOps>Accumulate").Device(tensorflow::DEVICE_CPU),
                         AccumulateOp<Cpu>);
 #if defined(ACCUMOPS_CUDA)
-REGISTER_KERNEL_BUILDER(
-    Name("AccumOps>Accumulate").Device(tensorflow::DEVICE_GPU).HostMemory("norms_if"),
-    AccumulateOp<Gpu>);
+REGISTER_KERNEL_BUILDER(Name("AccumOps>Accumulate")
+                            .Device(tensorflow::DEVICE_GPU)
+                            .HostMemory("norms_if")
+                            .HostMemory("only_if"),
+                        AccumulateOp<Gpu>);
 #endif
 
 }  // namespace

@@ -68,11 +68,13 @@ REGISTER_OP("AccumOps>Accumulate")
     .Input("scale: scale_type")
     .Input("overwrite: bool")
     .Input("norms_if: R * bool")
+    .Input("only_if: C * bool")
     .Output("all_finite: check_finite")
     .Output("norms: squared_norms")
     .Attr("N: int >= 0")
     .Attr("M: int >= 0")
     .Attr("R: int >= 0")
+    .Attr("C: int >= 0")
     .Attr("gradient_types: list({half, bfloat16, float, double}) >= 0")
     .Attr("index_types: list({int32, int64}) >= 0")
     .Attr("scale_type: {float, double}")
@@ -93,6 +95,8 @@ touched_rows: For the last of the sparse gradients, a bool variable each, with a
 scale: A factor for every gradient. With 0 nothing is added, whatever the gradients hold.
 overwrite: Whether to start from zero instead of what the accumulators hold.
 norms_if: None, or one flag, on the host: where it is false, the norms are NaN and cost nothing.
+only_if: None, or one flag, on the host: where it is false, no variable is read or written, the norms are NaN and
+  all_finite is true.
 all_finite: With check_finite=[bool], whether every gradient was finite.
 norms: With squared_norms=[double], the sums of squares of the gradients, as they are given, and of the accumulators, as the
   op leaves them: of shape [2, N - len(indices)], for those that receive no rows.

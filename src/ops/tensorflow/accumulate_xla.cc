@@ -60,10 +60,9 @@ class AccumulateXlaOp : public XlaOpKernel {
   void Compile(XlaOpKernelContext* ctx) override {
     OP_REQUIRES_OK(ctx, RequireScalar(ctx, "scale"));
     OP_REQUIRES_OK(ctx, RequireScalar(ctx, "overwrite"));
-    if (attributes_.flags > 0) {
-      OP_REQUIRES(ctx, InputTensorShape(ctx, ctx->num_inputs() - 1, "norms_if").dims() == 0,
-                  absl::InvalidArgumentError("norms_if must be one scalar or none."));
-    }
+    xla::XlaOp adds, wants_norms;
+    OP_REQUIRES_OK(ctx, ReadOptionalFlag(ctx, "only_if", &adds));
+    OP_REQUIRES_OK(ctx, ReadOptionalFlag(ctx, "norms_if", &wants_norms));
     XlaVariableList variables(ctx);
     OP_REQUIRES_OK(ctx, variables.Add({"accumulators", "touched_rows"}));
     xla::XlaBuilder* builder = ctx->builder();
@@ -71,6 +70,11 @@ class AccumulateXlaOp : public XlaOpKernel {
     const xla::XlaOp overwrite = ctx->Input("overwrite");
     xla::XlaOp all_finite = xla::ConstantR0<bool>(builder, true);
     std::vector<xla::XlaOp> gradient_norms, accumulator_norms;
+
+    // XLA writes every variable, where nothing is added with what it holds.
+    const auto added = [adds](xla::XlaOp result, xla::XlaOp before, const TensorShape& shape) {
+      return xla::Select(xla::Broadcast(adds, shape.dim_sizes()), result, before);
+    };
 
     // Every input is read and checked before the first variable is assigned.
     std::vector<xla::XlaOp> results(attributes_.count + attributes_.tracked);
@@ -116,11 +120,12 @@ class AccumulateXlaOp : public XlaOpKernel {
           OP_REQUIRES_OK(ctx, variables.Read(flags_of, &flags));
           const xla::XlaOp none = xla::ConstantR0<bool>(builder, false);
           const xla::XlaOp set = xla::Broadcast(counts, {index_shape.dim_size(0)});
-          results[flags_of] =
-              ScatterRows(WhereOr(flags, xla::Not(overwrite), none, variables.shape(flags_of)),
-                          indices, set, 1, Any());
+          const TensorShape& flags_shape = variables.shape(flags_of);
+          const xla::XlaOp kept = WhereOr(flags, xla::Not(overwrite), none, flags_shape);
+          results[flags_of] = added(ScatterRows(kept, indices, set, 1, Any()), flags, flags_shape);
         }
       }
+      results[i] = added(results[i], accumulator, shape);
       if (attributes_.check_finite) {
         all_finite = xla::And(
             all_finite,
@@ -130,21 +135,19 @@ class AccumulateXlaOp : public XlaOpKernel {
     for (std::size_t i = 0; i < results.size(); ++i) {
       OP_REQUIRES_OK(ctx, variables.Assign(i, results[i]));
     }
-    if (attributes_.check_finite) ctx->SetOutput(0, all_finite);
+    if (attributes_.check_finite) ctx->SetOutput(0, xla::Or(all_finite, xla::Not(adds)));
     if (attributes_.squared_norms) {
       const TensorShape shape({2, static_cast<std::int64_t>(attributes_.dense())});
       gradient_norms.insert(gradient_norms.end(), accumulator_norms.begin(),
                             accumulator_norms.end());
-      xla::XlaOp norms =
+      const xla::XlaOp norms =
           shape.num_elements() == 0
               ? xla::Broadcast(xla::Zero(builder, xla::F64), shape.dim_sizes())
               : xla::Reshape(xla::ConcatInDim(builder, gradient_norms, 0), shape.dim_sizes());
-      if (attributes_.flags > 0) {
-        const double nan = std::numeric_limits<double>::quiet_NaN();
-        norms = WhereOr(norms, ctx->Input(ctx->num_inputs() - 1),
-                        xla::ConstantR0<double>(builder, nan), shape);
-      }
-      ctx->SetOutput(attributes_.check_finite ? 1 : 0, norms);
+      const double nan = std::numeric_limits<double>::quiet_NaN();
+      ctx->SetOutput(attributes_.check_finite ? 1 : 0,
+                     WhereOr(norms, xla::And(adds, wants_norms),
+                             xla::ConstantR0<double>(builder, nan), shape));
     }
   }
 

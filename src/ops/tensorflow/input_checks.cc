@@ -56,6 +56,10 @@ absl::Status CheckScalar(const char* name, const TensorShape& shape) {
       absl::StrCat(name, " must be a scalar, not of shape ", shape.DebugString(), "."));
 }
 
+absl::Status NotOneFlag(const char* name) {
+  return absl::InvalidArgumentError(absl::StrCat(name, " must be one scalar or none."));
+}
+
 absl::Status CheckAccumulator(const Variables& variables, const AccumulateAttributes& attributes,
                               std::size_t i, DataType gradient_dtype, const TensorShape& gradient,
                               const TensorShape* indices) {

@@ -34,6 +34,8 @@ absl::Status Uninitialized(const Variables& variables, std::size_t i);
 absl::Status GivenTwice(const Variables& variables, std::size_t i, std::size_t j);
 
 absl::Status CheckScalar(const char* name, const TensorShape& shape);
+// The error of an input that has to be a list of one scalar or none.
+absl::Status NotOneFlag(const char* name);
 
 // AccumOps>Accumulate, whose variables are the accumulators and then the touched rows: accumulator
 // i with its gradient and, where it receives rows, their indices, else null.

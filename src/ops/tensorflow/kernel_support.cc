@@ -33,6 +33,14 @@ absl::Status RequireScalar(OpKernelContext* ctx, const char* name, const Tensor*
   return CheckScalar(name, (*scalar)->shape());
 }
 
+absl::Status ReadOptionalFlag(OpKernelContext* ctx, const char* name, bool* flag) {
+  OpInputList flags;
+  TF_RETURN_IF_ERROR(ctx->input_list(name, &flags));
+  if (flags.size() > 1 || (flags.size() == 1 && flags[0].dims() != 0)) return NotOneFlag(name);
+  *flag = flags.size() == 0 || flags[0].scalar<bool>()();
+  return absl::OkStatus();
+}
+
 absl::Status CopyOnHost(OpKernelContext*, void* to, const void* from, std::size_t bytes) {
   std::memcpy(to, from, bytes);
   return absl::OkStatus();

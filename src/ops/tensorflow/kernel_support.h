@@ -48,6 +48,9 @@ class ParallelKernel : public tensorflow::OpKernel {
 // Reads the input `name`, which must be a scalar.
 absl::Status RequireScalar(OpKernelContext* ctx, const char* name, const Tensor** scalar);
 
+// Reads the input `name`, a list of one flag in host memory or of none, which counts as true.
+absl::Status ReadOptionalFlag(OpKernelContext* ctx, const char* name, bool* flag);
+
 absl::Status CopyOnHost(OpKernelContext* ctx, void* to, const void* from, std::size_t bytes);
 
 #if defined(ACCUMOPS_CUDA)

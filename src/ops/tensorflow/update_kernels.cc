@@ -157,6 +157,9 @@ class UpdateOp : public ParallelKernel {
   }
 
   void Compute(OpKernelContext* ctx) final {
+    bool updates = true;
+    OP_REQUIRES_OK(ctx, ReadOptionalFlag(ctx, "only_if", &updates));
+    if (!updates) return;
     UpdateInputs inputs(attributes_);
     OP_REQUIRES_OK(ctx, inputs.Read(ctx));
     OP_REQUIRES_OK(ctx, inputs.MakeWritable(ctx, Launchers::kCopy));
@@ -186,7 +189,8 @@ class SquaredNormsOp : public ParallelKernel {
 };
 
 #define ACCUMOPS_REGISTER(Launchers, DEVICE)                                            \
-  REGISTER_KERNEL_BUILDER(Name("AccumOps>Update").Device(DEVICE), UpdateOp<Launchers>); \
+  REGISTER_KERNEL_BUILDER(Name("AccumOps>Update").Device(DEVICE).HostMemory("only_if"), \
+                          UpdateOp<Launchers>);                                         \
   REGISTER_KERNEL_BUILDER(Name("AccumOps>SquaredNorms").Device(DEVICE), SquaredNormsOp<Launchers>)
 
 ACCUMOPS_REGISTER(Cpu, tensorflow::DEVICE_CPU);

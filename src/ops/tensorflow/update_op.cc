@@ -39,10 +39,10 @@ absl::Status UpdateShapes(InferenceContext* c) {
     TF_RETURN_IF_ERROR(check(static_cast<int>(i), latest[i], "A latest gradient"));
   }
   ShapeHandle unused;
-  for (const char* name : {"rate", "decay", "weight", "overwrite", "applies"}) {
+  for (const char* name : {"rate", "decay", "weight", "overwrite", "applies", "only_if"}) {
     std::vector<ShapeHandle> shapes;
     TF_RETURN_IF_ERROR(c->input(name, &shapes));
-    TF_RETURN_IF_ERROR(c->WithRank(shapes[0], 0, &unused));
+    for (const ShapeHandle shape : shapes) TF_RETURN_IF_ERROR(c->WithRank(shape, 0, &unused));
   }
   std::vector<ShapeHandle> scales;
   TF_RETURN_IF_ERROR(c->input("scales", &scales));
@@ -61,10 +61,12 @@ REGISTER_OP("AccumOps>Update")
     .Input("weight: float")
     .Input("overwrite: bool")
     .Input("applies: bool")
+    .Input("only_if: C * bool")
     .Attr("N: int >= 0")
     .Attr("S: int >= 0")
     .Attr("A: int >= 0")
     .Attr("R: int >= 0")
+    .Attr("C: int >= 0")
     .Attr("latest_types: list({half, bfloat16, float}) >= 0")
     .Attr("rule: {'sgd', 'momentum', 'nesterov', 'adam', 'amsgrad', 'lion'}")
     .Attr("rows_of: list(int) >= 0 = []")
@@ -92,6 +94,7 @@ decay: The share of a value that is subtracted from it before the step, where th
 weight: A factor for the latest gradients. With 0 they count as zero, whatever they hold.
 overwrite: Whether accumulators count as zero.
 applies: Whether the step is made. If not, nothing is written.
+only_if: None, or one flag, on the host: where it is false, no variable is read or written.
 rows_of: Which variables have flags.
 decays: For each variable, whether it decays.
 beta_1: The momentum, or Adam's and Lion's first decay rate.

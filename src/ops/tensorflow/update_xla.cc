@@ -31,6 +31,9 @@ class UpdateXlaOp : public XlaOpKernel {
       OP_REQUIRES_OK(ctx, RequireScalar(ctx, name));
     }
     OP_REQUIRES_OK(ctx, CheckScales(InputTensorShape(ctx, "scales"), attributes_.count));
+    xla::XlaOp updates;
+    OP_REQUIRES_OK(ctx, ReadOptionalFlag(ctx, "only_if", &updates));
+    updates = xla::And(updates, ctx->Input("applies"));
     XlaVariableList variables(ctx);
     OP_REQUIRES_OK(ctx, variables.Add({"variables", "slots", "accumulators", "touched_rows"}));
     OP_REQUIRES_OK(ctx, CheckUpdate(variables, attributes_));
@@ -38,7 +41,7 @@ class UpdateXlaOp : public XlaOpKernel {
     std::vector<Step> steps;
     for (int i = 0; i < attributes_.count; ++i) {
       Step step;
-      OP_REQUIRES_OK(ctx, MakeStep(ctx, variables, i, &step));
+      OP_REQUIRES_OK(ctx, MakeStep(ctx, variables, updates, i, &step));
       steps.push_back(step);
     }
     for (int i = 0; i < attributes_.count; ++i) {
@@ -106,8 +109,8 @@ class UpdateXlaOp : public XlaOpKernel {
     return xla::ConstantR0<float>(ctx->builder(), value);
   }
 
-  absl::Status MakeStep(XlaOpKernelContext* ctx, const XlaVariableList& variables, int i,
-                        Step* step) const {
+  absl::Status MakeStep(XlaOpKernelContext* ctx, const XlaVariableList& variables,
+                        xla::XlaOp updates, int i, Step* step) const {
     const auto index = static_cast<std::size_t>(i);
     const TensorShape& shape = variables.shape(index);
     xla::XlaOp value, gradient;
@@ -123,7 +126,7 @@ class UpdateXlaOp : public XlaOpKernel {
     }
     *step = Apply(ctx, x, gradient, slots);
     // Whether each value is written: all alike, or by the flags of its row. XLA writes all of them.
-    xla::XlaOp written = xla::Broadcast(ctx->Input("applies"), shape.dim_sizes());
+    xla::XlaOp written = xla::Broadcast(updates, shape.dim_sizes());
     for (std::size_t k = 0; k < attributes_.rows_of.size(); ++k) {
       if (attributes_.rows_of[k] != i) continue;
       xla::XlaOp flags;

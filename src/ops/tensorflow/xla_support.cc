@@ -41,6 +41,18 @@ absl::Status RequireScalar(XlaOpKernelContext* ctx, const char* name) {
   return CheckScalar(name, InputTensorShape(ctx, name));
 }
 
+absl::Status ReadOptionalFlag(XlaOpKernelContext* ctx, const char* name, xla::XlaOp* flag) {
+  int start = 0, stop = 0;
+  TF_RETURN_IF_ERROR(ctx->op_kernel().InputRange(name, &start, &stop));
+  if (start == stop) {
+    *flag = xla::ConstantR0<bool>(ctx->builder(), true);
+    return absl::OkStatus();
+  }
+  if (stop - start > 1 || InputTensorShape(ctx, start, name).dims() != 0) return NotOneFlag(name);
+  *flag = ctx->Input(start);
+  return absl::OkStatus();
+}
+
 xla::XlaComputation Sum(xla::PrimitiveType type) {
   xla::XlaBuilder builder("sum");
   const xla::Shape scalar = xla::ShapeUtil::MakeShape(type, {});

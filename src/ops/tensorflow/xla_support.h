@@ -35,6 +35,9 @@ TensorShape InputTensorShape(XlaOpKernelContext* ctx, const char* name, Dimensio
 // Fails unless the input `name` is a scalar. A shape function cannot know that of every input.
 absl::Status RequireScalar(XlaOpKernelContext* ctx, const char* name);
 
+// Reads the input `name`, a list of one flag or of none, which counts as true.
+absl::Status ReadOptionalFlag(XlaOpKernelContext* ctx, const char* name, xla::XlaOp* flag);
+
 // a + b of scalars, to reduce with.
 xla::XlaComputation Sum(xla::PrimitiveType type);
 
