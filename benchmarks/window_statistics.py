@@ -20,6 +20,7 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 import keras
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -168,6 +169,9 @@ def plot(results: Results, path: str) -> None:
             line = {"linewidth": 3.5} if way == WHOLE else {"linestyle": "--" if way == "window" else "-"}
             right.plot(range(1, EPOCHS + 1), np.median(curves, axis=0), color=colours[way], **line)
         right.set_yscale("log")
+        right.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        right.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+        right.set_xticks(range(5, EPOCHS + 1, 5))
         right.set(title="micro-batches of 2, median of the seeds", xlabel="epoch", ylabel="test loss")
         right.title.set_fontsize(10)
         for axes in (left, right):

@@ -100,7 +100,12 @@ def masking(units):
 
 
 @pytest.mark.parametrize(
-    ("units", "model"), [(3, {}), (None, {"normalization": "weights"}), (None, {"loss_over": "window"})]
+    ("units", "model"),
+    [
+        pytest.param(3, {}, marks=pytest.mark.exhaustive),
+        (None, {"normalization": "weights"}),
+        (None, {"loss_over": "window"}),
+    ],
 )
 def test_masks(float64, units, model):
     """The moments are those of valid positions.
@@ -190,7 +195,7 @@ def test_gradients_with_random_layers_are_those_of_the_loss(float64, kind, every
     assert derivative == pytest.approx((more - less) / 2e-5, rel=1e-6)
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("policy", ["mixed_float16", pytest.param("mixed_bfloat16", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("run", ["graph", pytest.param("xla", marks=pytest.mark.exhaustive)])
 def test_half_precision(policy, run):
     """As near to float32 as Keras is, with samples in another order."""
@@ -295,7 +300,7 @@ def test_gradient_clipping_of_the_window(float64):
     assert np.abs(unclipped.net.get_weights()[0] - whole.net.get_weights()[0]).max() > 1e-3
 
 
-@pytest.mark.parametrize("run", ["eager", "graph"])
+@pytest.mark.parametrize("run", [pytest.param("eager", marks=pytest.mark.exhaustive), "graph"])
 def test_lazy_embeddings(float64, run):
     """Rows that a window does not touch stay, and keep their momentum."""
     keras.utils.set_random_seed(1)

@@ -55,7 +55,7 @@ def in_a_checkpoint(model, path):
     return other
 
 
-@pytest.mark.parametrize("saved", [in_a_file, in_weights, in_a_checkpoint])
+@pytest.mark.parametrize("saved", [in_a_file, pytest.param(in_weights, marks=pytest.mark.exhaustive), in_a_checkpoint])
 def test_training_goes_on_where_it_was_saved(saved, tmp_path):
     model = wrapped(windows_of(network(), every=1))
     fit(model)
@@ -142,8 +142,17 @@ class Fragile(keras.layers.Layer):
         return {**super().get_config(), "backward": self.backward}
 
 
-@pytest.mark.parametrize("run_eagerly", [True, False])
-@pytest.mark.parametrize(("where", "backward"), [("first", False), ("last", False), ("last", True)])
+@pytest.mark.parametrize(
+    ("where", "backward", "run_eagerly"),
+    [
+        ("first", False, True),
+        ("last", True, True),
+        ("last", False, False),
+        pytest.param("last", False, True, marks=pytest.mark.exhaustive),
+        pytest.param("last", True, False, marks=pytest.mark.exhaustive),
+        pytest.param("first", False, False, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_failed_step_leaves_all_as_it_was(backward, where, run_eagerly):
     """In the second of three micro-batches. The next step is as if there had been none."""
 
