@@ -17,7 +17,7 @@ from accumops.adapters.keras_layer import StateRecorder, values_of
 from accumops.adapters.keras_model import mask_of, with_mask
 from accumops.adapters.tensorflow import xla_compiles_this
 from accumops.memory.replay import Run, Stretch
-from accumops.normalization.layer import collects_moments
+from accumops.normalization.layer_calls import collects_moments
 from accumops.ops import barrier
 
 

@@ -28,7 +28,7 @@ import tensorflow as tf
 from accumops.adapters.keras_layer import StateRecorder, layer_that_added, layers_within, values_of, without_autocast
 from accumops.adapters.keras_model import own_metrics
 from accumops.adapters.tensorflow import is_recorded, operations_within, without_strategy
-from accumops.normalization.layer import collecting_moments
+from accumops.normalization.layer_calls import collecting_moments
 
 State = Sequence[tf.Tensor]
 

@@ -13,12 +13,10 @@ Each model has a window of its own in the layer. The last two have one together:
 see which calls of the layer are its own, so the layer follows one of them at a time.
 """
 
-import contextlib
-import contextvars
 import json
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -31,6 +29,7 @@ from accumops.adapters.tensorflow import enclosing_functions
 from accumops.adapters.untracked import Untracked
 from accumops.arguments import check_accum_steps, check_statistics, check_window_memory
 from accumops.normalization import replica_moments
+from accumops.normalization.layer_calls import adopting, collects_as_told
 from accumops.normalization.layer_window import LayerWindow, Saved, load_windows, saved_windows
 from accumops.normalization.window_moments import NormalizationOverWindow
 from accumops.renamed import explains_renamed
@@ -44,49 +43,6 @@ from accumops.window.state import WindowState
 _NEVER = 1 << 62
 # In files, how the names of a window's counters and moments begin. The name of a model follows, after a colon.
 _COUNTERS, _MOMENTS = "window_counters", "window_moments"
-# Called with each layer by the model whose step is running or being traced. A context variable, since each replica has
-# a thread and threads switch at every collective.
-_ADOPT: contextvars.ContextVar["Callable[[AccumBatchNormalization], LayerWindow] | None"] = contextvars.ContextVar(
-    "adopt", default=None
-)
-
-
-@contextlib.contextmanager
-def owning_windows(adopt: "Callable[[AccumBatchNormalization], LayerWindow]") -> Iterator[None]:
-    """Leaves it to a model to end the windows of all layers that are called while the block runs or is traced.
-
-    Args:
-        adopt: Called with a layer each time it is called; returns the window that the layer adds its moments to.
-    """
-    token = _ADOPT.set(adopt)
-    try:
-        yield
-    finally:
-        _ADOPT.reset(token)
-
-
-# Whether layers add moments to windows that others end: None leaves it to how they are called.
-_COLLECTS: contextvars.ContextVar[bool | None] = contextvars.ContextVar("collects", default=None)
-
-
-@contextlib.contextmanager
-def collecting_moments(collects: bool | None) -> Iterator[None]:
-    """Says whether layers that are called while the block runs or is traced add moments to windows that others end.
-
-    Of several runs over the same inputs one has to. It may be in a `keras.StatelessScope`. None leaves it to how they
-    are called.
-    """
-    token = _COLLECTS.set(collects)
-    try:
-        yield
-    finally:
-        _COLLECTS.reset(token)
-
-
-def collects_moments() -> bool | None:
-    """Whether layers that are called now add moments to windows that others end, as `collecting_moments` takes it."""
-    collects = _COLLECTS.get()
-    return True if collects is None and not in_stateless_scope() else collects
 
 
 @keras.saving.register_keras_serializable(package="accumops")
@@ -336,7 +292,7 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
         self._state.own.set_limit(self.accum_steps or 1)
 
     def _joined(self) -> bool:
-        return self._state.accumulator is not None or _ADOPT.get() is not None
+        return self._state.accumulator is not None or adopting() is not None
 
     def window_of_model(self, state: WindowState, name: str) -> LayerWindow:
         """Returns the layer's window in the windows of a model, which it makes if there is none yet.
@@ -374,13 +330,13 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
             calls: The moments of each call.
             pooled: Whether they are those of all replicas.
         """
-        adopt = _ADOPT.get()
+        adopt = adopting()
         window = self._state.own if adopt is None else adopt(self)
         window.add_calls(calls, pooled=pooled)
 
     def _add(self, moments: ops.BatchMoments, pooled: bool) -> None:
-        adopt = _ADOPT.get()
-        collects = _COLLECTS.get() if self._joined() else None
+        adopt = adopting()
+        collects = collects_as_told() if self._joined() else None
         if collects is False:
             return
         if collects is None and in_stateless_scope():

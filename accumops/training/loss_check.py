@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from accumops.adapters.keras_losses import LossCall, following
 from accumops.adapters.keras_model import mask_of, with_mask
-from accumops.normalization.layer import owning_windows
+from accumops.normalization.layer_calls import owning_windows
 from accumops.training.first_batch import peek, plain
 from accumops.training.splits import Finding, Subject, cut, examine, rows_of
 from accumops.training.weighting import Normalization, common_divisor, count_samples, reduction_of, share_of

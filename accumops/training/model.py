@@ -16,7 +16,8 @@ import tensorflow as tf
 from accumops.adapters.keras_layer import layers_within
 from accumops.adapters.untracked import Untracked
 from accumops.arguments import Schedule, check_accum_steps, check_count
-from accumops.normalization.layer import AccumBatchNormalization, owning_windows
+from accumops.normalization.layer import AccumBatchNormalization
+from accumops.normalization.layer_calls import owning_windows
 from accumops.normalization.layer_window import LayerWindow
 from accumops.optimizer.ending import Clipping
 from accumops.optimizer.optimizer import GradientAccumulateOptimizer
