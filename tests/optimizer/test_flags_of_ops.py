@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from crosses import cross, turns
 
 import accumops
 from accumops.adapters.tensorflow import operations_within
@@ -118,16 +119,21 @@ def trained(rng_seed, make, steps, windows=6, **arguments):
     return seen
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize(
-    ("steps", "arguments"),
-    [(1, {}), (4, {}), (3, {"reduction": "sum"}), (lambda updates: tf.where(updates < 2, 2, 3), {})],
-    ids=["every micro-batch", "4", "sums of 3", "2, then 3"],
-)
-def test_the_bits_are_those_of_the_condition(conditionally, name, steps, arguments):
+STEPS = {
+    "every micro-batch": (1, {}),
+    "4": (4, {}),
+    "sums of 3": (3, {"reduction": "sum"}),
+    "2, then 3": (lambda updates: tf.where(updates < 2, 2, 3), {}),
+}
+IN_TURNS = turns(OPTIMIZERS, STEPS)
+
+
+@pytest.mark.parametrize(("name", "steps"), cross(OPTIMIZERS, STEPS, default=lambda *each: each in IN_TURNS))
+def test_the_bits_are_those_of_the_condition(conditionally, name, steps):
     """After each micro-batch, with weights, of the variables, the slots, the count of updates and the open window."""
-    by_flags = trained(7, OPTIMIZERS[name], steps, **arguments)
-    by_condition = conditionally(lambda: trained(7, OPTIMIZERS[name], steps, **arguments))
+    accum_steps, arguments = STEPS[steps]
+    by_flags = trained(7, OPTIMIZERS[name], accum_steps, **arguments)
+    by_condition = conditionally(lambda: trained(7, OPTIMIZERS[name], accum_steps, **arguments))
     assert by_flags == by_condition
     assert len({each[0] for each in by_flags}) > 5
 
