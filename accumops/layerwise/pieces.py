@@ -70,7 +70,7 @@ class Specs(NamedTuple):
     outputs: list[tf.TensorSpec]
     """Those of the model's outputs."""
     totals: list[list[list[tf.TensorSpec]]]
-    """Of each stage's coupled calls, the totals."""
+    """The totals of each stage's coupled calls."""
 
 
 class PiecesOfModel:

@@ -47,7 +47,7 @@ class LastSliceReport:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[int, ...], keras.Variable] = {}
-        self._slices: set[tuple[int, ...]] = set()  # of those that are traced, the positions of what is reported
+        self._slices: set[tuple[int, ...]] = set()  # what the traced slices report: the positions of each
         self._whole: tuple[int, tuple[int, ...]] | None = None  # a function, and the positions of its slices
 
     def add(self, reported: SquaredNorms | None, beside: keras.Variable) -> None:
