@@ -125,7 +125,7 @@ class Results:
         return 100 * self.of(name, way, size, "accuracy")[:, -1]
 
     def distance(self, name: str, way: str, size: int) -> float:
-        """The largest distance of a test loss from that of the whole batch, over all epochs and seeds."""
+        """The largest difference between test losses of a case and of the whole batch, over all epochs and seeds."""
         return float(np.abs(self.of(name, way, size, "loss") - self.of(name, WHOLE, BATCH, "loss")).max())
 
 

@@ -290,7 +290,7 @@ def test_optimizers(name):
 
 
 def test_gradient_clipping_of_the_window(float64):
-    """Adaptive clipping sees the window's gradient, and not that of a part of the model or of a micro-batch."""
+    """Adaptive clipping sees the gradient of the window, not of a part of the model or of a micro-batch."""
     net, data = network(), {"x": X, "y": Y}
     arguments = {"optimizer": lambda: keras.optimizers.SGD(0.1), "every": 1}
     model = {"gradient_clipping": accumops.AdaptiveGradientClipping(0.01)}

@@ -94,7 +94,7 @@ def a_shared_norm():
 
 
 def a_shared_norm_in_branches_of_different_depth():
-    """The order of the calls is Keras's and not that of the stages: the moving statistics tell."""
+    """Moving statistics move in Keras's order of the calls, not in the order of the stages."""
     x, norm = vector(), BN(momentum=0.5)
     late = norm(L.Dense(5)(x) + 3.0)
     for _ in range(5):

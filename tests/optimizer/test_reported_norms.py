@@ -101,17 +101,23 @@ def test_sums_are_read_only_where_the_window_ends_apart(name, ending):
     assert passes_of(end, *map(tf.zeros, SHAPES)) == (1 if "accumulate" in ending else 0)
 
 
-def test_only_the_last_micro_batch_reports(rng, monkeypatch):
-    """The op is told so when it runs."""
-    optimizer, _ = build("global_clipnorm", steps=3)
-    asked = []
+@pytest.fixture
+def asked(monkeypatch):
+    """For each addition so far, whether it was asked for norms."""
+    flags = []
     add_gradients = accumops.window.state.add_gradients
 
     def spy(*arguments, norms, **options):
-        asked.append(bool(norms))
+        flags.append(bool(norms))
         return add_gradients(*arguments, norms=norms, **options)
 
     monkeypatch.setattr(accumops.window.state, "add_gradients", spy)
+    return flags
+
+
+def test_only_the_last_micro_batch_reports(rng, asked):
+    """The op is told so when it runs."""
+    optimizer, _ = build("global_clipnorm", steps=3)
     for _ in range(6):
         optimizer.apply([tf.constant(each) for each in draw(rng)])
     assert asked == [False, False, True] * 2
@@ -165,7 +171,7 @@ def test_gradients_that_are_rows_or_none_in_the_last_micro_batch(mode, rng):
 
 
 def test_clipping_of_ones_own_comes_before():
-    """The norm is then that of what it has returned."""
+    """The norm is then taken of what the callable has returned."""
     optimizer, variables = build("global_clipnorm", gradient_clipping=lambda gradients, _: [10 * g for g in gradients])
     for _ in range(2):
         optimizer.apply([tf.fill(shape, 1e-3) for shape in SHAPES])
@@ -253,15 +259,7 @@ class TestSlices:
         assert self.passes(model) == (1, 0)
         check(self.fit(model).trainable_variables, self.by_hand("global_clipnorm"), rtol=1e-5)
 
-    def test_only_the_last_slice_reports(self, monkeypatch):
-        asked = []
-        add_gradients = accumops.window.state.add_gradients
-
-        def spy(*arguments, norms, **options):
-            asked.append(bool(norms))
-            return add_gradients(*arguments, norms=norms, **options)
-
-        monkeypatch.setattr(accumops.window.state, "add_gradients", spy)
+    def test_only_the_last_slice_reports(self, asked):
         model = self.model(OPTIMIZERS["global_clipnorm"]())
         model.run_eagerly = True
         self.fit(model)
