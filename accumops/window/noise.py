@@ -79,22 +79,20 @@ class GradientNoise(tf.Module):
         """
         same, summed = (PER_REPLICA["same"], PER_REPLICA["summed"]) if mirrored else ({}, {})
 
-        def new(name: str, **distribution: str) -> keras.Variable:
-            return new_variable(f"noise_{name}", (), "float64", beside=beside, **distribution)
+        # Few operations are made for a micro-batch and for a window: each variable holds several numbers.
+        def new(name: str, shape: tuple[int, ...], **distribution: str) -> keras.Variable:
+            return new_variable(f"noise_{name}", shape, "float64", beside=beside, **distribution)
 
         def new_count(name: str, dtype: str, initializer: Any) -> keras.Variable:
             return new_variable(name, (), dtype, initializer, beside=beside, **same)
 
-        # What the open window has told so far.
-        self._squares, self._count, self._sums = (new(name, **summed) for name in ("squares", "count", "sums"))
-        # Averages over windows, each without the division by `known`, which all share.
-        self._trace, self._square, self._known = (new(name, **same) for name in ("trace", "square", "known"))
-        self._norm = new("norm", **same)
-        # What has been seen so far.
-        self._shares = new("shares", **summed)
-        self._windows, self._micro_batches = (
-            new_variable(f"noise_{name}", (), "int64", beside=step, **same) for name in ("windows", "micro_batches")
-        )
+        # The squares, count and sums of the open window, as in `Groups`, and the shares of all micro-batches so far.
+        self._window = new("window", (4,), **summed)
+        # Averages over windows of the trace, of the square and of 1, by which the other two are to be divided.
+        self._averages = new("averages", (3,), **same)
+        self._norm = new("norm", (), **same)
+        # How many windows have ended, and their micro-batches.
+        self._ended = new_variable("noise_ended", (2,), "int64", beside=step, **same)
         if self._schedule is not None:
             self.followed = FollowedSteps(self._schedule, new_count)
         self.built = True
@@ -104,9 +102,7 @@ class GradientNoise(tf.Module):
         """What is saved with the window: all, if the number of micro-batches follows, and else nothing."""
         if self.followed is None:
             return []
-        window = [self._squares, self._count, self._sums]
-        averages = [self._trace, self._square, self._known, self._norm]
-        return [*window, *averages, self.followed.steps, self.followed.waited]
+        return [self._window, self._averages, self._norm, self.followed.steps, self.followed.waited]
 
     # A micro-batch
 
@@ -120,24 +116,29 @@ class GradientNoise(tf.Module):
         """
         self.positions.update(norms.positions)
         share = tf.cast(share, tf.float64)
-        kept = tf.cast(tf.logical_not(starts), tf.float64)
-        # A share of 0 counts as nothing, whatever the gradient is; so does what an ended window has left.
-        squares = tf.math.multiply_no_nan(tf.reduce_sum(norms.gradients), share)
-        self._squares.assign(tf.math.multiply_no_nan(tf.convert_to_tensor(self._squares), kept) + squares)
-        self._count.assign(self._count * kept + tf.cast(share != 0, tf.float64))
-        self._sums.assign(tf.reduce_sum(norms.sums))
-        self._shares.assign_add(share)
+        gradients, sums = tf.unstack(tf.reduce_sum(norms.report, 1))
+        # A share of 0 counts as nothing, whatever the gradient is.
+        squares = tf.math.multiply_no_nan(gradients, share)
+        new = tf.stack([squares, tf.cast(share != 0, tf.float64), sums, share])
+        replaced = tf.stack([starts, starts, True, False])
+        self._window.assign(tf.where(replaced, tf.zeros_like(new), tf.convert_to_tensor(self._window)) + new)
 
     # The end of the window
 
-    def parts(self) -> list[tf.Tensor]:
-        """What is summed over replicas."""
-        return [tf.convert_to_tensor(each) for each in (self._squares, self._count)]
+    def part(self) -> tf.Tensor:
+        """What this replica knows of the open window, to be summed over replicas."""
+        return tf.convert_to_tensor(self._window)
 
-    def groups(self, shares: tf.Tensor) -> Groups:
-        """What is known of the open window, on one device."""
-        squares, count = self.parts()
-        return Groups(squares, count, tf.cast(shares, tf.float64), tf.convert_to_tensor(self._sums))
+    def groups(self, shares: tf.Tensor, part: tf.Tensor | None = None, sums: tf.Tensor | None = None) -> Groups:
+        """What is known of the open window.
+
+        Args:
+            shares: The sum of its micro-batches' shares.
+            part: The sum of `part()` over replicas, if there are any.
+            sums: The squared norm of the sums of gradients over replicas, if there are any.
+        """
+        squares, count, own, _ = tf.unstack(self.part() if part is None else part)
+        return Groups(squares, count, tf.cast(shares, tf.float64), own if sums is None else sums)
 
     def end(self, groups: Groups, applies: tf.Tensor | bool, scale: float | tf.Tensor | None, steps: tf.Tensor) -> None:
         """Takes a window that ends into the averages.
@@ -157,13 +158,11 @@ class GradientNoise(tf.Module):
         square = mean - tf.math.divide_no_nan(trace, groups.shares)
         makes_update = tf.math.is_finite(mean) & applies
         tells = makes_update & tf.math.is_finite(trace) & (groups.count > 1)
-        one = tf.constant(1.0, tf.float64)
-        for average, value in ((self._trace, trace), (self._square, square), (self._known, one)):
-            before = tf.convert_to_tensor(average)
-            average.assign(tf.where(tells, self.decay * before + (1 - self.decay) * value, before))
-        with tf.device(self._windows.value.device):  # else Keras takes them to a GPU and back
-            self._windows.assign_add(1)
-            self._micro_batches.assign_add(steps)
+        before = tf.convert_to_tensor(self._averages)
+        found = tf.stack([trace, square, tf.ones_like(trace)])
+        self._averages.assign(tf.where(tells, self.decay * before + (1 - self.decay) * found, before))
+        with tf.device(self._ended.value.device):  # else Keras takes it to a GPU and back
+            self._ended.assign_add(tf.stack([tf.constant(1, tf.int64), tf.cast(steps, tf.int64)]))
         self._norm.assign(tf.where(makes_update, tf.sqrt(mean), tf.constant(float("nan"), tf.float64)))
         if self.followed is not None:
             step = tf.math.divide_no_nan(groups.shares, tf.cast(steps, tf.float64))
@@ -173,17 +172,16 @@ class GradientNoise(tf.Module):
 
     def seen(self) -> Seen:
         """Returns what has been seen so far."""
-        numbers = (keras.ops.convert_to_numpy(each) for each in (self._windows, self._micro_batches, self._shares))
-        windows, micro_batches, shares = numbers
-        return Seen(int(windows), int(micro_batches), float(shares))
+        windows, micro_batches = keras.ops.convert_to_numpy(self._ended)
+        return Seen(int(windows), int(micro_batches), float(keras.ops.convert_to_numpy(self._window)[3]))
 
     @property
     def scale(self) -> tf.Tensor:
         """The noise scale, in shares; NaN before windows have told of it, and Inf where the noise hides all."""
-        trace, square = tf.convert_to_tensor(self._trace), tf.convert_to_tensor(self._square)
+        trace, square, known = tf.unstack(tf.convert_to_tensor(self._averages))
         infinite = tf.constant(float("inf"), tf.float64)
         found = tf.where(square > 0, tf.maximum(trace, 0) / square, infinite)
-        return tf.where(self._known > 0, found, tf.constant(float("nan"), tf.float64))
+        return tf.where(known > 0, found, tf.constant(float("nan"), tf.float64))
 
     @property
     def norm(self) -> tf.Tensor:

@@ -346,15 +346,14 @@ class WindowState(tf.Module):
         # The noise of a gradient needs the sums over all replicas.
         noise = self.notes.noise if sums else None
         parts = [tf.convert_to_tensor(each) for each in (self.weight, *asked)] + (values if sums else [])
-        weight, *reduced = replicas.sum_over_replicas([*parts, *([] if noise is None else noise.parts())])
+        weight, *reduced = replicas.sum_over_replicas([*parts, *([] if noise is None else [noise.part()])])
         verdict = self.nonfinite.verdict(weight, reduced.pop(0) if asked else None)
         latest = dict(zip(held, reduced if sums else values, strict=False))
         divisor = self.divisor(weight)
         groups = None
         if noise is not None:
-            squares, count = reduced[-2:]
             norms = ops.squared_norms([latest[i] for i in held if i in noise.positions])
-            groups = Groups(squares, count, tf.cast(weight, tf.float64), tf.reduce_sum(norms))
+            groups = noise.groups(weight, reduced[-1], tf.reduce_sum(norms))
         return Window(
             accumulators, connected, divisor, self.touched_rows, latest, starts=True, verdict=verdict, groups=groups
         )

@@ -50,6 +50,7 @@ DEFAULT = [("accum_steps", "propagate", "fused"), ("micro_batch_size", "skip", "
     cross(WAYS, ["propagate", "skip", "drop"], ["fused", "reference"], default=lambda *case: case in DEFAULT),
     indirect=["backend"],
 )
+@pytest.mark.some_by_default(1)
 def test_the_same_bits_as_in_one_operation(how, nonfinite, monkeypatch, backend):
     how = WAYS[how]
     _, want = trained(how, nonfinite)
