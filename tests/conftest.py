@@ -1,7 +1,8 @@
 """Fixtures that run a test over both backends and the ways TensorFlow executes. TensorFlow is imported when used.
 
 XLA takes long to compile, and TensorFlow to trace the many operations of the reference. So by default these run in some
-cases of each test, and in all with `-m exhaustive`.
+cases of each test, and in all with `-m exhaustive`. So do tests that are marked with `some_by_default(n)`: n of their
+cases run by default.
 """
 
 import collections
@@ -75,6 +76,7 @@ def resident_bytes():
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
 def pytest_collection_modifyitems(items):
     mark_some_of_many(items)
+    mark_some_by_default(items)
     skip_without_a_gpu(items)
 
 
@@ -91,6 +93,18 @@ def mark_some_of_many(items):
         if not first and zlib.crc32(item.name.encode()) % SOME_OF_MANY[way]:
             item.add_marker(pytest.mark.exhaustive)
         seen[test] += 1
+
+
+def mark_some_by_default(items):
+    cases = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("some_by_default") and not item.get_closest_marker("exhaustive"):
+            cases[item.parent, item.originalname].append(item)
+    for each in cases.values():
+        number = each[0].get_closest_marker("some_by_default").args[0]
+        # The first one, and those whose names come first in an order that is spread over all arguments.
+        for item in sorted(each[1:], key=lambda item: zlib.crc32(item.name.encode()))[number - 1 :]:
+            item.add_marker(pytest.mark.exhaustive)
 
 
 def skip_without_a_gpu(items):

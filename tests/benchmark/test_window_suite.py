@@ -58,6 +58,7 @@ def forward_and_nothing(model):
     ],
     ids=lambda problem: problem.name,
 )
+@pytest.mark.some_by_default(2)
 def test_floor_has_the_whole_backward_pass(problem):
     x, y = problem.data(4)
     model = problem.build(keras)

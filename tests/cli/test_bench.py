@@ -187,6 +187,7 @@ ELSEWHERE = ("window", "accumulate", "update", "memory")
 
 @pytest.mark.parametrize("suite", cross(SUITES, default=lambda suite: suite not in ELSEWHERE))
 @pytest.mark.usefixtures("small")
+@pytest.mark.some_by_default(3)
 def test_suites(suite, tmp_path):
     numbers, picture = tmp_path / "results.json", tmp_path / "results.png"
     result = invoke(suite, "--rounds", 2, "--json", numbers, "--plot", picture)
@@ -222,6 +223,7 @@ def test_suites_on_a_gpu(suite, tmp_path):
 
 @pytest.mark.parametrize(("suite", "folded"), [("accumulate", None), ("update", "fused, last gradient folded in")])
 @pytest.mark.usefixtures("small")
+@pytest.mark.some_by_default(1)
 def test_bytes_are_those_of_the_values(suite, folded, tmp_path):
     invoke(suite, "--rounds", 2, "--json", tmp_path / "results.json")
     result = json.loads((tmp_path / "results.json").read_text())["result"]

@@ -42,6 +42,7 @@ STATISTICS = [("accum_steps", 4, "fused"), ("micro_batch_size", 2, "fused"), ("m
     ("mode", "replicas", "backend"),
     cross(MODES, [2, 4], ["fused", "reference"], default=lambda *combination: combination in STATISTICS),
 )
+@pytest.mark.some_by_default(2)
 def test_statistics_of_windows(mode, replicas, backend):
     """Batches are ragged; some replicas get nothing of some."""
     x, y, _ = data()
@@ -169,6 +170,7 @@ def test_synchronized_windows_with_empty_replicas():
         default=lambda *each: each in (("keras", "other replicas", True), ("checkpoint", "one device", False)),
     ),
 )
+@pytest.mark.some_by_default(1)
 def test_saving_in_mid_window(tmp_path, how, back, synchronized):
     x, y, _ = (each[: BATCH * 2] for each in data())
     half = BATCH + BATCH // 2

@@ -174,6 +174,7 @@ class AbsoluteError(keras.losses.Loss):
     ("mode", "eager"),
     cross(MODES, [False, True], default=lambda mode, eager: not eager or mode == "accum_steps"),
 )
+@pytest.mark.some_by_default(2)
 def test_losses_of_single_outputs(mode, eager):
     """In training and evaluation: batches have 17, 17 and 1 samples, so one replica gets nothing of the last."""
     x, y, _ = (each[:35] for each in data())
@@ -196,6 +197,7 @@ def test_losses_of_single_outputs(mode, eager):
     ("mode", "run_eagerly"),
     cross(MODES, [False, True], default=lambda mode, run_eagerly: run_eagerly == (mode == "micro_batch_size")),
 )
+@pytest.mark.some_by_default(1)
 def test_metric_functions_of_a_batch(mode, run_eagerly):
     """The part of each replica counts once, as under Keras; a part without samples counts as nothing."""
     x, y = (each[:21] for each in data()[:2])  # the replicas get 5 and 5, 5 and 5, 1 and none

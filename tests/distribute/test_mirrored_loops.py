@@ -74,6 +74,7 @@ def test_the_optimizer_in_a_loop(backend, scaling):
 
 
 @pytest.mark.parametrize("reduce", [False, True])
+@pytest.mark.some_by_default(1)
 def test_the_accumulator_in_a_loop(reduce):
     """Keras's optimizer sums the gradient over replicas; with `reduce` it is that sum already."""
     x, y, weights = data()

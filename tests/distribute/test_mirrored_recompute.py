@@ -43,5 +43,6 @@ def trained(how, mode, replicas=2):
     "mode", [pytest.param(None, marks=pytest.mark.exhaustive), {"accum_steps": 2}, {"micro_batch_size": 4}]
 )
 @pytest.mark.parametrize("how", [{"segments": 4}, pytest.param("layers", marks=pytest.mark.exhaustive)])
+@pytest.mark.some_by_default(1)
 def test_replicas_train_as_without(how, mode):
     assert largest_difference(trained(how, mode), trained(None, mode)) <= 2e-6

@@ -33,6 +33,7 @@ class Centred(accumops.layers.CoupledLayer):
 
 # Of 13 samples one replica has more than the other, and each a smaller micro-batch at its end.
 @pytest.mark.parametrize("samples", [16, 13])
+@pytest.mark.some_by_default(1)
 def test_replicas_train_as_one_device_on_the_whole_batch(samples, rng):
     x = (rng.standard_normal((samples, 6)) * (1 + np.arange(samples)[:, None] / 3)).astype("float32")
     y = rng.integers(0, 3, samples)

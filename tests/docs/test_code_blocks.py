@@ -16,8 +16,22 @@ from accumops.cli import main as accumops_command
 from accumops.cli.bench import SUITES
 
 LANGUAGES = ("python", "pycon", "sh", "text", "bibtex", "cpp", "make", "toml", "yaml")
-# Their blocks take more than ten seconds.
-LONG = tuple(f"docs/{name}.md" for name in ("batch_size", "exactness", "learning_rate", "recompute", "several_devices"))
+# Their blocks take longest.
+LONG = tuple(
+    f"docs/{name}.md"
+    for name in (
+        "batch_size",
+        "coming_from",
+        "embeddings",
+        "exactness",
+        "learning_rate",
+        "mixed_precision",
+        "noise_scale",
+        "recompute",
+        "several_devices",
+        "xla",
+    )
+)
 
 
 def with_blocks():

@@ -67,6 +67,7 @@ LISTS = {
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["add", "overwrite"])
 @pytest.mark.parametrize("sizes", LISTS.values(), ids=LISTS.keys())
+@pytest.mark.some_by_default(12)
 def test_lists_of_mixed_sizes_and_types_with_any_number_of_threads(device, sizes, overwrite):
     accumulators, gradients = mixed_list(sizes)
     expected = [expected_sum(a, g, SCALE, overwrite) for a, g in zip(accumulators, gradients, strict=True)]
@@ -120,6 +121,7 @@ def test_scales(device, scale, dtype):
 @pytest.mark.parametrize("overwrite", [False, True], ids=["add", "overwrite"])
 @pytest.mark.parametrize("scale", [0.0, -0.0], ids=repr)
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+@pytest.mark.some_by_default(28)
 def test_a_scale_of_0_counts_as_nothing_whatever_the_gradient_holds(device, pair, scale, overwrite):
     sizes = [1, 17, 555, 65537]
     accumulators, gradients = (
@@ -244,6 +246,7 @@ def test_overwrite_does_not_read_the_accumulator(device, pair):
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["add", "overwrite"])
 @pytest.mark.parametrize("sizes", LISTS.values(), ids=LISTS.keys())
+@pytest.mark.some_by_default(8)
 def test_squared_norms_of_gradients_and_accumulators(device, sizes, overwrite):
     """In the same pass, which leaves the same accumulators; the same bits with any number of threads."""
     accumulators, gradients = mixed_list(sizes)

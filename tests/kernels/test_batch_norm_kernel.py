@@ -189,6 +189,7 @@ def assert_same_results(found, expected):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.some_by_default(8)
 def test_training(device, dtype):
     for layout in LAYOUTS:
         data = data_of(layout, dtype)

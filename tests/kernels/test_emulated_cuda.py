@@ -61,7 +61,11 @@ def test_a_broken_kernel_is_found(defect):
 
 @pytest.mark.parametrize(
     ("sanitizer", "seed", "cases"),
-    [("address", 1, "few"), ("address", 2, "fewest"), ("address", 3, "fewest"), ("thread", 1, "fewest")],
+    [
+        *(("address", seed, "fewest") for seed in (1, 2, 3)),
+        ("thread", 1, "fewest"),
+        *(pytest.param(sanitizer, 1, "few", marks=pytest.mark.exhaustive) for sanitizer in ("address", "thread")),
+    ],
 )
 def test_the_kernels(sanitizer, seed, cases):
     script = ROOT / "benchmarks" / "gpu" / "sanitize.py"

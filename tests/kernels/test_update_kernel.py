@@ -172,6 +172,7 @@ LISTS = {
 
 @pytest.mark.parametrize("rule", ["sgd", "adam"])
 @pytest.mark.parametrize("sizes", LISTS.values(), ids=LISTS.keys())
+@pytest.mark.some_by_default(18)
 def test_lists_of_any_length_with_any_number_of_threads(device, sizes, rule):
     problem = Problem(device, Settings(rule, decay=0.1), mixed(sizes))
     for threads in thread_counts(device):

@@ -50,6 +50,7 @@ LOSSES_OF_LAYERS = {
         ),
     ),
 )
+@pytest.mark.some_by_default(2)
 def test_losses_that_layers_add(float64, where, loss_over, run, every):
     keras.utils.set_random_seed(1)
     net = keras.Sequential([keras.Input((5,)), *LOSSES_OF_LAYERS[where]()])
@@ -75,6 +76,7 @@ def weighted_mean():
     ],
     ids=["sample mean", "weighted mean", "a micro-batch without weight", "one loss"],
 )
+@pytest.mark.some_by_default(2)
 def test_sample_weights(float64, weights, loss, model):
     compare(network(), {"x": X, "y": Y, "sample_weight": weights}, model=model, weighted_metrics=["mse"], **loss())
 
@@ -107,6 +109,7 @@ def masking(units):
         (None, {"loss_over": "window"}),
     ],
 )
+@pytest.mark.some_by_default(1)
 def test_masks(float64, units, model):
     """The moments are those of valid positions.
 
@@ -153,6 +156,7 @@ def random_network(kind):
 
 
 @pytest.mark.parametrize("kind", RANDOM)
+@pytest.mark.some_by_default(1)
 def test_random_layers_in_one_micro_batch(float64, kind):
     """The whole batch is the micro-batch: plain Keras draws the same masks, and their seeds go on the same way."""
     net = random_network(kind)
@@ -185,6 +189,7 @@ def loss_and_gradient(net, x, y, along, step, **settings):
         default=lambda *each: each in (("dropout", 1, "micro_batch"), ("noise", 100, "window")),
     ),
 )
+@pytest.mark.some_by_default(1)
 def test_gradients_with_random_layers_are_those_of_the_loss(float64, kind, every, loss_over):
     """By a finite difference: so both runs of a stretch draw the same masks."""
     net, rng = random_network(kind), np.random.default_rng(3)
@@ -197,6 +202,7 @@ def test_gradients_with_random_layers_are_those_of_the_loss(float64, kind, every
 
 @pytest.mark.parametrize("policy", ["mixed_float16", pytest.param("mixed_bfloat16", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("run", ["graph", pytest.param("xla", marks=pytest.mark.exhaustive)])
+@pytest.mark.some_by_default(1)
 def test_half_precision(policy, run):
     """As near to float32 as Keras is, with samples in another order."""
     x, y = RNG.normal(size=(12, 8, 8, 3)).astype("float32"), RNG.integers(0, 3, 12)
@@ -262,6 +268,7 @@ def with_a_broken_sample(at):
 
 
 @pytest.mark.parametrize("run", ["eager", "graph", pytest.param("xla", marks=pytest.mark.exhaustive)])
+@pytest.mark.some_by_default(1)
 def test_a_window_with_a_broken_sample_is_dropped(float64, run):
     """Its logs, weights and statistics are those of the other window alone."""
     net = network()
@@ -280,6 +287,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.some_by_default(1)
 def test_optimizers(name):
     """In float32, of which the fused update is. Adam divides by gradients, so that rounding counts."""
     make, fused = OPTIMIZERS[name]
@@ -301,6 +309,7 @@ def test_gradient_clipping_of_the_window(float64):
 
 
 @pytest.mark.parametrize("run", [pytest.param("eager", marks=pytest.mark.exhaustive), "graph"])
+@pytest.mark.some_by_default(1)
 def test_lazy_embeddings(float64, run):
     """Rows that a window does not touch stay, and keep their momentum."""
     keras.utils.set_random_seed(1)

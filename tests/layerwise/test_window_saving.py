@@ -56,6 +56,7 @@ def in_a_checkpoint(model, path):
 
 
 @pytest.mark.parametrize("saved", [in_a_file, pytest.param(in_weights, marks=pytest.mark.exhaustive), in_a_checkpoint])
+@pytest.mark.some_by_default(1)
 def test_training_goes_on_where_it_was_saved(saved, tmp_path):
     model = wrapped(windows_of(network(), every=1))
     fit(model)
@@ -153,6 +154,7 @@ class Fragile(keras.layers.Layer):
         pytest.param("first", False, False, marks=pytest.mark.exhaustive),
     ],
 )
+@pytest.mark.some_by_default(2)
 def test_a_failed_step_leaves_all_as_it_was(backward, where, run_eagerly):
     """In the second of three micro-batches. The next step is as if there had been none."""
 

@@ -43,6 +43,7 @@ def assert_close(gradients, wanted):
     ),
     indirect=["mode"],
 )
+@pytest.mark.some_by_default(3)
 def test_gradients_are_those_of_the_whole_batch(mode, size):
     model = encoder()
     value, gradients = mode(lambda: accumops.window_gradients(model, PAIRS, clip, size))()

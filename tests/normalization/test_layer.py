@@ -181,6 +181,7 @@ STATISTICS_OF = ["eager-fused", "graph-fused", "eager-fused", "graph-reference",
     ),
     indirect=["run"],
 )
+@pytest.mark.some_by_default(3)
 def test_statistics_are_those_of_windows(data, run, trainer):
     net = make()
     check(net.layers[0], trainer(net, *data, run))
@@ -200,6 +201,7 @@ def test_with_a_loss_scale(data, trainer):
         default=lambda mode, trainer: mode == "graph",
     ),
 )
+@pytest.mark.some_by_default(1)
 def test_what_sums_gradients_is_built_after_the_first_micro_batch(data, mode, trainer):
     net = make()
     check(net.layers[0], trainer(net, *data, RUNS[mode]))
@@ -290,6 +292,7 @@ def test_partial_windows(data, policy, mode):
 
 
 @pytest.mark.parametrize("trainer", [by_accum_steps, by_micro_batch_size, by_optimizer])
+@pytest.mark.some_by_default(2)
 def test_several_layers_and_a_nested_model(data, trainer):
     inputs = keras.Input((5,))
     first, second, third = (AccumBatchNormalization(momentum=MOMENTUM, name=f"norm_{i}") for i in range(3))
@@ -305,6 +308,7 @@ def test_several_layers_and_a_nested_model(data, trainer):
 
 
 @pytest.mark.parametrize("trainer", [by_accum_steps, by_micro_batch_size, by_optimizer])
+@pytest.mark.some_by_default(2)
 def test_a_shared_layer(data, trainer):
     """All calls count."""
     inputs, layer = keras.Input((5,)), AccumBatchNormalization(momentum=MOMENTUM)
@@ -321,6 +325,7 @@ def test_time_distributed(rng, data):
     check(layer, by_accum_steps(net, x, data[1], {}))
 
 
+@pytest.mark.some_by_default(3)
 def test_masks(rng, data, run):
     x = rng.standard_normal((64, 7, 5)).astype("float32") + 2
     valid = rng.uniform(size=(64, 7)) < 0.6
@@ -351,6 +356,7 @@ def test_a_large_mean_costs_no_digits(data):
         (1, {"micro_batch_size": 32}, "has accum_steps=1 and is trained with micro_batch_size=32"),
     ],
 )
+@pytest.mark.some_by_default(4)
 def test_accum_steps_of_the_layer_and_of_the_model(data, own, arguments, message):
     net = make(accum_steps=own)
     model = GradientAccumulateModel(net, **arguments)
@@ -560,6 +566,7 @@ class TestRagged:
         ),
         indirect=["backend", "mode"],
     )
+    @pytest.mark.some_by_default(2)
     def test_as_keras_does(self, backend, mode, rng, axis):
         values = rng.normal(1, 2, (10, 3)).astype("float32")
         x = tf.RaggedTensor.from_row_lengths(values, [3, 0, 7])
@@ -994,6 +1001,7 @@ def test_a_convolutional_net_is_trained_as_by_keras(rng, mode, arguments):
     ),
     ids=str,
 )
+@pytest.mark.some_by_default(2)
 def test_a_layer_that_its_model_makes_late(mode, run, rng):
     """In the first step, and without variables by which an optimizer could find it."""
 

@@ -57,6 +57,7 @@ def pair_name(value):
     ids=pair_name,
     indirect=["backend", "mode"],
 )
+@pytest.mark.some_by_default(24)
 def test_matches_numpy(backend, mode, rng, pair, overwrite):
     accumulator_dtype, gradient_dtype = pair
     old = [random(rng, shape, accumulator_dtype) for shape in SIZES]
@@ -194,6 +195,7 @@ def test_check_finite(backend, mode, rng, dtype, value):
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["add", "overwrite"])
 @pytest.mark.parametrize("check_finite", [False, True], ids=["norms", "norms and check_finite"])
+@pytest.mark.some_by_default(8)
 def test_squared_norms(backend, mode, rng, overwrite, check_finite):
     """Of gradients as they are given, and of accumulators as the op leaves them; NaN where rows are added."""
     dtypes = [PAIRS[i % len(PAIRS)] for i in range(len(SIZES))]

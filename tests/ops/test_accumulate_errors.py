@@ -215,6 +215,7 @@ HANDLE = tf.TensorSpec(None, tf.resource)
     ("name", "jit_compile"),
     [(name, False) for name in MALFORMED] + [(name, True) for name in MALFORMED if not name.startswith("index ")],
 )
+@pytest.mark.some_by_default(20)
 def test_variables_and_shapes_unknown_until_run(name, jit_compile):
     error, message, call = MALFORMED[name]
     case = Case()

@@ -267,6 +267,7 @@ def check_inference(mode, dtype, layouts):
 
 
 @pytest.mark.parametrize(("backend", "mode", "dtype"), DEFINED, ids=label, indirect=["backend", "mode"])
+@pytest.mark.some_by_default(5)
 def test_training_matches_the_definition(backend, mode, dtype):
     check_training(mode, dtype, layouts(backend, mode, dtype))
 

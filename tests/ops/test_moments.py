@@ -328,6 +328,7 @@ def test_raw_op_raises_and_writes_nothing(name):
 
 @pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
 @pytest.mark.parametrize("name", list(DAMAGE))
+@pytest.mark.some_by_default(20)
 def test_variables_unknown_until_it_runs(name, jit_compile):
     error, message, call = DAMAGE[name]
     merge = Merge()

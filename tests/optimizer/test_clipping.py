@@ -80,6 +80,7 @@ def assert_same_bits(actual, wanted):
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
     indirect=["mode"],
 )
+@pytest.mark.some_by_default(5)
 def test_definition(mode, pair, rng):
     """All ranks, with units far below their threshold and far above it side by side."""
     gradient_dtype, variable_dtype = pair
@@ -128,6 +129,7 @@ def sparse_by_default(mode, case, dtype):
     cross(MODES, SPARSE, DTYPES, default=sparse_by_default),
     indirect=["mode"],
 )
+@pytest.mark.some_by_default(16)
 def test_sparse(mode, case, dtype, rng):
     shape, indices = SPARSE[case]
     clip_factor, epsilon = 0.1, 0.05
@@ -251,6 +253,7 @@ def by_default(mode, bad, dtype, sparse):
     ids=str,
     indirect=["mode"],
 )
+@pytest.mark.some_by_default(20)
 def test_what_is_not_finite_stays(mode, bad, dtype, sparse):
     """Its unit does not change, and the others are clipped as ever."""
     values = np.array([[8.0, 0.0, 8.0], [-8.0, 0.0, 8.0], [8.0, 0.0, -8.0]])

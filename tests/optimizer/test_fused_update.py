@@ -102,6 +102,7 @@ EAGER = ["SGD with decay", "Adam's other settings", "clipnorm"]
     ),
     indirect=["mode"],
 )
+@pytest.mark.some_by_default(4)
 def test_100_updates_equal_the_optimizers_own(mode, rng, name):
     check_against_the_optimizers_own(mode, rng, name, updates=100)
 
@@ -111,6 +112,7 @@ def test_100_updates_equal_the_optimizers_own(mode, rng, name):
     cross(["eager", "xla"], SETTINGS, default=lambda mode, name: name in {"eager": EAGER, "xla": COMPILED}[mode]),
     indirect=["mode"],
 )
+@pytest.mark.some_by_default(4)
 def test_30_updates_in_other_modes(mode, rng, name):
     """The warm-up of the schedule takes 20 of them."""
     check_against_the_optimizers_own(mode, rng, name, updates=30)
@@ -158,6 +160,7 @@ def test_other_dtypes_and_backends_are_not_fused():
 
 
 @pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.some_by_default(1)
 def test_state_is_the_wrapped_optimizers(rng, scaled):
     """Trained with accumops, saved, and trained on without it."""
     values = rng.standard_normal((8, 3)).astype("float32")
@@ -225,6 +228,7 @@ ELSEWHERE = {
     ),
     indirect=["backend", "mode"],
 )
+@pytest.mark.some_by_default(6)
 def test_gradients_that_are_none_or_rows_in_some_micro_batches(backend, mode, rng, name):
     """The mean of a window over variables with dense, sparse and missing gradients."""
     table, other, never = (np.array(rng.standard_normal(shape), "float32") for shape in ((2000, 40), (7,), (3,)))

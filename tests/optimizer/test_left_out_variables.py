@@ -131,6 +131,7 @@ def compare(name, setting, windows, mode, **arguments):
 
 
 @pytest.mark.parametrize(("name", "setting"), turns(OPTIMIZERS, SETTINGS))
+@pytest.mark.some_by_default(8)
 def test_every_optimizer_as_in_keras(name, setting):
     """With `accum_steps=1` each call is an update of Keras's."""
     compare(name, setting, WINDOWS[1], MODES["eager"])
@@ -149,6 +150,7 @@ def test_every_optimizer_as_in_keras(name, setting):
         ("xla", "AdamW", "clipnorm", ["A A", "A AB", "AB A"], False),
     ],
 )
+@pytest.mark.some_by_default(3)
 def test_windows_with_gaps(mode, name, setting, windows, flush):
     """In a graph each set of variables has a trace of its own, and any of them may end any window."""
     compare(name, setting, windows, MODES[mode], flush=flush)
@@ -182,6 +184,7 @@ def test_an_apply_of_its_own():
 
 
 @pytest.mark.parametrize(("mode", "scaled"), [("eager", False), ("graph", True)])
+@pytest.mark.some_by_default(1)
 def test_clipped_and_scaled(mode, scaled):
     """With `gradient_clipping`, and with a LossScaleOptimizer inside."""
     windows = calls_of(["AB AB", "ABC AB", "AB AB"])
@@ -245,6 +248,7 @@ def loss_of(layers, head, x, y):
 
 
 @pytest.mark.parametrize(("mode", "explicit"), [("eager", True), ("graph", False)])
+@pytest.mark.some_by_default(1)
 def test_two_heads_in_turns_have_the_joint_mean(mode, explicit):
     """A sample whose loss does not depend on a head adds zero to the head's mean, and is counted."""
     rng = np.random.default_rng(4)

@@ -97,6 +97,7 @@ def check(variables, optimizer, wanted, updates, count):
     ),
     indirect=["backend", "mode"],
 )
+@pytest.mark.some_by_default(6)
 def test_updates_are_those_of_the_finite_micro_batches(backend, mode, policy, name):
     optimizer = GradientAccumulateOptimizer(OPTIMIZERS[name](), 3, nonfinite=policy)
     variables = train(optimizer, mode)
@@ -130,6 +131,7 @@ def test_every_dtype(backend, policy, dtype):
 
 @pytest.mark.parametrize("lazy", [False, True], ids=["dense", "lazy"])
 @pytest.mark.parametrize("policy", ["skip", "drop"])
+@pytest.mark.some_by_default(4)
 def test_rows(backend, policy, lazy):
     """The rows of a micro-batch that is skipped are not touched by it: lazy momentum does not move them."""
     table = keras.Variable(np.zeros((1100, 64), "float32"))
@@ -176,6 +178,7 @@ def test_a_callable_that_clips_inf_away_does_not_save_a_window():
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
 @pytest.mark.parametrize("policy", ["propagate", "skip", "drop"])
+@pytest.mark.some_by_default(3)
 def test_a_loss_scale_inside_backs_off_whatever_is_left_of_the_window(policy, fused):
     kind = keras.optimizers.SGD if fused else keras.optimizers.Adagrad
     inner = keras.optimizers.LossScaleOptimizer(kind(0.5), initial_scale=8.0, dynamic_growth_steps=3)

@@ -110,6 +110,7 @@ def test_equals_the_full_batch_over_50_updates(backend, rng, name, run):
     cross(BACKENDS, ["SGD", "Adam"], default=lambda backend, name: (backend == "reference") == (name == "Adam")),
     indirect=["backend"],
 )
+@pytest.mark.some_by_default(1)
 def test_equals_the_full_batch_eagerly(backend, rng, name):
     """Over fewer updates: a step takes much longer."""
     check_against_the_full_batch(rng, name, "eager", 4)
@@ -129,6 +130,7 @@ UNFUSED = ["global_clipnorm", "schedule", "ema"]
     ),
     indirect=["backend"],
 )
+@pytest.mark.some_by_default(2)
 def test_settings_of_the_inner_optimizer_act_once_a_window(backend, rng, name):
     check_against_the_full_batch(rng, name, "graph", 10)
 
@@ -141,6 +143,7 @@ EMBEDDED = {("fused", "graph"), ("reference", "eager")}
     cross(BACKENDS, RUNS, default=lambda *each: each in EMBEDDED),
     indirect=["backend"],
 )
+@pytest.mark.some_by_default(1)
 def test_embedding_equals_the_full_batch(backend, rng, run):
     updates = 4 if run == "eager" else 10
     x, y = data(rng, updates, tokens=True)
@@ -159,6 +162,7 @@ def test_embedding_equals_the_full_batch(backend, rng, run):
     ),
     indirect=["backend"],
 )
+@pytest.mark.some_by_default(1)
 def test_mixed_precision(backend, rng, policy):
     """Half-precision gradients add up in float32; `compile` wraps the optimizer for loss scaling by itself."""
     x, y = data(rng, updates=10)
@@ -256,6 +260,7 @@ def test_config_round_trip():
 
 
 @pytest.mark.parametrize("scaling", ["none", "dynamic", "fixed"])
+@pytest.mark.some_by_default(6)
 def test_adaptive_clipping_sees_the_unscaled_gradient(backend, mode, scaling):
     """Clipping comes after the loss scale is taken out, whichever way the wrapped optimizer scales."""
     inner = keras.optimizers.SGD(1.0, loss_scale_factor=1024.0 if scaling == "fixed" else None)
@@ -291,6 +296,7 @@ def test_clipping_by_any_callable(backend):
     np.testing.assert_array_equal(variable.numpy(), [-1, 1])
 
 
+@pytest.mark.some_by_default(1)
 def test_saved_in_the_middle_of_a_window(backend, rng, tmp_path):
     """5 of 8 micro-batches, a save, and the other 3 in a loaded model: the same bits as without the save."""
     x, y = data(rng, updates=2)
@@ -384,6 +390,7 @@ class TestMovingAverages:
         return model
 
     @pytest.mark.parametrize("wrap", ["optimizer", "scaled", "model"])
+    @pytest.mark.some_by_default(2)
     def test_saved_loaded_and_trained_on(self, rng, tmp_path, wrap):
         plain, x, y = self.make(rng, self.plain)
         model, _, _ = self.make(rng, getattr(self, wrap))

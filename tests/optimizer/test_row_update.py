@@ -102,6 +102,7 @@ COMPILED = ("nesterov", "amsgrad", "centered", "global_clipnorm")
     ),
     indirect=["backend", "mode"],
 )
+@pytest.mark.some_by_default(16)
 def test_lazy_sparse(backend, mode, rng, name):
     start = rng.standard_normal((ROWS, WIDTH)).astype("float32")
     variable = keras.Variable(start, name="table")

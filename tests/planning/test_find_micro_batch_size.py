@@ -248,6 +248,7 @@ def test_stored_plan_is_the_same(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adafactor"])
+@pytest.mark.some_by_default(2)
 def test_variables_to_come(optimizer):
     model = accumops.GradientAccumulateModel(network(), micro_batch_size=8)
     model.compile(optimizer, "mse")

@@ -122,6 +122,7 @@ def test_each_epoch(rng, tmp_path, clock, make):
 
 @pytest.mark.parametrize("make", [with_model, with_optimizer])
 @pytest.mark.parametrize("update_freq", ["batch", 2])
+@pytest.mark.some_by_default(2)
 def test_each_so_many_batches(rng, tmp_path, clock, make, update_freq):
     """The epoch's fifth batch opens a window, which its end flushes after the fifth write."""
     problem = Problem(rng, SAMPLES)
@@ -207,6 +208,7 @@ class TestGradientNorm:
             ),
         ),
     )
+    @pytest.mark.some_by_default(3)
     def test_optimizers(self, rng, tmp_path, optimizer, mode, run):
         problem = Problem(rng, SAMPLES)
         model = GradientAccumulateModel(problem.model(), **({"accum_steps": 4} | MODES[mode]))
@@ -240,6 +242,7 @@ class TestGradientNorm:
         self.check(problem, model, tmp_path, keras.optimizers.SGD(0.0))
 
     @pytest.mark.parametrize("lazy_sparse", [False, True])
+    @pytest.mark.some_by_default(1)
     def test_rows_of_a_table(self, rng, tmp_path, lazy_sparse):
         """Rows that an earlier window has touched, and this one has not, do not count."""
         problem = Embedding(rng)
@@ -295,6 +298,7 @@ class TestGradientNorm:
         assert sum(each.type == "AccumOps>SquaredNorms" for each in operations) == number
 
     @pytest.mark.parametrize("make", [with_model, with_optimizer])
+    @pytest.mark.some_by_default(1)
     def test_changes_no_bit_of_the_training(self, rng, tmp_path, make):
         problem = Problem(rng, SAMPLES)
         weights = []
@@ -416,6 +420,7 @@ class Interrupt(keras.callbacks.Callback):
 
 
 @pytest.mark.parametrize("update_freq", ["epoch", 1])
+@pytest.mark.some_by_default(1)
 def test_a_training_that_is_resumed(rng, tmp_path, clock, update_freq):
     """It was interrupted after the backup of the second epoch's third batch."""
     problem = Problem(rng, SAMPLES)

@@ -75,6 +75,7 @@ def test_parts_of_different_sizes_are_refused(parts, unknown, run_eagerly):
         (False, {"jit_compile": True}, True),
     ],
 )
+@pytest.mark.some_by_default(2)
 def test_a_whole_input_reaches_each_micro_batch(parts, names, run, unknown):
     x = {"a_support": parts["support"], "x": parts["x"]} if names else (parts["support"], parts["x"])
     batches = dataset((x, parts["y"]), unknown=unknown)

@@ -52,6 +52,7 @@ class TestAccumStepsScheduler:
     @pytest.mark.parametrize(
         ("make", "schedule"), cross(MAKERS, SCHEDULES, default=lambda *each: each in turns(MAKERS, SCHEDULES))
     )
+    @pytest.mark.some_by_default(1)
     def test_sets_the_number_of_micro_batches(self, rng, make, schedule):
         problem = Problem(rng, SAMPLES)
         model, net, optimizer = make(problem, 1)

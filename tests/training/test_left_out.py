@@ -75,6 +75,7 @@ def fit(model, mode="accum_steps", samples=slice(None), **arguments):
         default=lambda mode, policy, run: (mode, policy, run) in DEFAULT,
     ),
 )
+@pytest.mark.some_by_default(2)
 def test_updates_and_logs_are_those_of_the_finite_micro_batches(mode, policy, run):
     inner, plain = network(), network()
     optimizer = keras.optimizers.Adam(0.05)

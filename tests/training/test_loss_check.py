@@ -233,6 +233,7 @@ COUPLED = {
 
 
 @pytest.mark.parametrize("loss", COUPLED, ids=lambda loss: loss.__name__)
+@pytest.mark.some_by_default(8)
 def test_losses_that_couple_samples_are_found(loss):
     y_true, shape = COUPLED[loss]
     made = loss() if isinstance(loss, type) else Function(loss)

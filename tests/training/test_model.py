@@ -428,6 +428,7 @@ def trained_with_whole_batches(policy):
         default=lambda mode, policy: (mode, policy) in turns(["micro_batch_size", "accum_steps"], HALF),
     ),
 )
+@pytest.mark.some_by_default(1)
 def test_mixed_precision(mode, policy):
     full, half = trained_with_whole_batches("float32"), trained_with_whole_batches(policy)
     problem = Problem(np.random.default_rng(5))

@@ -83,6 +83,7 @@ MODES = {
     ("mode", "run", "lazy_sparse"),
     cross(MODES, RUNS, [False, True], default=lambda mode, run, lazy: not lazy and run != "eager"),
 )
+@pytest.mark.some_by_default(2)
 def test_fit(data, tmp_path, mode, run, lazy_sparse):
     """Ragged windows and micro-batches; the end of the second epoch flushes a window that is read, and not written."""
     arguments, batch_size, written, flushed = MODES[mode]

@@ -54,6 +54,7 @@ def by_default(way, at_once, size, samples):
     ("way", "at_once", "size", "samples"),
     cross(["eager", "graph", "xla"], [1, 2], ["known", "unknown"], SAMPLES, default=by_default),
 )
+@pytest.mark.some_by_default(20)
 def test_each_slice_once_in_order(rng, samples, size, at_once, way):
     x = rng.standard_normal((samples, 3)).astype("float32")
     function, signature = summed(x, size == "known", static_sizes=way == "xla", at_once=at_once)

@@ -41,6 +41,7 @@ OPTIMIZERS = {
     ("optimizer", "mode"),
     cross(OPTIMIZERS, MODES, default=lambda *each: each in turns(OPTIMIZERS, MODES)),
 )
+@pytest.mark.some_by_default(2)
 def test_the_models_update_is_the_large_batchs(rng, mode, optimizer):
     x, y = data(rng)
 

@@ -48,6 +48,7 @@ def make():
         ),
     ),
 )
+@pytest.mark.some_by_default(1)
 def test_a_layer_without_gradients(mode, run, name):
     rng = np.random.default_rng(6)
     x, y = rng.standard_normal((80, 4)).astype("float32"), rng.standard_normal((80, 3)).astype("float32")  # 2.5 windows

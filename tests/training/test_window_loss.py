@@ -140,6 +140,7 @@ def train(model, loss, how, data=None, rate=0.1):
     cross(LOSSES, [5, 8], default=lambda *each: each in turns(LOSSES, [5, 8])),
     ids=lambda value: getattr(value, "__name__", value),
 )
+@pytest.mark.some_by_default(5)
 def test_losses_are_those_of_one_batch_in_float64(loss, size):
     net = towers("float64")
     start = net.get_weights()
@@ -170,6 +171,7 @@ def test_losses_are_those_of_one_batch_in_float64(loss, size):
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
+@pytest.mark.some_by_default(4)
 def test_losses_are_those_of_one_batch_in_float32(loss, how, size):
     net = towers()
     start = net.get_weights()
@@ -181,6 +183,7 @@ def test_losses_are_those_of_one_batch_in_float32(loss, how, size):
 
 
 @pytest.mark.parametrize("how", ["eager", "graph", pytest.param("xla", marks=pytest.mark.exhaustive)])
+@pytest.mark.some_by_default(1)
 def test_masks_and_statistics_are_those_of_all_micro_batches_under_one_tape(how):
     loss = of_both(clip)
     model, twin = window(towers(stateful=True), 8), towers(stateful=True)
@@ -309,6 +312,7 @@ def test_lengths_that_the_graph_does_not_know():
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.some_by_default(1)
 def test_mixed_precision_is_as_near_as_one_batch(policy):
     def net(dtype):
         keras.utils.set_random_seed(0)

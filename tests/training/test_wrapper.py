@@ -144,6 +144,7 @@ def test_tensorflows_checkpoints_of_functional_models_go_both_ways(tmp_path):
 
 
 @pytest.mark.parametrize(("net", "mode"), IN_TURN, indirect=["net"])
+@pytest.mark.some_by_default(1)
 def test_saved_models_go_on(net, mode, tmp_path):
     model = wrap(net, mode, trained=True)
     model.save(tmp_path / "model.keras")
@@ -170,6 +171,7 @@ def test_the_legacy_format_keeps_layers_and_weights(net, tmp_path):
 
 
 @pytest.mark.parametrize(("net", "mode"), IN_TURN, indirect=["net"])
+@pytest.mark.some_by_default(1)
 def test_clones_accumulate(net, mode):
     model = wrap(net, mode)
     clones = [keras.models.clone_model(model)]
@@ -286,6 +288,7 @@ def test_subclasses_of_the_wrapper_wrap_graphs_too(tmp_path):
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.some_by_default(1)
 def test_a_sequential_that_was_built_after_it_was_wrapped_is_saved_and_loaded(weights_only, tmp_path):
     x, y = np.ones((8, 3), "float32"), np.ones((8, 2), "float32")
 
