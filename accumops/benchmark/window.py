@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from accumops.benchmark import legacy, training
+from accumops.benchmark import jax_scan, legacy, training
 from accumops.benchmark.bandwidth import Bandwidth
 from accumops.benchmark.contender import Contender, repeated, time_contenders
 from accumops.benchmark.models import PROBLEMS, Problem
@@ -43,16 +43,15 @@ def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
         progress: Called after each round.
     """
     bandwidth = Bandwidth(device)
-    missing = legacy.missing_package()
+    others = {legacy: legacy.missing_package(), jax_scan: jax_scan.missing_package()}
     rows: list[Row] = []
     for problem in (PROBLEMS[name] for name in MODELS):
         for _ in range(_BANDWIDTH_SAMPLES):
             bandwidth.sample()
         with contextlib.ExitStack() as processes:
             own = contenders(problem, device, steps=STEPS, micro=MICRO)
-            if missing is None:
-                legacy_process = legacy.contenders(problem, device=device, steps=STEPS, micro_batch=MICRO)
-                own += processes.enter_context(legacy_process)
+            for other in (each for each, missing in others.items() if missing is None):
+                own += processes.enter_context(other.contenders(problem, device=device, steps=STEPS, micro_batch=MICRO))
             timed = time_contenders(
                 problem.name, own, device=device, rounds=rounds, warmup=problem.warmup, progress=progress
             )
@@ -66,8 +65,11 @@ def run(*, device: str, rounds: int, progress: Callable[[], object]) -> Result:
         "Datasets have batches of one size, which the functions know, as the floor's does (drop_remainder=True).",
         f"The memory's limit is that of moving what accumulation and Adam have to, at {bandwidth.best / 1e9:.1f} GB/s.",
         "GradientAccumulator runs on Keras 2 and its layers, in a process of its own, which takes turns with this one."
-        if missing is None
-        else f"GradientAccumulator is left out: there is no module {missing!r} here.",
+        if others[legacy] is None
+        else f"GradientAccumulator is left out: there is no module {others[legacy]!r} here.",
+        "JAX trains Keras's layers with optax's Adam, all of a window in one call, in a process of its own."
+        if others[jax_scan] is None
+        else f"JAX is left out: there is no module {others[jax_scan]!r} here.",
     )
     return Result(
         f"windows of {STEPS} micro-batches of {MICRO} and their update",

@@ -2,9 +2,11 @@
 
 import collections
 import dataclasses
+import os
 import sys
 import types
 
+import jax_training
 import keras
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ import tensorflow as tf
 from tensorflow.python.eager import context
 
 from accumops import GradientAccumulateModel, GradientAccumulateOptimizer
-from accumops.benchmark import bandwidth, legacy, models, training, window
+from accumops.benchmark import bandwidth, jax_scan, legacy, models, training, window
+from accumops.planning.child_process import ChildProcess
 
-SMALL = models.Problem("small MLP", models.perceptron(5, 2), (5,))
+SMALL = jax_training.SMALL
 # Parts of the names of kernels that a backward pass runs.
 BACKWARD = ("MatMul", "Conv2DBackprop", "FusedBatchNormGrad", "ReluGrad", "SoftmaxCrossEntropy")
 
@@ -166,6 +169,7 @@ def stand_ins(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(legacy, "ChildProcess", InThisProcess)
     monkeypatch.setattr(legacy, "missing_package", lambda: None)
+    monkeypatch.setattr(jax_scan, "missing_package", lambda: "jax")
 
 
 @pytest.mark.usefixtures("stand_ins")
@@ -186,7 +190,26 @@ def test_gradient_accumulator(monkeypatch):
     assert len(turns) == window.turns(2)
 
 
-def test_missing_package_is_named(monkeypatch):
-    found = {"gradient_accumulator": object(), "tf_keras": None}
-    monkeypatch.setattr(legacy.importlib.util, "find_spec", found.get)
-    assert legacy.missing_package() == "tf_keras"
+@pytest.mark.parametrize(("other", "missing"), [(legacy, "tf_keras"), (jax_scan, "optax")])
+def test_missing_package_is_named(monkeypatch, other, missing):
+    monkeypatch.setattr(other.importlib.util, "find_spec", lambda name: None if name == missing else object())
+    assert other.missing_package() == missing
+
+
+@pytest.mark.skipif(jax_scan.missing_package() is not None, reason="jax or optax is not installed")
+def test_jax_trains_as_keras_does():
+    """In a process whose Keras runs on JAX. Both start with the same weights, and take two updates of Adam."""
+    environment = {
+        "KERAS_BACKEND": "jax",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    with ChildProcess(environment) as process:
+        before, after = process.call(jax_training.two_windows)
+    model = SMALL.build(keras)
+    model.set_weights([np.array(each, "float32") for each in before])
+    model.compile(keras.optimizers.Adam(training.LEARNING_RATE), training.loss_function())
+    for _ in range(2):
+        model.train_on_batch(*SMALL.data(8))
+    for ours, each in zip(model.get_weights(), after, strict=True):
+        np.testing.assert_allclose(each, ours, rtol=0, atol=1e-5)  # updates of 1e-3

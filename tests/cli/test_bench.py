@@ -150,6 +150,7 @@ def small(monkeypatch):
     monkeypatch.setattr(batch_norm, "DTYPES", ("bfloat16",))
     monkeypatch.setattr(batch_norm, "convolutional_network", small_network)
     monkeypatch.setattr(window.legacy, "missing_package", lambda: "gradient_accumulator")
+    monkeypatch.setattr(window.jax_scan, "missing_package", lambda: "jax")
     # A problem with a large table has all contenders.
     words = models.bag_of_words(7, 3, 4)
     problem = models.Problem("small table", words, (4,), vocabulary=7, large_table=True, windows=2, warmup=1)
