@@ -198,6 +198,17 @@ class Ending:
                 strategy, lambda: _if(state.counters.open, lambda: self._end_across(strategy, None))
             )
 
+    def update_alone(self) -> None:
+        """Makes the update of the window, whose micro-batches have all been added, and leaves it open."""
+        with LOCK, self.state.open() as window:
+            self._make(window, lambda: self._end_with_sums(window))
+
+    def close_alone(self) -> None:
+        """Notes and closes the window, whose update has been made."""
+        self.state.parts.end()
+        with LOCK, self.state.ending() as window:
+            self._note(window)
+
     def _end(self, last: CountedMicroBatch | None, reported: SquaredNorms | None = None) -> None:
         strategy = self.state.strategy
         if strategy is not None:
@@ -207,8 +218,12 @@ class Ending:
             self._update(window, lambda: self._end_with_sums(window))
 
     def _update(self, window: Window, update: Callable[[], None]) -> None:
-        """Makes the update of a window, unless gradients that are not finite keep it from making one."""
+        """Notes a window, and makes its update."""
         self._note(window)
+        self._make(window, update)
+
+    def _make(self, window: Window, update: Callable[[], None]) -> None:
+        """Makes the update of a window, unless gradients that are not finite keep it from making one."""
         with self._rate_of_window():
             if self.fused_update and decides_on_device(self.optimizer, self.variables):
                 update()  # with the verdict for a flag of the op

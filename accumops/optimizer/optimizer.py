@@ -348,6 +348,17 @@ class GradientAccumulateOptimizer(LoadsState):
         if batch is not None:
             self._ending.add(batch, ends=True)
 
+    def update_alone(self) -> None:
+        """Makes the update of a window whose micro-batches have all been accumulated, and leaves it open; not public.
+
+        It comes before `close_alone`, where one of them may run out of memory: then it is known which one did.
+        """
+        self._ending.update_alone()
+
+    def close_alone(self) -> None:
+        """Closes a window whose update `update_alone` has made; not public."""
+        self._ending.close_alone()
+
     @property
     def _ending(self) -> Ending:
         return Ending(

@@ -44,6 +44,11 @@ class WindowRecord:
             self._norm = new_variable("noted_norm", (), "float32", beside=beside, **same) if self.norms else None
         self._state = state
 
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """What it keeps, once it is built."""
+        return [each for each in (self._windows, self._micro_batches, self._norm) if each is not None]
+
     def note(self, window: Window, scale: float | tf.Tensor | None) -> None:
         """Notes a window that ends.
 

@@ -1,23 +1,29 @@
 """`micro_batch_size="auto"`: the micro-batch is found at the first step, and halved when memory runs out.
 
-A step that may be repeated has three functions:
+A step that may be repeated has four functions:
 
 fetch       takes the batch from the iterator, outside of anything compiled: a step that fails has its batch still
 accumulate  all micro-batches of the window; what it moves, such as running statistics, seeds and metrics, was
             remembered before, and accumulators start anew with the first micro-batch anyway
-end         the update. A fused update is one op, which has all memory that it needs before it writes anything. An
-            optimizer whose update is not fused has the old values of what it writes kept until it has succeeded.
+update      the update alone. Where it is one fused op, that op has all memory that it needs before it writes anything,
+            nothing else can fail beside or after it, and the optimizer's `iterations` say whether it has been made.
+            Otherwise the old values of what the optimizer writes are kept until it has succeeded.
+close       notes and closes the window. The old values of counters and notes are kept. Running statistics move, and
+            their window is emptied, in one op, so that closing twice moves them once.
 
-So where memory runs out, in whichever function, the same step is made again from the state before it.
+So where memory runs out, in whichever function, it is made again from the state before it.
 """
 
 import gc
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from accumops.adapters.keras_model import global_seed
+from accumops.adapters.keras_optimizer import innermost
 from accumops.ops.variables import tf_variable
 from accumops.planning.find_micro_batch_size import plan_for_model
 from accumops.planning.micro_batch_plan import MicroBatchPlan
@@ -40,13 +46,14 @@ class AutoMicroBatch:
         self.plan: MicroBatchPlan | None = None
         """The plan, once it is found."""
         self._accumulate: Callable[[Any], None] | None = None
-        self._end: Callable[[], Logs] | None = None
+        self._update: Callable[[], None] | None = None
+        self._close: Callable[[], Logs] | None = None
         self._moved: list[tf.Variable] = []
         self._values_of_moved: Callable[[], list[tf.Tensor]] | None = None
 
     def start_anew(self) -> None:
         """Forgets functions: the model has been compiled, or its micro-batch has changed."""
-        self._accumulate = self._end = self._values_of_moved = None
+        self._accumulate = self._update = self._close = self._values_of_moved = None
 
     def train_function(self, check: Callable[[Callable[[Any], Logs]], Callable[[Any], Logs]]) -> Callable[[Any], Logs]:
         """Makes the train function.
@@ -86,30 +93,69 @@ class AutoMicroBatch:
             model.micro_batch_size = size // 2
             gc.collect()  # the functions for the size before, whose graphs hold memory
             print(f"\naccumops: memory ran out ({failure}). micro_batch_size={size // 2} from here on.", flush=True)
-        return self._update(before)
+        return self._end(before)
 
-    def _update(self, before: list[tf.Tensor]) -> Logs:
+    def _end(self, before: list[tf.Tensor]) -> Logs:
         """Ends the window. Where memory runs out it tries once more, without what the passes hold."""
         optimizer = self._model.optimizer
-        # A fused update would copy what somebody else holds, and needs nothing of it.
-        inner = [*self._model.trainable_variables, *optimizer.inner_optimizer.variables]
-        written = [] if optimizer.fused_update else [tf_variable(each) for each in inner]
-        values = [each.read_value() for each in written]
+        if not (optimizer.accumulator.built and self._model.trainable_variables):
+            return self._model.get_metrics_result()
+        iterations = tf_variable(innermost(optimizer).iterations)
+        # On the host: as a tensor that is held, `iterations` would need memory to move.
+        counted = iterations.numpy()
+        in_one_op = self._updates_in_one_op()
+        written = [] if in_one_op else [*self._model.trainable_variables, *optimizer.inner_optimizer.variables]
+
+        def is_made() -> bool:
+            return in_one_op and bool(iterations.numpy() != counted)
+
+        failure = self._failure_of_two(self._updating(), written, is_made)
+        if failure is not None:
+            self._put_back(before)
+            raise _out_of_memory(_UPDATE, failure)
         logs: list[Logs] = []
+        failure = self._failure_of_two(lambda: logs.append(self._closing()()), self._written_where_it_closes())
+        if failure is not None:
+            raise _out_of_memory(_CLOSE, failure)
+        return logs[0]
+
+    def _failure_of_two(
+        self, run: Callable[[], Any], written: Sequence[Any], is_made: Callable[[], bool] = lambda: False
+    ) -> str | None:
+        """Runs something, once more where memory runs out. Returns what was said if it does so twice.
+
+        Args:
+            run: What runs.
+            written: What is to have its old values before it runs again.
+            is_made: Says after a failure whether nothing is left to be done.
+        """
+        variables = list({id(each): each for each in map(tf_variable, written)}.values())
+        values = [each.read_value() for each in variables]
         for _ in range(2):
-            failure = self._failure_of(lambda: logs.append(self._ending()()))
-            if failure is None:
-                return logs[0]
-            if not bool(optimizer.accumulator.open):
-                # The update is made, and some of what follows it has failed: all of that may be done twice.
-                optimizer.accumulator.state.connections.clear()
-                optimizer.accumulator.state.members.close()
-                return self._model.get_metrics_result()
-            _assign(written, values)
+            failure = self._failure_of(run)
+            if failure is None or is_made():
+                return None
+            _assign(variables, values)
             self._accumulate = None
             gc.collect()
-        self._put_back(before)
-        raise _out_of_memory(_UPDATE, failure)
+        return failure
+
+    def _updates_in_one_op(self) -> bool:
+        """Whether the update is one op, and all that comes after it counts it."""
+        optimizer = self._model.optimizer
+        inner = optimizer.inner_optimizer
+        if self._model.run_eagerly or isinstance(inner, keras.optimizers.LossScaleOptimizer) or inner.use_ema:
+            return False
+        graph = self._updating().get_concrete_function().graph.as_graph_def()
+        operations = [*graph.node, *(node for each in graph.library.function for node in each.node_def)]
+        return [each.op for each in operations].count("AccumOps>Update") == 1
+
+    def _written_where_it_closes(self) -> list[Any]:
+        """What `close` must not write twice."""
+        optimizer = self._model.optimizer
+        state = optimizer.accumulator.state
+        notes = [each.variables for each in (state.notes.noise, optimizer.record) if each is not None]
+        return [*state.small_variables, *itertools.chain.from_iterable(notes)]
 
     @staticmethod
     def _failure_of(run: Callable[[], Any]) -> str | None:
@@ -125,14 +171,19 @@ class AutoMicroBatch:
             self._accumulate = self._function(self._model.training_step.accumulate)
         return self._accumulate
 
-    def _ending(self) -> Callable[[], Logs]:
-        def end() -> Logs:
-            self._model.training_step.end_window()
+    def _updating(self) -> Any:
+        if self._update is None:
+            self._update = self._function(self._model.optimizer.update_alone)
+        return self._update
+
+    def _closing(self) -> Callable[[], Logs]:
+        def close() -> Logs:
+            self._model.optimizer.close_alone()
             return self._model.get_metrics_result()
 
-        if self._end is None:
-            self._end = self._function(end)
-        return self._end
+        if self._close is None:
+            self._close = self._function(close)
+        return self._close
 
     def _function(self, run: Callable[..., Any]) -> Callable[..., Any]:
         model = self._model
@@ -184,6 +235,12 @@ _UPDATE = (
     "Memory ran out in the update, which takes no less with smaller micro-batches: {}\nNothing of this step has "
     "changed the model. What helps: an optimizer that accumops fuses (`model.optimizer.fused_update` says why not), or "
     "one with fewer slots."
+)
+
+
+_CLOSE = (
+    "Memory ran out after the update, where little of it is needed: {}\nThe update of this step is made, and is not "
+    "counted in the logs. What helps: less that takes memory beside the training."
 )
 
 

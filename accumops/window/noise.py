@@ -100,9 +100,13 @@ class GradientNoise(tf.Module):
     @property
     def saved_variables(self) -> list[keras.Variable]:
         """What is saved with the window: all, if the number of micro-batches follows, and else nothing."""
-        if self.followed is None:
-            return []
-        return [self._window, self._averages, self._norm, self.followed.steps, self.followed.waited]
+        return [] if self.followed is None else [each for each in self.variables if each is not self._ended]
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """What it keeps."""
+        followed = [] if self.followed is None else [self.followed.steps, self.followed.waited]
+        return [self._window, self._averages, self._norm, self._ended, *followed]
 
     # A micro-batch
 

@@ -110,12 +110,16 @@ class WindowState(tf.Module):
     @property
     def saved_variables(self) -> list[keras.Variable]:
         """What has to be saved to go on with the open window, in the order of Keras's files."""
+        noise = [] if self.notes.noise is None else self.notes.noise.saved_variables
+        return [*self.small_variables, *self.touched_rows.flags, *self.accumulators, *noise]
+
+    @property
+    def small_variables(self) -> list[keras.Variable]:
+        """What says how far the open window is."""
         counters = self.counters
         limits = [counters.limit] if counters.closed is None else [counters.limit, counters.closed]
         nonfinite = [self.nonfinite.count, self.nonfinite.in_window]
-        flags = [self.connections.gaps, *self.touched_rows.flags]
-        noise = [] if self.notes.noise is None else self.notes.noise.saved_variables
-        return [counters.step, self.weight, *limits, *nonfinite, *flags, *self.accumulators, *noise]
+        return [counters.step, self.weight, *limits, *nonfinite, self.connections.gaps]
 
     # A micro-batch on its way in
 
@@ -287,7 +291,15 @@ class WindowState(tf.Module):
     def ending(
         self, last: MicroBatch | None = None, reported: SquaredNorms | None = None, *, by_trace: bool = False
     ) -> Iterator[Window]:
-        """Gives the open window to a block, and closes it when the block has not failed.
+        """As `open`, and closes the window when the block has not failed."""
+        with self.open(last, reported, by_trace=by_trace) as window, self._closing_with(window.verdict):
+            yield window
+
+    @contextlib.contextmanager
+    def open(
+        self, last: MicroBatch | None = None, reported: SquaredNorms | None = None, *, by_trace: bool = False
+    ) -> Iterator[Window]:
+        """Gives the open window to a block, and leaves it open.
 
         Args:
             last: The window's last micro-batch, if it is known.
@@ -301,17 +313,15 @@ class WindowState(tf.Module):
         with tf.control_dependencies(opened):
             connected, same = self._connected(last, by_trace)
         with tf.control_dependencies([*opened, *same]):
-            verdict = self.verdict()
-            with self._closing_with(verdict):
-                yield Window(
-                    self.held(connected),
-                    connected,
-                    self.divisor(self.weight),
-                    self.touched_rows,
-                    verdict=verdict,
-                    groups=self._groups(),
-                    reported=reported,
-                )
+            yield Window(
+                self.held(connected),
+                connected,
+                self.divisor(self.weight),
+                self.touched_rows,
+                verdict=self.verdict(),
+                groups=self._groups(),
+                reported=reported,
+            )
 
     @contextlib.contextmanager
     def ending_across(self, strategy: tf.distribute.Strategy, last: MicroBatch | None) -> Iterator[list[Window]]:

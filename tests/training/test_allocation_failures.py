@@ -23,7 +23,7 @@ def library(tmp_path_factory):
 @pytest.mark.parametrize(
     ("optimizer", "stride"),
     [
-        ("adam", 150),
+        ("adam", 20),
         pytest.param("adam", 1, marks=pytest.mark.exhaustive),
         pytest.param("adagrad", 1, marks=pytest.mark.exhaustive),
     ],
