@@ -14,7 +14,7 @@ import tempfile
 from supervised import ROOT, Found, main
 
 HERE = ROOT / "tests" / "training"
-OPTIMIZERS = ("adam", "adagrad")  # an update that is fused, and one that is not
+OPTIMIZERS = ("adam", "clipped", "averaged", "scaled", "adagrad")
 
 
 def run(library, optimizer, seconds):

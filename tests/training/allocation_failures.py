@@ -20,6 +20,13 @@ import tensorflow as tf
 import accumops
 
 L = keras.layers
+OPTIMIZERS = {
+    "adam": keras.optimizers.Adam,  # its update is one op
+    "clipped": lambda: keras.optimizers.Adam(global_clipnorm=0.1),  # by norms of its sums
+    "averaged": lambda: keras.optimizers.Adam(use_ema=True, ema_overwrite_frequency=1),  # several ops follow the update
+    "scaled": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam()),  # and here others
+    "adagrad": keras.optimizers.Adagrad,  # not fused
+}
 
 
 def main(path, optimizer, stride, seconds=None):
@@ -32,7 +39,7 @@ def main(path, optimizer, stride, seconds=None):
     hidden = L.BatchNormalization()(accumops.AccumBatchNormalization()(L.Dense(8, "relu")(inputs)))
     net = keras.Model(inputs, L.Dense(2)(L.Dropout(0.3, seed=1)(hidden)))
     model = accumops.GradientAccumulateModel(net, micro_batch_size="auto", memory_limit="64GB", check_loss=False)
-    model.compile(keras.optimizers.get(optimizer), "mse", metrics=["mae"], jit_compile=False)
+    model.compile(OPTIMIZERS[optimizer](), "mse", metrics=["mae"], jit_compile=False)
     x = tf.random.stateless_normal([16, 6], [0, 1])
     y = x[:, :2]
 

@@ -24,12 +24,13 @@ def library(tmp_path_factory):
     ("optimizer", "stride"),
     [
         ("adam", 20),
-        pytest.param("adam", 1, marks=pytest.mark.exhaustive),
-        pytest.param("adagrad", 1, marks=pytest.mark.exhaustive),
+        *(
+            pytest.param(optimizer, 1, marks=pytest.mark.exhaustive)
+            for optimizer in ("adam", "clipped", "averaged", "scaled", "adagrad")
+        ),
     ],
 )
 def test_each_allocation_of_a_window(library, optimizer, stride):
-    """Adam's update is fused, Adagrad's is not."""
     script = HERE / "allocation_failures.py"
     # oneDNN's allocator takes its memory in large pieces, of which few can fail.
     environment = {"LD_PRELOAD": str(library), "TF_ENABLE_ONEDNN_OPTS": "0", "TF_CPP_MIN_LOG_LEVEL": "3"}
