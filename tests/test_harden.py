@@ -19,6 +19,7 @@ QUICK = ("malformed_kernels", "same_bits", "forks")
 @pytest.mark.parametrize(
     "part", [pytest.param(part, marks=() if part in QUICK else pytest.mark.exhaustive) for part in harden.PARTS]
 )
+@pytest.mark.some_by_default(2)
 def test_a_part_writes_a_line(part, tmp_path):
     record = tmp_path / "record.json"
     record.write_text('{"kills": {"kills": 3}}')

@@ -61,6 +61,7 @@ def import_fake(directory, ending="", level=None):
     ],
     ids=str,
 )
+@pytest.mark.some_by_default(5)
 def test_help_and_usage_errors_import_no_large_package(arguments, code):
     started = start(
         """

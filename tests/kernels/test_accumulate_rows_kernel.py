@@ -110,7 +110,7 @@ def test_views_leave_their_neighbours_alone(device):
 
 
 @pytest.mark.parametrize("columns", [1, 64, 1000])
-@pytest.mark.some_by_default(4)
+@pytest.mark.some_by_default(2)
 def test_overwrite_clears_touched_rows_only(device, columns):
     rng = np.random.default_rng(0)
     rows = 5000

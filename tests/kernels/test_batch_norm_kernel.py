@@ -189,7 +189,7 @@ def assert_same_results(found, expected):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.some_by_default(8)
+@pytest.mark.some_by_default(3)
 def test_training(device, dtype):
     for layout in LAYOUTS:
         data = data_of(layout, dtype)
@@ -197,6 +197,7 @@ def test_training(device, dtype):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.some_by_default(6)
 def test_inference(device, dtype):
     for layout in LAYOUTS:
         if layout.mask is None:

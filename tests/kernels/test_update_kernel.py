@@ -184,6 +184,7 @@ def rows(shape, touched, latest=None, **options):
 
 
 @pytest.mark.parametrize("rule", SLOTS)
+@pytest.mark.some_by_default(9)
 def test_rows_without_a_flag_stay_as_they_are(device, rule):
     rng = np.random.default_rng(0)
     items = []

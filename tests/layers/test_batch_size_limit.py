@@ -48,7 +48,7 @@ def test_a_size_that_only_the_run_knows():
 
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("verb", ["fit", "evaluate", "predict"])
-@pytest.mark.some_by_default(3)
+@pytest.mark.some_by_default(2)
 def test_training_evaluation_and_prediction(verb, jit_compile):
     model = network()
     model.compile("sgd", "mse", jit_compile=jit_compile)

@@ -119,7 +119,7 @@ def check_same(mine, its, atol):
         ("nested", 5, "graph"),
     ],
 )
-@pytest.mark.some_by_default(3)
+@pytest.mark.some_by_default(2)
 def test_the_same_as_whole_batches_in_keras(net, micro, run):
     check_same(trained(net, micro, run), trained(net, None), 1e-11)
 

@@ -50,6 +50,7 @@ def whole():
         default=lambda *each: each in (("eager", 12, 3), ("graph", 3, 2)),
     ),
 )
+@pytest.mark.some_by_default(1)
 def test_training_is_that_of_the_whole_batch(float64, run, micro, every):
     data = {"x": PICTURES, "y": LABELS}
     trained = train(network("float64"), data, micro=micro, every=every, run=run, **arguments())
@@ -74,6 +75,7 @@ def test_the_reference_does_the_same(float64, run, micro, every):
 @pytest.mark.parametrize(
     ("run", "batch"), cross(RUNS, [10, 12], default=lambda *each: each in (("graph", 10), ("xla", 12)))
 )
+@pytest.mark.some_by_default(1)
 def test_datasets_of_unknown_batch_size(float64, run, batch):
     """Micro-batches of 5 divide batches of 10, which the graph does not know."""
     keras.utils.set_random_seed(1)

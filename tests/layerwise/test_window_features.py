@@ -50,7 +50,7 @@ LOSSES_OF_LAYERS = {
         ),
     ),
 )
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_losses_that_layers_add(float64, where, loss_over, run, every):
     keras.utils.set_random_seed(1)
     net = keras.Sequential([keras.Input((5,)), *LOSSES_OF_LAYERS[where]()])
@@ -76,7 +76,7 @@ def weighted_mean():
     ],
     ids=["sample mean", "weighted mean", "a micro-batch without weight", "one loss"],
 )
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_sample_weights(float64, weights, loss, model):
     compare(network(), {"x": X, "y": Y, "sample_weight": weights}, model=model, weighted_metrics=["mse"], **loss())
 

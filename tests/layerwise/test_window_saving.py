@@ -154,7 +154,7 @@ class Fragile(keras.layers.Layer):
         pytest.param("first", False, False, marks=pytest.mark.exhaustive),
     ],
 )
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_a_failed_step_leaves_all_as_it_was(backward, where, run_eagerly):
     """In the second of three micro-batches. The next step is as if there had been none."""
 

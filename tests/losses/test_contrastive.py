@@ -88,6 +88,7 @@ TRACED = [("graph", 3), ("xla", 4), ("graph", 4), ("xla", 3)]
     ids=lambda value: getattr(value, "__name__", str(value)),
     indirect=["kind", "mode"],
 )
+@pytest.mark.some_by_default(6)
 def test_gradients_do_not_depend_on_the_tile(kind, mode, tile):
     weights = np.linspace(0, 2, 11)
     whole = gradient(kind(tile=11, dtype="float64"), weights)
@@ -141,6 +142,7 @@ def test_bad_arguments_are_named(kind):
 @pytest.mark.parametrize(
     ("kind", "size"), cross(LOSSES, [5, 4], default=lambda *each: each in turns(LOSSES, [5, 4])), indirect=["kind"]
 )
+@pytest.mark.some_by_default(2)
 def test_windows_train_as_one_batch(kind, size):
     def net():
         keras.utils.set_random_seed(0)

@@ -95,6 +95,7 @@ NETS = {"deep": deep, "wide": wide, "nested": nested}
     ("net", "policy"),
     cross(NETS, ["plan", "count"], default=lambda net, policy: policy == ("count" if net == "wide" else "plan")),
 )
+@pytest.mark.some_by_default(2)
 def test_what_a_plan_says_is_what_its_segments_take(policy, net):
     net = NETS[net]()
     regions = regions_of(net)

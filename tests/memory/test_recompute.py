@@ -112,7 +112,7 @@ CASES = cross(
 
 
 @pytest.mark.parametrize(("kind", "how", "mode"), CASES, indirect=["mode"])
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_gradients_and_state_are_those_without(kind, how, mode):
     block, x = BLOCKS[kind]
     plain = model_of(block, x)
@@ -171,7 +171,7 @@ IN_TURN = turns(ARGUMENTS, ["eager", "graph"])
     cross(ARGUMENTS, ["eager", "graph", "xla"], default=lambda *each: each in IN_TURN),
     indirect=["mode"],
 )
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_functions_with_arguments_of_all_kinds(arguments, mode):
     a, b = tf.constant(SEQUENCES[:, 0]), tf.constant([1, 2])
     arguments = ARGUMENTS[arguments]
@@ -276,7 +276,7 @@ def test_a_float32_layer_in_a_model_of_mixed_precision():
 
 
 @pytest.mark.parametrize("change", ["freeze", "lora", "unfreeze"])
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_layers_that_change_between_calls(change):
     def changed(model):
         dense = next(layer for layer in model._flatten_layers() if isinstance(layer, L.Dense) and layer.units == 4)

@@ -181,7 +181,7 @@ STATISTICS_OF = ["eager-fused", "graph-fused", "eager-fused", "graph-reference",
     ),
     indirect=["run"],
 )
-@pytest.mark.some_by_default(3)
+@pytest.mark.some_by_default(2)
 def test_statistics_are_those_of_windows(data, run, trainer):
     net = make()
     check(net.layers[0], trainer(net, *data, run))
@@ -217,6 +217,7 @@ def test_eagerly_it_has_to_be_built_before(data, trainer):
     "trainer",
     [by_optimizer_not_built, by_accum_steps, pytest.param(by_micro_batch_size, marks=pytest.mark.exhaustive)],
 )
+@pytest.mark.some_by_default(1)
 def test_a_subclassed_model_built_by_fit(data, trainer):
     class Net(keras.Model):
         def __init__(self):
@@ -277,6 +278,7 @@ POLICIES = ["flush", "carry", "drop"]
     ("policy", "mode"),
     cross(POLICIES, ["graph", "eager"], default=lambda *each: each in turns(POLICIES, ["graph", "eager"])),
 )
+@pytest.mark.some_by_default(2)
 def test_partial_windows(data, policy, mode):
     x, y = data
     net = make()
@@ -292,7 +294,7 @@ def test_partial_windows(data, policy, mode):
 
 
 @pytest.mark.parametrize("trainer", [by_accum_steps, by_micro_batch_size, by_optimizer])
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_several_layers_and_a_nested_model(data, trainer):
     inputs = keras.Input((5,))
     first, second, third = (AccumBatchNormalization(momentum=MOMENTUM, name=f"norm_{i}") for i in range(3))
@@ -308,7 +310,7 @@ def test_several_layers_and_a_nested_model(data, trainer):
 
 
 @pytest.mark.parametrize("trainer", [by_accum_steps, by_micro_batch_size, by_optimizer])
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_a_shared_layer(data, trainer):
     """All calls count."""
     inputs, layer = keras.Input((5,)), AccumBatchNormalization(momentum=MOMENTUM)
@@ -325,7 +327,7 @@ def test_time_distributed(rng, data):
     check(layer, by_accum_steps(net, x, data[1], {}))
 
 
-@pytest.mark.some_by_default(3)
+@pytest.mark.some_by_default(2)
 def test_masks(rng, data, run):
     x = rng.standard_normal((64, 7, 5)).astype("float32") + 2
     valid = rng.uniform(size=(64, 7)) < 0.6
@@ -356,7 +358,7 @@ def test_a_large_mean_costs_no_digits(data):
         (1, {"micro_batch_size": 32}, "has accum_steps=1 and is trained with micro_batch_size=32"),
     ],
 )
-@pytest.mark.some_by_default(4)
+@pytest.mark.some_by_default(2)
 def test_accum_steps_of_the_layer_and_of_the_model(data, own, arguments, message):
     net = make(accum_steps=own)
     model = GradientAccumulateModel(net, **arguments)
@@ -440,6 +442,7 @@ ONE_MICRO_BATCH = [("eager", None), ("graph", 1), ("eager", 1), ("graph", None)]
     ),
     indirect=["mode"],
 )
+@pytest.mark.some_by_default(10)
 def test_with_one_micro_batch_it_is_of_keras(rng, mode, case, steps):
     shape, arguments = CASES[case]
     ours = AccumBatchNormalization(accum_steps=steps, name="norm", **arguments)
@@ -566,7 +569,7 @@ class TestRagged:
         ),
         indirect=["backend", "mode"],
     )
-    @pytest.mark.some_by_default(2)
+    @pytest.mark.some_by_default(1)
     def test_as_keras_does(self, backend, mode, rng, axis):
         values = rng.normal(1, 2, (10, 3)).astype("float32")
         x = tf.RaggedTensor.from_row_lengths(values, [3, 0, 7])
@@ -710,6 +713,7 @@ class TestSaving:
         check(loaded, [x])
 
     @pytest.mark.parametrize("kind", ["accumulator", "model"])
+    @pytest.mark.some_by_default(1)
     def test_checkpoint_of_training(self, data, tmp_path, kind):
         """A restore undoes all steps since the save, between windows and within one."""
         x, y = data
@@ -846,6 +850,7 @@ class TestOthersTrainIt:
         check(net.layers[0], [x, x[:48] + 1, x[48:] + 1, x])
 
     @pytest.mark.parametrize("mode", ["graph", "eager"])
+    @pytest.mark.some_by_default(1)
     def test_frozen_in_another_model(self, data, mode):
         x, y = data
         net = make()

@@ -530,7 +530,7 @@ def structure(request, rng):
     return model
 
 
-@pytest.mark.some_by_default(16)
+@pytest.mark.some_by_default(8)
 def test_same_model(structure, rng, recwarn, request):
     batch = data(structure, rng)
     config = None if request.node.callspec.params["structure"].__name__ in OTHER_CONFIG else structure.get_config()

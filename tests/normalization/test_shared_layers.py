@@ -59,6 +59,7 @@ def check(layer, windows):
     ("mode", "run"),
     cross(MODES, RUNS, default=lambda mode, run: run == ("graph" if mode == "accum_steps" else "eager")),
 )
+@pytest.mark.some_by_default(1)
 def test_two_models_in_turns(x, mode, run):
     """Their windows overlap; each moves the statistics by its own batches, when it ends."""
     layer, (one, two) = shared_by(2, wrapped(RUNS[run], **MODES[mode]))

@@ -57,7 +57,7 @@ def pair_name(value):
     ids=pair_name,
     indirect=["backend", "mode"],
 )
-@pytest.mark.some_by_default(24)
+@pytest.mark.some_by_default(12)
 def test_matches_numpy(backend, mode, rng, pair, overwrite):
     accumulator_dtype, gradient_dtype = pair
     old = [random(rng, shape, accumulator_dtype) for shape in SIZES]
@@ -75,6 +75,7 @@ def test_matches_numpy(backend, mode, rng, pair, overwrite):
         assert_close(accumulator.numpy(), expected(before, gradient, scale, overwrite), before, product, mode)
 
 
+@pytest.mark.some_by_default(3)
 def test_mixes_dtypes_in_one_list(backend, mode, rng):
     dtypes = [PAIRS[i % len(PAIRS)] for i in range(40)]
     shapes = [SIZES[i % len(SIZES)] for i in range(40)]
@@ -195,7 +196,7 @@ def test_check_finite(backend, mode, rng, dtype, value):
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["add", "overwrite"])
 @pytest.mark.parametrize("check_finite", [False, True], ids=["norms", "norms and check_finite"])
-@pytest.mark.some_by_default(8)
+@pytest.mark.some_by_default(4)
 def test_squared_norms(backend, mode, rng, overwrite, check_finite):
     """Of gradients as they are given, and of accumulators as the op leaves them; NaN where rows are added."""
     dtypes = [PAIRS[i % len(PAIRS)] for i in range(len(SIZES))]
@@ -223,6 +224,7 @@ def test_squared_norms(backend, mode, rng, overwrite, check_finite):
     np.testing.assert_allclose(found.numpy(), np.insert(wanted, 2, np.nan, axis=1), rtol=2e-6)
 
 
+@pytest.mark.some_by_default(3)
 def test_squared_norms_where_a_tensor_asks_for_them(backend, mode, rng):
     """The gradients are added either way."""
     accumulators = [tf.Variable(random(rng, shape, tf.float32)) for shape in SIZES]
@@ -331,6 +333,7 @@ class TestRows:
         ids=label,
         indirect=["backend", "mode"],
     )
+    @pytest.mark.some_by_default(22)
     def test_duplicates_add_up(self, backend, mode, rng, shape, tracked, index_dtype):
         accumulator = tf.Variable(tf.zeros(shape))
         flags = tf.Variable(tf.zeros(shape[:1], tf.bool)) if tracked else None
@@ -498,6 +501,7 @@ def test_is_one_op_in_the_graph(backend):
         assert "AccumOps>Accumulate" not in kinds
 
 
+@pytest.mark.some_by_default(1)
 def test_memory_stays_flat(backend, resident_bytes):
     accumulators = [tf.Variable(tf.zeros([257])) for _ in range(10)]
     embedding = tf.Variable(tf.zeros([1000, 16]))

@@ -267,12 +267,13 @@ def check_inference(mode, dtype, layouts):
 
 
 @pytest.mark.parametrize(("backend", "mode", "dtype"), DEFINED, ids=label, indirect=["backend", "mode"])
-@pytest.mark.some_by_default(5)
+@pytest.mark.some_by_default(3)
 def test_training_matches_the_definition(backend, mode, dtype):
     check_training(mode, dtype, layouts(backend, mode, dtype))
 
 
 @pytest.mark.parametrize(("backend", "mode", "dtype"), DEFINED, ids=label, indirect=["backend", "mode"])
+@pytest.mark.some_by_default(5)
 def test_inference_matches_the_definition(backend, mode, dtype):
     check_inference(mode, dtype, layouts(backend, mode, dtype)[::2])
 
@@ -522,6 +523,7 @@ DETERMINISM = [
 
 @pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16])
 @pytest.mark.parametrize("layout", DETERMINISM, ids=str)
+@pytest.mark.some_by_default(5)
 def test_same_bits_every_time(layout, dtype):
     data = Data(layout, dtype)
     first = data.train()

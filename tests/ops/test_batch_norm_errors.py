@@ -118,6 +118,7 @@ def test_raw_op_raises_in_a_graph(name):
 
 
 @pytest.mark.parametrize("name", list(MALFORMED))
+@pytest.mark.some_by_default(18)
 def test_raw_op_raises_under_xla(name):
     _, call = MALFORMED[name]
     with pytest.raises((INVALID, ValueError, TypeError)):

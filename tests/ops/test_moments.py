@@ -53,6 +53,7 @@ def check(window, pooled, tolerance):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(tf.float32, 1e-6), (tf.float64, 1e-13), (tf.bfloat16, 1e-6)])
+@pytest.mark.some_by_default(6)
 def test_ragged_micro_batches_are_the_pooled_batch(backend, mode, rng, dtype, tolerance):
     batches = batches_of(rng, 17, dtype)
     window = make_window(17)
@@ -68,6 +69,7 @@ def test_ragged_micro_batches_are_the_pooled_batch(backend, mode, rng, dtype, to
 
 
 @pytest.mark.parametrize("dtype", [tf.float32, tf.float64, tf.float16, tf.bfloat16])
+@pytest.mark.some_by_default(8)
 def test_moving_statistics_move_at_the_limit(backend, mode, rng, dtype):
     batches = [rng.normal(i, 1.0, (size, 5)).astype(np.float32) for i, size in enumerate((4, 7, 3))]
     window, moving = make_window(5, limit=3), make_moving(5, dtype=dtype)
@@ -152,6 +154,7 @@ def test_masked_rows_do_not_count(backend, rng):
     np.testing.assert_allclose(window.moments[1], valid.var(0) * len(valid), rtol=1e-5)
 
 
+@pytest.mark.some_by_default(2)
 def test_rest_of_the_mean_counts(backend, mode):
     window = make_window(2)
     mode(lambda: ops.merge_moments(make_batch(2, rest=1e-9), window=window))()

@@ -98,6 +98,7 @@ RULES = cross(
 
 
 @pytest.mark.parametrize(("backend", "mode", "rule"), RULES, indirect=["backend", "mode"])
+@pytest.mark.some_by_default(8)
 def test_steps_as_the_rule_says(backend, mode, rng, rule):
     problem = Problem(rng, rule)
     problem.run(mode, scales=0.25, rate=0.01)
@@ -121,6 +122,7 @@ def test_steps_as_the_rule_says(backend, mode, rng, rule):
     ids=label,
     indirect=["backend", "mode"],
 )
+@pytest.mark.some_by_default(11)
 def test_latest_gradient_goes_straight_in(backend, mode, rng, rule, latest_dtype):
     problem = Problem(rng, rule, latest_dtype=latest_dtype)
     problem.run(mode, latest=True, scales=0.25, rate=0.01, weight=3.0)
@@ -152,6 +154,7 @@ def test_decay_clip_and_scales_of_their_own(backend, mode, rng):
 
 
 @pytest.mark.parametrize(("backend", "mode", "rule"), RULES, indirect=["backend", "mode"])
+@pytest.mark.some_by_default(8)
 def test_a_step_that_does_not_apply_writes_nothing(backend, mode, rng, rule):
     problem = Problem(rng, rule)
     applies = tf.Variable(False)
@@ -165,6 +168,7 @@ def test_a_step_that_does_not_apply_writes_nothing(backend, mode, rng, rule):
 
 
 @pytest.mark.parametrize(("backend", "mode", "rule"), RULES, indirect=["backend", "mode"])
+@pytest.mark.some_by_default(8)
 def test_a_flag_says_whether_anything_is_done(backend, mode, rng, rule):
     problem = Problem(rng, rule)
     only_if = tf.Variable(False)
@@ -487,6 +491,7 @@ RAW = {
 
 @pytest.mark.parametrize("way", ["eager", "graph", "xla"])
 @pytest.mark.parametrize("case", RAW)
+@pytest.mark.some_by_default(32)
 def test_malformed_calls_of_the_raw_op_fail_and_change_nothing(case, way):
     """No wrapper has checked these arguments. Functions learn when they run what their variables are."""
     raw = ops.library.load()[0]

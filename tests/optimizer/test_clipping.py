@@ -80,7 +80,7 @@ def assert_same_bits(actual, wanted):
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
     indirect=["mode"],
 )
-@pytest.mark.some_by_default(5)
+@pytest.mark.some_by_default(3)
 def test_definition(mode, pair, rng):
     """All ranks, with units far below their threshold and far above it side by side."""
     gradient_dtype, variable_dtype = pair
@@ -220,6 +220,7 @@ ZEROS = [(), (3,), (4, 3)]
     ids=str,
     indirect=["mode"],
 )
+@pytest.mark.some_by_default(13)
 def test_zeros(mode, dtype, shape):
     """A zero gradient stays, whatever the weights; weights of zero count as epsilon."""
     clip = AdaptiveGradientClipping(clip_factor=0.5, epsilon=0.25)

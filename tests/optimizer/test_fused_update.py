@@ -102,7 +102,7 @@ EAGER = ["SGD with decay", "Adam's other settings", "clipnorm"]
     ),
     indirect=["mode"],
 )
-@pytest.mark.some_by_default(4)
+@pytest.mark.some_by_default(2)
 def test_100_updates_equal_the_optimizers_own(mode, rng, name):
     check_against_the_optimizers_own(mode, rng, name, updates=100)
 
@@ -112,7 +112,7 @@ def test_100_updates_equal_the_optimizers_own(mode, rng, name):
     cross(["eager", "xla"], SETTINGS, default=lambda mode, name: name in {"eager": EAGER, "xla": COMPILED}[mode]),
     indirect=["mode"],
 )
-@pytest.mark.some_by_default(4)
+@pytest.mark.some_by_default(2)
 def test_30_updates_in_other_modes(mode, rng, name):
     """The warm-up of the schedule takes 20 of them."""
     check_against_the_optimizers_own(mode, rng, name, updates=30)
@@ -228,7 +228,7 @@ ELSEWHERE = {
     ),
     indirect=["backend", "mode"],
 )
-@pytest.mark.some_by_default(6)
+@pytest.mark.some_by_default(3)
 def test_gradients_that_are_none_or_rows_in_some_micro_batches(backend, mode, rng, name):
     """The mean of a window over variables with dense, sparse and missing gradients."""
     table, other, never = (np.array(rng.standard_normal(shape), "float32") for shape in ((2000, 40), (7,), (3,)))
@@ -299,6 +299,7 @@ def test_an_update_that_fails_keeps_the_window(rng):
     np.testing.assert_array_equal(variable.numpy(), np.full(3, -1.0))
 
 
+@pytest.mark.some_by_default(2)
 def test_adaptive_clipping_goes_into_the_fused_update(mode, rng):
     start = [rng.standard_normal((6, 4)).astype("float32"), rng.standard_normal(4).astype("float32")]
     mine, theirs = ([keras.Variable(v) for v in start] for _ in range(2))
@@ -394,6 +395,7 @@ TENSORFLOW_VARIABLES = [
     ),
     indirect=["mode"],
 )
+@pytest.mark.some_by_default(3)
 def test_tensorflow_variables(mode, rng, name):
     start = start_values(rng)
     mine, theirs = ([tf.Variable(value) for value in start] for _ in range(2))

@@ -150,7 +150,7 @@ def test_every_optimizer_as_in_keras(name, setting):
         ("xla", "AdamW", "clipnorm", ["A A", "A AB", "AB A"], False),
     ],
 )
-@pytest.mark.some_by_default(3)
+@pytest.mark.some_by_default(2)
 def test_windows_with_gaps(mode, name, setting, windows, flush):
     """In a graph each set of variables has a trace of its own, and any of them may end any window."""
     compare(name, setting, windows, MODES[mode], flush=flush)

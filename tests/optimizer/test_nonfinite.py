@@ -97,7 +97,7 @@ def check(variables, optimizer, wanted, updates, count):
     ),
     indirect=["backend", "mode"],
 )
-@pytest.mark.some_by_default(6)
+@pytest.mark.some_by_default(3)
 def test_updates_are_those_of_the_finite_micro_batches(backend, mode, policy, name):
     optimizer = GradientAccumulateOptimizer(OPTIMIZERS[name](), 3, nonfinite=policy)
     variables = train(optimizer, mode)
@@ -151,6 +151,7 @@ def test_rows(backend, policy, lazy):
 
 
 @pytest.mark.parametrize("policy", ["skip", "drop"])
+@pytest.mark.some_by_default(2)
 def test_gradient_clipping_sees_what_is_left(backend, policy):
     def optimizer(**arguments):
         clip = AdaptiveGradientClipping(0.3)
@@ -204,6 +205,7 @@ def test_a_loss_scale_inside_backs_off_whatever_is_left_of_the_window(policy, fu
     np.testing.assert_allclose(variables[0].numpy(), wanted.numpy(), rtol=1e-6)
 
 
+@pytest.mark.some_by_default(2)
 def test_a_loss_scale_inside_follows_as_keras_does(mode):
     """Where the op decides, the scale, its counter and the count of updates are those of Keras's own conditions."""
 
@@ -241,6 +243,7 @@ def test_a_loss_scale_around_skips_by_itself(policy):
     assert int(inner.nonfinite_count) == 0
 
 
+@pytest.mark.some_by_default(2)
 def test_a_weight_of_0_is_neither_skipped_nor_does_it_drop(mode):
     """The mean loss of no samples is 0 / 0. A window of such weights makes the update of a gradient of zero."""
     for policy in ("skip",) if mode.name == "xla" else ("propagate", "skip", "drop"):

@@ -130,7 +130,7 @@ UNFUSED = ["global_clipnorm", "schedule", "ema"]
     ),
     indirect=["backend"],
 )
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_settings_of_the_inner_optimizer_act_once_a_window(backend, rng, name):
     check_against_the_full_batch(rng, name, "graph", 10)
 
@@ -390,7 +390,7 @@ class TestMovingAverages:
         return model
 
     @pytest.mark.parametrize("wrap", ["optimizer", "scaled", "model"])
-    @pytest.mark.some_by_default(2)
+    @pytest.mark.some_by_default(1)
     def test_saved_loaded_and_trained_on(self, rng, tmp_path, wrap):
         plain, x, y = self.make(rng, self.plain)
         model, _, _ = self.make(rng, getattr(self, wrap))
@@ -607,6 +607,7 @@ def test_loading_where_nothing_is_trainable(tmp_path):
     loaded.optimizer.apply([], [])
 
 
+@pytest.mark.some_by_default(1)
 def test_a_batch_that_fails_does_not_count(backend):
     """Not even where the forward pass fails, long before the gradients are there."""
     model = embedding()

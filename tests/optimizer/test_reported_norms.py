@@ -77,7 +77,7 @@ def passes_of(function, *given):
     ),
     indirect=["mode"],
 )
-@pytest.mark.some_by_default(8)
+@pytest.mark.some_by_default(4)
 def test_as_in_float64(mode, rng, name, ending):
     optimizer, variables = build(name)
     optimizer.jit_compile = mode.name == "xla"
@@ -96,7 +96,7 @@ def test_as_in_float64(mode, rng, name, ending):
 
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.some_by_default(8)
+@pytest.mark.some_by_default(4)
 def test_sums_are_read_only_where_the_window_ends_apart(name, ending):
     optimizer, _ = build(name)
     end = tf.function(lambda *given: ENDINGS[ending](optimizer, given) and None)
@@ -233,7 +233,7 @@ class TestSlices:
     @pytest.mark.parametrize("arguments", [{}, {"parallel_micro_batches": 2}], ids=["loop", "parallel"])
     @pytest.mark.parametrize("run_eagerly", [False, True])
     @pytest.mark.parametrize("name", ["global_clipnorm", "clipnorm"])
-    @pytest.mark.some_by_default(4)
+    @pytest.mark.some_by_default(2)
     def test_as_in_float64(self, name, run_eagerly, arguments):
         model = self.model(OPTIMIZERS[name](), **arguments)
         model.run_eagerly = run_eagerly

@@ -102,7 +102,7 @@ COMPILED = ("nesterov", "amsgrad", "centered", "global_clipnorm")
     ),
     indirect=["backend", "mode"],
 )
-@pytest.mark.some_by_default(16)
+@pytest.mark.some_by_default(8)
 def test_lazy_sparse(backend, mode, rng, name):
     start = rng.standard_normal((ROWS, WIDTH)).astype("float32")
     variable = keras.Variable(start, name="table")
@@ -131,6 +131,7 @@ def test_lazy_sparse(backend, mode, rng, name):
     ),
     indirect=["backend", "mode"],
 )
+@pytest.mark.some_by_default(6)
 def test_rows_suffice_without_lazy_sparse(backend, mode, rng, name):
     """For these the dense update leaves the other rows alone."""
     start = rng.standard_normal((ROWS, WIDTH)).astype("float32")

@@ -248,7 +248,7 @@ def test_stored_plan_is_the_same(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adafactor"])
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_variables_to_come(optimizer):
     model = accumops.GradientAccumulateModel(network(), micro_batch_size=8)
     model.compile(optimizer, "mse")
@@ -340,6 +340,7 @@ def refusals():
 
 
 @pytest.mark.parametrize("i", range(15))
+@pytest.mark.some_by_default(8)
 def test_refusals(i):
     cases, model = refusals()
     arguments, kind, message = cases[i]

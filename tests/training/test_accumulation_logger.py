@@ -105,6 +105,7 @@ def check(found, wanted):
 
 
 @pytest.mark.parametrize("make", [with_model, with_optimizer])
+@pytest.mark.some_by_default(1)
 def test_each_epoch(rng, tmp_path, clock, make):
     problem = Problem(rng, SAMPLES)
     norms = norms_by_hand(problem, WINDOWS, keras.optimizers.SGD(0.1))
@@ -122,7 +123,7 @@ def test_each_epoch(rng, tmp_path, clock, make):
 
 @pytest.mark.parametrize("make", [with_model, with_optimizer])
 @pytest.mark.parametrize("update_freq", ["batch", 2])
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_each_so_many_batches(rng, tmp_path, clock, make, update_freq):
     """The epoch's fifth batch opens a window, which its end flushes after the fifth write."""
     problem = Problem(rng, SAMPLES)
@@ -144,6 +145,7 @@ def test_each_so_many_batches(rng, tmp_path, clock, make, update_freq):
 
 
 @pytest.mark.parametrize("update_freq", ["epoch", 1])
+@pytest.mark.some_by_default(1)
 def test_micro_batches_of_a_batch(rng, tmp_path, clock, update_freq):
     problem = Problem(rng, SAMPLES)
     windows = [slice(0, 32), slice(32, 64), slice(64, 80)]
@@ -208,7 +210,7 @@ class TestGradientNorm:
             ),
         ),
     )
-    @pytest.mark.some_by_default(3)
+    @pytest.mark.some_by_default(2)
     def test_optimizers(self, rng, tmp_path, optimizer, mode, run):
         problem = Problem(rng, SAMPLES)
         model = GradientAccumulateModel(problem.model(), **({"accum_steps": 4} | MODES[mode]))
@@ -223,6 +225,7 @@ class TestGradientNorm:
         self.check(problem, with_optimizer(problem), tmp_path, keras.optimizers.SGD(0.1))
 
     @pytest.mark.parametrize("inside", [True, False])
+    @pytest.mark.some_by_default(1)
     def test_under_loss_scaling(self, rng, tmp_path, inside):
         """The norm is without the factor of the loss."""
         problem = Problem(rng, SAMPLES)

@@ -52,6 +52,7 @@ def dataset(*batches, unknown):
 
 @pytest.mark.parametrize("unknown", [False, True])
 @pytest.mark.parametrize("run_eagerly", [False, True])
+@pytest.mark.some_by_default(2)
 def test_parts_of_different_sizes_are_refused(parts, unknown, run_eagerly):
     net = plain()
     model = GradientAccumulateModel(net, micro_batch_size=10)
@@ -75,7 +76,7 @@ def test_parts_of_different_sizes_are_refused(parts, unknown, run_eagerly):
         (False, {"jit_compile": True}, True),
     ],
 )
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_a_whole_input_reaches_each_micro_batch(parts, names, run, unknown):
     x = {"a_support": parts["support"], "x": parts["x"]} if names else (parts["support"], parts["x"])
     batches = dataset((x, parts["y"]), unknown=unknown)

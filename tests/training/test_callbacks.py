@@ -154,6 +154,7 @@ class TestPartialWindow:
         ("policy", "run_eagerly"),
         cross(WINDOWS, [True, False], default=lambda policy, run_eagerly: run_eagerly == (policy != "flush")),
     )
+    @pytest.mark.some_by_default(2)
     def test_policies(self, rng, policy, run_eagerly):
         windows = WINDOWS[policy]
         problem = Problem(rng, SAMPLES)
@@ -195,6 +196,7 @@ class TestEffectiveBatchSize:
     @pytest.mark.parametrize(
         ("make", "validation"), cross(MAKERS, [True, False], default=lambda *each: each in turns(MAKERS, [True, False]))
     )
+    @pytest.mark.some_by_default(1)
     def test_in_the_logs(self, rng, make, validation):
         problem = Problem(rng, SAMPLES)
         model, _, _ = make(problem, 1)

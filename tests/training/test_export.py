@@ -48,7 +48,7 @@ def trained(make, rng):
 
 
 @pytest.mark.parametrize("name", list(NETWORKS))
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_exported(name, rng, tmp_path):
     model, x = trained(NETWORKS[name], rng)
     model.export(tmp_path / "exported", verbose=False)
@@ -60,7 +60,7 @@ def test_exported(name, rng, tmp_path):
 
 
 @pytest.mark.parametrize("name", list(NETWORKS))
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_saved_by_tensorflow(name, rng, tmp_path):
     model, x = trained(NETWORKS[name], rng)
     tf.saved_model.save(model, tmp_path / "saved")

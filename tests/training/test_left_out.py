@@ -75,7 +75,7 @@ def fit(model, mode="accum_steps", samples=slice(None), **arguments):
         default=lambda mode, policy, run: (mode, policy, run) in DEFAULT,
     ),
 )
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_updates_and_logs_are_those_of_the_finite_micro_batches(mode, policy, run):
     inner, plain = network(), network()
     optimizer = keras.optimizers.Adam(0.05)
@@ -136,6 +136,7 @@ def test_an_epoch_without_anything_finite_has_no_loss():
         default=lambda policy, mode: (policy == "drop") == (mode == "accum_steps"),
     ),
 )
+@pytest.mark.some_by_default(1)
 def test_running_statistics_are_those_of_the_samples_that_made_updates(policy, mode):
     """Targets that are not finite leave inputs that are: they do not count either."""
     inner = network(AccumBatchNormalization(momentum=0.5))

@@ -33,7 +33,7 @@ ONE_MICRO_BATCH = {"micro_batch_size": 17}
     ),
     ids=str,
 )
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_losses_of_single_outputs(x, y, mode, run):
     """In batches of 17, 17 and 9."""
     inputs = keras.Input((6,))

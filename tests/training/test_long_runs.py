@@ -46,6 +46,7 @@ def test_killed_in_the_middle_of_a_window_and_restarted(tmp_path):
     ),
     indirect=["backend"],
 )
+@pytest.mark.some_by_default(1)
 def test_many_windows_in_flat_memory_without_retracing(backend, resident_bytes, mode, windows):
     training = ManyWindows(mode)
     training.train(200)

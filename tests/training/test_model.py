@@ -323,6 +323,7 @@ def test_subclassed_model_built_by_fit(rng):
     ("mode", "eager"),
     cross(MODES, [False, True], default=lambda mode, eager: mode != "parallel" and eager == (mode != "accum_steps")),
 )
+@pytest.mark.some_by_default(1)
 def test_a_model_that_says_how_it_is_built(rng, mode, eager):
     class Net(keras.Model):
         def build(self, input_shape):
@@ -491,6 +492,7 @@ def test_a_step_that_fails_leaves_no_window_open(rng):
 
 
 @pytest.mark.parametrize("partial_window", ["flush", "drop"])
+@pytest.mark.some_by_default(1)
 def test_an_interrupted_fit_leaves_nothing_for_the_next(rng, partial_window):
     class Interrupt(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
@@ -579,6 +581,7 @@ def test_everything_frozen_without_compiling_again(rng):
 
 
 @pytest.mark.parametrize("floatx", ["float16", "bfloat16"])
+@pytest.mark.some_by_default(1)
 def test_the_loss_of_many_slices_where_floats_are_half(floatx):
     keras.config.set_floatx(floatx)
     try:

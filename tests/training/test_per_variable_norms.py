@@ -83,7 +83,7 @@ MODES = {
     ("mode", "run", "lazy_sparse"),
     cross(MODES, RUNS, [False, True], default=lambda mode, run, lazy: not lazy and run != "eager"),
 )
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_fit(data, tmp_path, mode, run, lazy_sparse):
     """Ragged windows and micro-batches; the end of the second epoch flushes a window that is read, and not written."""
     arguments, batch_size, written, flushed = MODES[mode]
@@ -208,6 +208,7 @@ def test_an_accumulator_in_a_loop(backend, mode, rng, reduction):
 
 
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"], indirect=True)
+@pytest.mark.some_by_default(2)
 def test_an_optimizer_in_a_loop(mode, rng):
     """`apply`, which knows of the end when it runs, `close` with gradients, and `flush`."""
     optimizer = accumops.GradientAccumulateOptimizer(keras.optimizers.Adam(0.01), 3)

@@ -54,7 +54,7 @@ def by_default(way, at_once, size, samples):
     ("way", "at_once", "size", "samples"),
     cross(["eager", "graph", "xla"], [1, 2], ["known", "unknown"], SAMPLES, default=by_default),
 )
-@pytest.mark.some_by_default(20)
+@pytest.mark.some_by_default(8)
 def test_each_slice_once_in_order(rng, samples, size, at_once, way):
     x = rng.standard_normal((samples, 3)).astype("float32")
     function, signature = summed(x, size == "known", static_sizes=way == "xla", at_once=at_once)
@@ -112,6 +112,7 @@ def test_no_samples_where_the_graph_knows():
 @pytest.mark.parametrize("rows", [8, 10])
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.some_by_default(4)
 def test_ragged_tensors(rows, known, at_once):
     x = tf.RaggedTensor.from_row_lengths(tf.range(2.0 * rows), [1, 3] * (rows // 2))
     y = tf.range(rows, dtype=tf.float32)

@@ -41,7 +41,7 @@ OPTIMIZERS = {
     ("optimizer", "mode"),
     cross(OPTIMIZERS, MODES, default=lambda *each: each in turns(OPTIMIZERS, MODES)),
 )
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_the_models_update_is_the_large_batchs(rng, mode, optimizer):
     x, y = data(rng)
 
@@ -65,6 +65,7 @@ RUNS = {"eager": {"run_eagerly": True}, "xla": {"jit_compile": True}}
 @pytest.mark.parametrize(
     ("mode", "run"), cross(MODES, RUNS, default=lambda *each: each in turns(MODES, ["xla", "eager"]))
 )
+@pytest.mark.some_by_default(1)
 def test_in_other_runs_and_with_two_outputs(rng, mode, run):
     x, y = data(rng)
 
@@ -80,6 +81,7 @@ def test_in_other_runs_and_with_two_outputs(rng, mode, run):
         np.testing.assert_allclose(b, a, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.some_by_default(1)
 def test_the_optimizer_sums(rng, backend):
     x, y = data(rng)
 

@@ -69,7 +69,7 @@ INTERFERENCE = {
 
 
 @pytest.mark.parametrize("case", cross(INTERFERENCE, default=lambda case: " and " in case))
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_as_eagerly_whatever_happens_between_steps(rng, case):
     x, y = batches(rng)
     results = []
@@ -82,7 +82,7 @@ def test_as_eagerly_whatever_happens_between_steps(rng, case):
 
 
 @pytest.mark.parametrize("accum_steps", [1, 3, lambda updates: tf.where(updates < 2, 2, 3)])
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_schedules_and_windows_of_one(rng, accum_steps):
     x, y = batches(rng)
     graph, eager = model(accum_steps), model(accum_steps, eager=True)

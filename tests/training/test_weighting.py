@@ -73,7 +73,7 @@ def weights_after(wrap, batch_size, mask, loss, y, sample_weight, tokens, **comp
     ("case", "mode", "run"),
     cross(CASES, MODES, RUNS, default=lambda case, *way: (case, way) in turns(CASES, WAYS)),
 )
-@pytest.mark.some_by_default(5)
+@pytest.mark.some_by_default(3)
 def test_equals_the_large_batch(text, mode, case, run):
     mask, arguments, y, weighted_by = CASES[case]
     sample_weight = {None: None, "weights": text["weights"], "one": text["weights"][:, :1]}[weighted_by]

@@ -140,7 +140,7 @@ def train(model, loss, how, data=None, rate=0.1):
     cross(LOSSES, [5, 8], default=lambda *each: each in turns(LOSSES, [5, 8])),
     ids=lambda value: getattr(value, "__name__", value),
 )
-@pytest.mark.some_by_default(5)
+@pytest.mark.some_by_default(3)
 def test_losses_are_those_of_one_batch_in_float64(loss, size):
     net = towers("float64")
     start = net.get_weights()
@@ -171,7 +171,7 @@ def test_losses_are_those_of_one_batch_in_float64(loss, size):
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
-@pytest.mark.some_by_default(4)
+@pytest.mark.some_by_default(2)
 def test_losses_are_those_of_one_batch_in_float32(loss, how, size):
     net = towers()
     start = net.get_weights()
@@ -241,6 +241,7 @@ class MeanOfOutputs(keras.layers.Layer):
 
 
 @pytest.mark.parametrize("how", ["eager", "graph"])
+@pytest.mark.some_by_default(1)
 def test_regularizers_and_losses_of_layers_count_once(how):
     def net():
         keras.utils.set_random_seed(0)

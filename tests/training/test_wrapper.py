@@ -118,6 +118,7 @@ def test_a_model_that_is_frozen_stays_so(frozen):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.some_by_default(2)
 def test_files_of_weights_go_both_ways(net, compiled, tmp_path):
     model = wrap(net, trained=True)
     plain, again = (keras.models.clone_model(net) for _ in range(2))

@@ -82,7 +82,7 @@ def test_equals_training_without(network, mode):
         pytest.param(table, "micro_batch_size", True, marks=pytest.mark.exhaustive),
     ],
 )
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_what_is_compiled(network, mode, passes):
     """Forward and backward alone where a condition, convolutions in a loop or dense gradients of tables would cost."""
     model = make(network, mode)

@@ -259,7 +259,7 @@ def test_inference_with_the_batchs_own_mean_is_found(grid_of, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", ["mean of means", "ignored end", "no variance between", "no momentum"])
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_wrong_merges_are_found(grid_of, monkeypatch, wrong):
     def broken(original, batch, *, window, moving):
         if wrong == "no momentum":

@@ -201,6 +201,7 @@ def tables_of_any_size(monkeypatch):
 @pytest.mark.parametrize("first", ["s", "d"])
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.usefixtures("tables_of_any_size")
+@pytest.mark.some_by_default(4)
 def test_sparse_gradients_over_windows(backend, jit_compile, first, rng):
     """Rows left from earlier windows, rows never touched, and switches to dense gradients, traced in either order."""
     table = tf.Variable(tf.zeros([40, 5]))
@@ -495,6 +496,7 @@ class TestAccumStepsThatChange:
             GradientAccumulator(accum_steps=schedule)
 
 
+@pytest.mark.some_by_default(3)
 def test_sparse_rows_are_kept_where_they_are_known(backend, mode, rng):
     """Each row once and in order; a gradient that was dense, or a small variable, closes as a tensor."""
     table, other, small = (tf.Variable(tf.zeros(shape)) for shape in ([2000, 40], [2000, 40], [20, 2]))

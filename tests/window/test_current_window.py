@@ -39,6 +39,7 @@ def trained(samples, batch_size, compiled, layers=(), **mode):
     ("samples", "compiled"),
     cross(BATCHES, WAYS, default=lambda *each: each in turns(BATCHES, ["xla", "eager", "graph"])),
 )
+@pytest.mark.some_by_default(2)
 def test_batch_of_fit(compiled, samples):
     """The last batch of an epoch is smaller, and its last micro-batch again."""
     _, noted = trained(samples, 8, compiled, micro_batch_size=2)

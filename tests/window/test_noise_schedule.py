@@ -48,6 +48,7 @@ def new(schedule, inner=None):
     cross(["fused", "reference"], ["eager", "graph", "xla"], default=lambda backend, mode: backend == "fused"),
     indirect=True,
 )
+@pytest.mark.some_by_default(2)
 def test_windows_follow_the_noise(backend, mode):
     schedule = NoiseScaleSchedule(2, 12, learning_rate="none", decay=0.0, patience=2)
     optimizer, _ = new(schedule)
@@ -68,6 +69,7 @@ def test_noise_between_half_and_twice_the_batch_changes_nothing(rng):
 
 @pytest.mark.parametrize(("rule", "factors"), [("none", [1, 1, 1]), ("sqrt", [1, 2**0.5, 2]), ("linear", [1, 2, 4])])
 @pytest.mark.parametrize("kind", [keras.optimizers.SGD, keras.optimizers.Adagrad], ids=["fused", "unfused"])
+@pytest.mark.some_by_default(3)
 def test_the_learning_rate_follows_by_the_rule(kind, rule, factors):
     schedule = NoiseScaleSchedule(2, 8, learning_rate=rule, decay=0.0, patience=1)
     optimizer, variable = new(schedule, kind(0.5))
