@@ -45,8 +45,9 @@ class AutoMicroBatch:
         self.memory_limit = memory_limit
         self.plan: MicroBatchPlan | None = None
         """The plan, once it is found."""
-        self._accumulate: Callable[[Any], None] | None = None
+        self._accumulate: Callable[[Any], tf.Tensor] | None = None
         self._update: Callable[[], None] | None = None
+        self._in_one_op = False  # whether the update is one op, and all that comes after it counts it
         self._close: Callable[[], Logs] | None = None
         self._moved: list[tf.Variable] = []
         self._values_of_moved: Callable[[], list[tf.Tensor]] | None = None
@@ -85,7 +86,8 @@ class AutoMicroBatch:
         if model.model.built and not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
         before = self._values_before()
-        while (failure := self._failure_of(lambda: self._passes()(data))) is not None:
+        counted: list[tf.Tensor] = []  # what the optimizer's `iterations` are once the update is made
+        while (failure := self._failure_of(lambda: counted.append(self._passes()(data)))) is not None:
             self._put_back(before)
             size = model.micro_batch_size
             if size == 1:
@@ -93,23 +95,21 @@ class AutoMicroBatch:
             model.micro_batch_size = size // 2
             gc.collect()  # the functions for the size before, whose graphs hold memory
             print(f"\naccumops: memory ran out ({failure}). micro_batch_size={size // 2} from here on.", flush=True)
-        return self._end(before)
+        return self._end(before, counted[0])
 
-    def _end(self, before: list[tf.Tensor]) -> Logs:
+    def _end(self, before: list[tf.Tensor], counted: tf.Tensor) -> Logs:
         """Ends the window. Where memory runs out it tries once more, without what the passes hold."""
         optimizer = self._model.optimizer
         if not (optimizer.accumulator.built and self._model.trainable_variables):
             return self._model.get_metrics_result()
-        iterations = tf_variable(innermost(optimizer).iterations)
-        # On the host: as a tensor that is held, `iterations` would need memory to move.
-        counted = iterations.numpy()
-        in_one_op = self._updates_in_one_op()
+        update = self._updating()
+        in_one_op = self._in_one_op
         written = [] if in_one_op else [*self._model.trainable_variables, *optimizer.inner_optimizer.variables]
 
         def is_made() -> bool:
-            return in_one_op and bool(iterations.numpy() != counted)
+            return in_one_op and tf_variable(innermost(optimizer).iterations).numpy() == counted.numpy()
 
-        failure = self._failure_of_two(self._updating(), written, is_made)
+        failure = self._failure_of_two(update, written, is_made)
         if failure is not None:
             self._put_back(before)
             raise _out_of_memory(_UPDATE, failure)
@@ -140,13 +140,11 @@ class AutoMicroBatch:
             gc.collect()
         return failure
 
-    def _updates_in_one_op(self) -> bool:
-        """Whether the update is one op, and all that comes after it counts it."""
-        optimizer = self._model.optimizer
-        inner = optimizer.inner_optimizer
+    def _is_one_op(self, update: Any) -> bool:
+        inner = self._model.optimizer.inner_optimizer
         if self._model.run_eagerly or isinstance(inner, keras.optimizers.LossScaleOptimizer) or inner.use_ema:
             return False
-        graph = self._updating().get_concrete_function().graph.as_graph_def()
+        graph = update.get_concrete_function().graph.as_graph_def()
         operations = [*graph.node, *(node for each in graph.library.function for node in each.node_def)]
         return [each.op for each in operations].count("AccumOps>Update") == 1
 
@@ -166,14 +164,19 @@ class AutoMicroBatch:
             return str(error).strip().splitlines()[0]
         return None
 
-    def _passes(self) -> Callable[[Any], None]:
+    def _passes(self) -> Callable[[Any], tf.Tensor]:
+        def accumulate(data: Any) -> tf.Tensor:
+            self._model.training_step.accumulate(data)
+            return innermost(self._model.optimizer).iterations + 1
+
         if self._accumulate is None:
-            self._accumulate = self._function(self._model.training_step.accumulate)
+            self._accumulate = self._function(accumulate)
         return self._accumulate
 
     def _updating(self) -> Any:
         if self._update is None:
             self._update = self._function(self._model.optimizer.update_alone)
+            self._in_one_op = self._is_one_op(self._update)
         return self._update
 
     def _closing(self) -> Callable[[], Logs]:
