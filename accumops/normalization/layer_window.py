@@ -19,6 +19,9 @@ from accumops.window import replicas
 Saved = tuple[Any, Any]
 """A window that is saved: its number of values and of calls, and its moments."""
 
+Part = tuple[ops.MomentsWindow, ops.MovingStatistics]
+"""A window and the statistics that it moves, on one device."""
+
 
 class LayerWindow:
     """A layer's window. It can be made before the layer is built, and then is built by the layer.
@@ -70,7 +73,7 @@ class LayerWindow:
             raise ValueError(f"The layer '{self.member.name}' is not built.")
         return self._variables
 
-    def parts(self) -> list[tuple[ops.MomentsWindow, ops.MovingStatistics]]:
+    def parts(self) -> list[Part]:
         """The variables on the replica that runs; outside of replicas, on each of this process's replicas."""
         layer = self.member
         variables = (*self.variables, layer.moving_mean, layer.moving_variance)
@@ -118,23 +121,27 @@ class LayerWindow:
         built = [window for window in windows if window.member.built]
         if replicas.running() is None:
             for each in built:
-                for window, moving in each.parts():
+                for _, moving in each.parts():
                     each.move_by_earlier_calls(moving)
-                    ops.merge_moments(None, window=window, moving=moving)
+            for parts in _by_device(built):
+                ops.end_windows([window for window, _ in parts], [moving for _, moving in parts])
         elif built:
             for each, pooled in zip(built, _pool(built), strict=True):
                 ((_, moving),) = each.parts()
                 each.move_by_earlier_calls(moving)
                 ops.merge_moments(pooled, moving=moving)
-                each.drop_window()
+            cls.drop_windows(built)
 
-    def drop_window(self, unless: tf.Tensor | None = None) -> None:
+    @classmethod
+    def drop_windows(cls, windows: "Sequence[LayerWindow]", unless: tf.Tensor | None = None) -> None:
         """Drops the moments: they never reach the running statistics. If `unless` is true, nothing is dropped."""
-        if self.member.built:
-            limit_alone = tf.constant([0, 0, 1], tf.int64)
-            kept = limit_alone if unless is None else tf.where(unless, tf.ones_like(limit_alone), limit_alone)
-            for window, _ in self.parts():
-                window.counters.assign(window.counters * kept)
+        for parts in _by_device([each for each in windows if each.member.built]):
+            ops.end_windows([window for window, _ in parts], applies=True if unless is None else ~unless)
+        for each in windows:
+            each.drop_earlier_calls(unless)
+
+    def drop_earlier_calls(self, unless: tf.Tensor | None = None) -> None:
+        """Drops what `add_calls` keeps of all calls but the last, unless a bool scalar is true."""
         earlier = self._earlier.pop(_replica(), [])
         if unless is not None and earlier:
             self._earlier[_replica()] = [
@@ -147,7 +154,7 @@ class LayerWindow:
             with tf.init_scope():
                 # The variables are not initialized while a function is traced for the first time.
                 if self.variables.counters.value.is_initialized():
-                    self.drop_window()
+                    self.drop_windows([self])
 
     def set_limit(self, limit: int) -> None:
         """Starts anew, even while a function is traced, with another number of calls that make the window full."""
@@ -230,6 +237,15 @@ def _by_name(windows: Sequence[LayerWindow]) -> dict[str, LayerWindow]:
 def _replica() -> int:
     """The number of the replica that runs, or 0."""
     return 0 if replicas.running() is None else replicas.local_replica()
+
+
+def _by_device(windows: Sequence[LayerWindow]) -> list[list[Part]]:
+    """The parts of windows of layers that are built, in groups that one op can work on."""
+    groups: dict[str, list[Part]] = {}
+    for each in windows:
+        for part in each.parts():
+            groups.setdefault(part[0].counters.device, []).append(part)
+    return list(groups.values())
 
 
 def _pool(windows: Sequence[LayerWindow]) -> list[ops.BatchMoments]:

@@ -6,7 +6,7 @@ from accumops.ops.barrier import barrier
 from accumops.ops.batch_norm import batch_norm, batch_norm_inference
 from accumops.ops.finite import all_finite
 from accumops.ops.library import LibraryError, build_info, get_backend, set_backend
-from accumops.ops.moments import BatchMoments, MomentsWindow, MovingStatistics, merge_moments
+from accumops.ops.moments import BatchMoments, MomentsWindow, MovingStatistics, end_windows, merge_moments
 from accumops.ops.update import squared_norms, update
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "batch_norm",
     "batch_norm_inference",
     "build_info",
+    "end_windows",
     "get_backend",
     "merge_moments",
     "reference",

@@ -1,11 +1,12 @@
 """Merges the moments of a window's micro-batches, and moves running statistics by them."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 import tensorflow as tf
 
 from accumops.ops import library, reference
-from accumops.ops.variables import check_variable
+from accumops.ops.variables import as_flag, check_variable
 
 Kind = TypeVar("Kind", bound=tuple)
 
@@ -83,20 +84,15 @@ def merge_moments(
     if (batch is None) + (window is None) + (moving is None) > 1:
         raise ValueError("Give at least two of `batch`, `window` and `moving`.")
     if window is not None:
-        names = (f"window.{name}" for name in MomentsWindow._fields)
-        window = MomentsWindow(*map(check_variable, names, _of_type(MomentsWindow, "window", window)))
+        window = _check_window("window", window)
     if moving is not None:
-        mean, variance, momentum = _of_type(MovingStatistics, "moving", moving)
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"`moving.momentum` must be from 0 to 1. Received: {momentum}")
-        mean, variance = check_variable("moving.mean", mean), check_variable("moving.variance", variance)
-        moving = MovingStatistics(mean, variance, momentum)
+        moving = _check_moving("moving", moving)
     if batch is not None:
         _of_type(BatchMoments, "batch", batch)
-    _check_shapes(batch, window, moving)
+    expected = window.moments.shape[1:] if window is not None else None
+    _check_shapes(expected, batch=batch, moving=moving)
     variables = [*(window or ()), *(() if moving is None else moving[:2])]
-    narrow = moving is not None and moving.mean.dtype.size < 4
-    fused = None if narrow else library.fused_ops(variables)
+    fused = None if moving is not None and _is_narrow(moving) else library.fused_ops(variables)
     if fused is None:
         reference.merge_moments(batch, window=window, moving=moving)
         return
@@ -109,17 +105,114 @@ def merge_moments(
     )
 
 
+def end_windows(
+    windows: Sequence[MomentsWindow],
+    moving: Sequence[MovingStatistics] | None = None,
+    *,
+    applies: bool | tf.Tensor = True,
+) -> None:
+    """Ends windows, full or not, all in one op: running statistics move by the moments of each.
+
+    For each window it does what `merge_moments` does without a batch. `accumops.ops.reference.end_windows` is the
+    definition, in plain TensorFlow.
+
+    Args:
+        windows: The windows' variables, each given once.
+        moving: The running statistics of each window; or None, which drops the windows' moments. Statistics in half
+            precision are moved by plain TensorFlow.
+        applies: Whether the windows end: a bool or a scalar bool tensor. If they do not, nothing is written. A tensor
+            is read where the op runs, so no step waits for a GPU.
+
+    Raises:
+        ValueError: If the lists differ in length, numbers of channels do not fit, or a momentum is not from 0 to 1.
+        TypeError: If a member of a list is of another type, or something that should be a variable is not.
+
+    Example:
+
+    >>> window = accumops.ops.MomentsWindow(
+    ...     tf.Variable([4, 2, 8], dtype=tf.int64), tf.Variable([[2.0], [12.0]], dtype=tf.float64)
+    ... )
+    >>> moving = accumops.ops.MovingStatistics(tf.Variable([0.0]), tf.Variable([1.0]), momentum=0.5)
+    >>> accumops.ops.end_windows([window], [moving])
+    >>> moving.mean.numpy(), moving.variance.numpy(), window.counters.numpy()
+    (array([1.], dtype=float32), array([2.], dtype=float32), array([0, 0, 8]))
+    """
+    windows = [_check_window(f"windows[{i}]", each) for i, each in enumerate(_sequence("windows", windows))]
+    ends = as_flag("applies", applies)
+    if moving is None:
+        if windows:
+            _end(windows, None, ends)
+        return
+    moving = [_check_moving(f"moving[{i}]", each) for i, each in enumerate(_sequence("moving", moving))]
+    if len(windows) != len(moving):
+        raise ValueError(
+            f"`moving` must have {len(windows)} items, one for each window. Received: {len(moving)} items."
+        )
+    for i, (window, each) in enumerate(zip(windows, moving, strict=True)):
+        _check_shapes(window.moments.shape[1:], **{f"moving[{i}]": each})
+    for narrow in (False, True):
+        chosen = [i for i, each in enumerate(moving) if _is_narrow(each) == narrow]
+        if chosen:
+            _end([windows[i] for i in chosen], [moving[i] for i in chosen], ends, fuses=not narrow)
+
+
+def _end(
+    windows: list[MomentsWindow], moving: list[MovingStatistics] | None, applies: tf.Tensor, *, fuses: bool = True
+) -> None:
+    statistics = [variable for each in moving or () for variable in each[:2]]
+    variables = [variable for window in windows for variable in window]
+    fused = library.fused_ops([*variables, *statistics]) if fuses else None
+    if fused is None:
+        reference.end_windows(windows, moving, applies=applies)
+        return
+    fused.accum_ops_end_windows(
+        windows=[variable.handle for variable in variables],
+        moving=[variable.handle for variable in statistics],
+        momenta=tf.constant([each.momentum for each in moving or ()], tf.float64),
+        applies=applies,
+    )
+
+
+def _sequence(name: str, value: Sequence[Kind]) -> Sequence[Kind]:
+    if not isinstance(value, list | tuple) or isinstance(value, MomentsWindow | MovingStatistics):
+        raise TypeError(f"`{name}` must be a list. Received: {value!r}")
+    return value
+
+
+def _check_window(name: str, value: MomentsWindow) -> MomentsWindow:
+    names = (f"{name}.{field}" for field in MomentsWindow._fields)
+    return MomentsWindow(*map(check_variable, names, _of_type(MomentsWindow, name, value)))
+
+
+def _check_moving(name: str, value: MovingStatistics) -> MovingStatistics:
+    mean, variance, momentum = _of_type(MovingStatistics, name, value)
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"`{name}.momentum` must be from 0 to 1. Received: {momentum}")
+    mean, variance = check_variable(f"{name}.mean", mean), check_variable(f"{name}.variance", variance)
+    return MovingStatistics(mean, variance, momentum)
+
+
+def _is_narrow(moving: MovingStatistics) -> bool:
+    """Whether statistics are in half precision, which the fused ops do not move."""
+    return moving.mean.dtype.size < 4
+
+
 def _of_type(kind: type[Kind], name: str, value: Kind) -> Kind:
     if not isinstance(value, kind):
         raise TypeError(f"`{name}` must be a {kind.__name__}. Received: {value!r}")
     return value
 
 
-def _check_shapes(batch: BatchMoments | None, window: MomentsWindow | None, moving: MovingStatistics | None) -> None:
-    shapes = {f"batch.{name}": getattr(batch, name).shape for name in ("mean", "rest", "variance")} if batch else {}
-    if moving is not None:
-        shapes |= {"moving.mean": moving.mean.shape, "moving.variance": moving.variance.shape}
-    expected = window.moments.shape[1:] if window is not None else next(iter(shapes.values()))
+def _check_shapes(expected: tf.TensorShape | None, **given: BatchMoments | MovingStatistics | None) -> None:
+    """Checks that moments and statistics have one value for each channel: of this shape, or of their first one's."""
+    shapes = {
+        f"{name}.{field}": getattr(value, field).shape
+        for name, value in given.items()
+        if value is not None
+        for field in ("mean", "rest", "variance")
+        if hasattr(value, field)
+    }
+    expected = next(iter(shapes.values())) if expected is None else expected
     for name, shape in shapes.items():
         if not shape.is_compatible_with(expected):
             raise ValueError(f"`{name}` must have a value for each channel, of shape {expected}. Received: {shape}")

@@ -319,13 +319,35 @@ def merge_moments(
         momentum = moving[2]
         for variable, value in zip(moving[:2], (mean, tf.math.divide_no_nan(centred, count)), strict=True):
             old = tf.convert_to_tensor(variable)
-            wide = tf.float64 if old.dtype == tf.float64 else tf.float32
-            moved = tf.cast(old, wide) * momentum + tf.cast(value, wide) * (1.0 - momentum)
-            variable.assign(tf.where(ends & (count > 0), tf.cast(moved, old.dtype), old))
+            variable.assign(tf.where(ends & (count > 0), _moved(old, value, momentum), old))
     if window is not None:
         counters = (tf.where(ends, zero, each) for each in (tf.cast(count, tf.int64), calls + 1))
         window[0].assign(tf.stack([*counters, limit]))
         window[1].assign(tf.stack([mean, centred]))
+
+
+def end_windows(
+    windows: Sequence[Sequence[tf.Variable]],
+    moving: Sequence[tuple[tf.Variable, tf.Variable, float]] | None,
+    *,
+    applies: tf.Tensor,
+) -> None:
+    """Defines `accumops.ops.end_windows`. It takes the same arguments and does not check them."""
+    for i, (counters, moments) in enumerate(windows):
+        values, _, limit = tf.unstack(counters)
+        if moving is not None:
+            mean, centred = tf.unstack(moments)
+            *statistics, momentum = moving[i]
+            count = tf.cast(values, tf.float64)
+            for variable, value in zip(statistics, (mean, tf.math.divide_no_nan(centred, count)), strict=True):
+                old = tf.convert_to_tensor(variable)
+                variable.assign(tf.where(applies & (values > 0), _moved(old, value, momentum), old))
+        counters.assign(tf.where(applies, tf.stack([0, 0, limit]), counters))
+
+
+def _moved(old: tf.Tensor, value: tf.Tensor, momentum: float) -> tf.Tensor:
+    wide = tf.float64 if old.dtype == tf.float64 else tf.float32
+    return tf.cast(tf.cast(old, wide) * momentum + tf.cast(value, wide) * (1.0 - momentum), old.dtype)
 
 
 def _spread(channels: tf.Tensor, x: tf.Tensor, axis: int) -> tf.Tensor:

@@ -1,4 +1,4 @@
-"""The cases of `accumops.ops.merge_moments`."""
+"""The cases of `accumops.ops.merge_moments` and `accumops.ops.end_windows`."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -108,6 +108,63 @@ def _step(
     return []
 
 
+def _end_cases(quick: bool) -> Iterator[Case]:
+    for i, windows in enumerate((1, 5) if quick else (1, 5, 60)):
+        for j, moving in enumerate(("float32", "float64", "none")):
+            for k, applies in enumerate((True, False)):
+                modes = MODES if (i + j + k) % 3 == 0 else MODES[:2]
+                name = f"{windows} windows, {'ended' if applies else 'kept'}"
+                trial = partial(_end_trial, windows, moving, applies)
+                yield Case(f"{moving} statistics, end of windows", name, trial, modes)
+
+
+def _end_trial(count: int, dtype: str, applies: bool, rng: np.random.Generator) -> Trial:
+    windows: list[np.ndarray] = []
+    statistics: list[np.ndarray] = []
+    kept: list[Expected] = []
+    moved: list[Expected] = []
+    momenta = rng.uniform(0.5, 1, count)
+    for i, momentum in enumerate(momenta):
+        channels = _SIZES[i % len(_SIZES)]
+        values = 0 if i % 3 == 2 else int(rng.integers(1, 5000))
+        counters = np.array([values, 2, 9], np.int64)
+        held = np.abs(rng.standard_normal((2, channels))) * 50 if values else np.full((2, channels), np.nan)
+        windows += [counters, held]
+        kept += [Expected("counters", np.array([0, 0, 9]) if applies else counters), Expected("moments", np.nan_to_num(held))]
+        if dtype == "none":
+            continue
+        precise = np.dtype(dtype)
+        targets = np.stack([held[0], held[1] / max(values, 1)]).astype(np.longdouble)
+        for name, value in zip(("running mean", "running variance"), targets, strict=True):
+            old = rng.uniform(0.1, 3, channels).astype(precise)
+            statistics.append(old)
+            if values == 0 or not applies:
+                moved.append(Expected(name, old))
+                continue
+            new = old.astype(np.longdouble) * np.longdouble(momentum) + value * np.longdouble(1 - momentum)
+            moved.append(Expected(name, new, ulp(old + np.abs(value), precise)))
+    return Trial(
+        variables=[*windows, *statistics],
+        arguments=[tf.constant(applies)],
+        step=partial(_end_step, count, momenta.tolist()),
+        expected=[*kept, *moved],
+        terms=_ROUNDINGS,
+    )
+
+
+def _end_step(
+    count: int, momenta: list[float], implementation: Implementation, variables: list[tf.Variable], applies: tf.Tensor
+) -> list[tf.Tensor]:
+    windows = [ops.MomentsWindow(*variables[2 * i : 2 * i + 2]) for i in range(count)]
+    statistics = variables[2 * count :]
+    pairs = zip(statistics[::2], statistics[1::2], momenta if statistics else (), strict=True)
+    moving = [ops.MovingStatistics(*each) for each in pairs] or None
+    implementation(windows, moving, applies=applies)
+    for window in windows:  # NaN, which an empty window may hold, is equal to nothing
+        window.moments.assign(tf.where(tf.math.is_nan(window.moments), tf.zeros_like(window.moments), window.moments))
+    return []
+
+
 # Lambdas look the ops up at each call, so that a test's replacement of an op is verified instead of the op.
 SUBJECTS = (
     Subject(
@@ -115,5 +172,11 @@ SUBJECTS = (
         fused=lambda *args, **kwargs: ops.merge_moments(*args, **kwargs),
         reference=reference.merge_moments,
         cases=_cases,
+    ),
+    Subject(
+        "end_windows",
+        fused=lambda *args, **kwargs: ops.end_windows(*args, **kwargs),
+        reference=reference.end_windows,
+        cases=_end_cases,
     ),
 )

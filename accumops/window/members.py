@@ -5,7 +5,7 @@ layers. So a layer registers its variables here, and the accumulator that is bui
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import keras
@@ -40,10 +40,14 @@ class MemberWindow(Protocol):
         communicate.
         """
 
-    def drop_window(self, unless: tf.Tensor | None = None) -> None:
-        """Is called where a window is dropped; under a strategy where `reset` is called, once or on each replica.
+    @classmethod
+    def drop_windows(cls, windows: Sequence[Any], unless: tf.Tensor | None = None) -> None:
+        """Is called where a window is dropped, once for what all members of a kind keep.
+
+        Under a strategy it is called where `reset` is called, once or on each replica.
 
         Args:
+            windows: What the members keep.
             unless: A bool scalar: if it is true, the window stays. None drops it.
         """
 
@@ -87,7 +91,7 @@ class Members:
         return bool(self._windows)
 
     def add(self, window: MemberWindow, *, can_be_lost: bool = False) -> None:
-        """Has the end of a window call `close_windows` of what a member keeps of it, and its drop `drop_window`.
+        """Has the end of a window call `close_windows` of what a member keeps of it, and its drop `drop_windows`.
 
         Args:
             window: What a member keeps.
@@ -108,13 +112,17 @@ class Members:
 
     def close(self) -> None:
         """Ends what members keep of the window; under a strategy, on the replica that runs."""
-        for kind in dict.fromkeys(type(window) for window in self._windows):
-            kind.close_windows([window for window in self._windows if type(window) is kind])
+        for kind, windows in self._by_kind():
+            kind.close_windows(windows)
 
     def drop(self, unless: tf.Tensor | None = None) -> None:
         """Drops what members keep of the window, unless a bool scalar is true."""
-        for window in self._windows:
-            window.drop_window(unless)
+        for kind, windows in self._by_kind():
+            kind.drop_windows(windows, unless)
+
+    def _by_kind(self) -> Iterator[tuple[type[MemberWindow], list[MemberWindow]]]:
+        for kind in dict.fromkeys(type(window) for window in self._windows):
+            yield kind, [window for window in self._windows if type(window) is kind]
 
     def release(self) -> None:
         """Has members forget these windows, which are not used any longer."""

@@ -25,6 +25,7 @@ LAYOUTS = [
     ((2, 5, 0), 1, False),
 ]
 CHANNELS = [1, 1024, 1025, 2100]
+WINDOWS = 50  # more than one launch takes
 
 
 class Run:
@@ -149,6 +150,31 @@ def merge(checker: Checker, channels: int, dtype: str, moving_dtype: str) -> Non
     checker.expect(f"{name}: moving statistics of a batch", same)
 
 
+def end(checker: Checker, dtype: str, *, moves: bool, flag: bool | None) -> None:
+    """Checks windows of many sizes that end together; every third one is empty."""
+    device = checker.device
+    name = f"end of {WINDOWS} windows, moving {dtype if moves else 'nothing'}, applies {flag}"
+    values = [10 * (i % 3) for i in range(WINDOWS)]
+    counters = [device.put(np.array([each, 2, 9])) for each in values]
+    moments = [device.put(np.full((2, 1 + 37 * i), float(i) if i % 3 else np.nan)) for i in range(WINDOWS)]
+    moving = [[device.put(np.full(1 + 37 * i, old, dtype)) for i in range(WINDOWS)] for old in (8, 2)]
+    momenta = [i / WINDOWS for i in range(WINDOWS)]
+    settings = {"moving_means": moving[0], "moving_variances": moving[1], "momenta": momenta} if moves else {}
+    applies = True if flag is None else device.put(np.array([flag]))
+    checker.calls += 1
+    device.kernels.end_windows(counters, moments, **settings, applies=applies, stream=device.stream())
+    ended = flag is not False
+    expected = [[0, 0, 9] if ended else [each, 2, 9] for each in values]
+    checker.expect(f"{name}: counters", [device.get(each).tolist() for each in counters] == expected)
+    for old, arrays, targets in zip(
+        (8, 2), moving, (range(WINDOWS), [i / (each or 1) for i, each in enumerate(values)]), strict=True
+    ):
+        for i, (array, target) in enumerate(zip(arrays, targets, strict=True)):
+            share = 1 - momenta[i] if moves and ended and values[i] else 0
+            same = np.allclose(device.get(array), old + (target - old) * share, rtol=1e-6)
+            checker.expect(f"{name}: statistics of window {i}", same)
+
+
 def check(checker: Checker) -> None:
     """Runs all checks of this file."""
     rng = checker.rng
@@ -162,3 +188,7 @@ def check(checker: Checker) -> None:
         for dtype in TYPES[2:]:
             for moving_dtype in TYPES[2:]:
                 merge(checker, channels, dtype, moving_dtype)
+    for dtype in TYPES[2:]:
+        for flag in (None, True, False):
+            end(checker, dtype, moves=True, flag=flag)
+    end(checker, TYPES[2], moves=False, flag=True)

@@ -211,7 +211,8 @@ class Member:
         for member in members:
             member.told.append(int(tf.get_static_value(context.replica_id_in_sync_group)))
 
-    def drop_window(self):
+    @classmethod
+    def drop_windows(cls, members, unless=None):
         pass
 
 

@@ -117,6 +117,9 @@ MUTATIONS = [
         "  if (tile.packs() == 0) return;\n  __syncthreads();",
     ),
     Mutation("moments: barrier", "moments_cuda.cu", BARRIER, ""),
+    Mutation("moments: flag", "moments_cuda.cu", "if (args.applies != nullptr && !*args.applies) return;", ""),
+    Mutation("moments: window", "moments_cuda.cu", "MergeOf(args.windows[blockIdx.x])", "MergeOf(args.windows[0])"),
+    Mutation("moments: type", "moments_cuda.cu", "merge.moving.dtype == DType::kFloat64", "false"),
 ]
 
 

@@ -1,4 +1,5 @@
-"""merge_moments(): windows of ragged batches against all their values together, and when moving statistics move."""
+"""merge_moments() and end_windows(): windows of ragged batches against all their values together, and when moving
+statistics move."""
 
 import numpy as np
 import pytest
@@ -144,3 +145,59 @@ def test_no_channels(device):
     window = Window(device, 0)
     device.kernels.merge_moments(batch_of(device, np.zeros((4, 0), np.float32)), window=window.arrays)
     assert window.read()[0] == [4, 1, NEVER]
+
+
+class Ending:
+    """Windows of 1, 2, … channels with moving statistics, each of other moments; every third one is empty."""
+
+    def __init__(self, device, count, dtype="float32"):
+        self.device = device
+        self.windows = [
+            Window(device, i + 1, limit=9, values=10 * (i % 3), calls=2, moments=float(i) if i % 3 else np.nan)
+            for i in range(count)
+        ]
+        self.moving = [moving_of(device, i + 1, dtype) for i in range(count)]
+        self.momenta = [i / count for i in range(count)]
+
+    def run(self, *, moves=True, **settings):
+        if moves:
+            settings |= {"moving_means": [each for each, _ in self.moving], "momenta": self.momenta}
+            settings["moving_variances"] = [each for _, each in self.moving]
+        counters, moments = zip(*(each.arrays for each in self.windows), strict=True)
+        self.device.kernels.end_windows(counters, moments, **settings)
+
+    def check(self, *, ended, moved):
+        for i, (window, moving, momentum) in enumerate(zip(self.windows, self.moving, self.momenta, strict=True)):
+            values, share = 10 * (i % 3), 1 - momentum if moved and i % 3 else 0
+            assert window.read()[0] == ([0, 0, 9] if ended else [values, 2, 9]), i
+            for array, old, new in zip(moving, (8, 2), (i, i / (values or 1)), strict=True):
+                np.testing.assert_allclose(self.device.get(array), old + (new - old) * share, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("count", [1, 3, 48, 49, 130])
+def test_many_windows_end_at_once(device, count, dtype):
+    ending = Ending(device, count, dtype)
+    for _ in range(2):  # the second call ends empty windows
+        ending.run()
+        ending.check(ended=True, moved=True)
+
+
+def test_windows_that_are_dropped_move_nothing(device):
+    ending = Ending(device, 50)
+    ending.run(moves=False)
+    ending.check(ended=True, moved=False)
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_windows_stay_where_the_flag_says_so(device, moves):
+    ending = Ending(device, 50)
+    for flag in (False, device.put(np.array([False]))) if device.name == "cuda" else (False,):
+        ending.run(moves=moves, applies=flag)
+        ending.check(ended=False, moved=False)
+    ending.run(moves=moves, applies=True)
+    ending.check(ended=True, moved=moves)
+
+
+def test_no_windows(device):
+    device.kernels.end_windows([], [])

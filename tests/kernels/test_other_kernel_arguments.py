@@ -1,4 +1,4 @@
-"""What update(), squared_norms(), batch_norm() and its relatives, and merge_moments() reject; see also
+"""What update(), squared_norms(), batch_norm() and its relatives, merge_moments() and end_windows() reject; see also
 test_kernel_arguments.py. No failed call writes anything."""
 
 import numpy as np
@@ -421,6 +421,56 @@ def test_what_merge_moments_rejects(kernels, case):
     )  # fmt: skip
 
 
+def ends(**changes):
+    """The arguments of a call of end_windows() that is right, for two windows of three channels."""
+    pairs = [window(), window()]
+    arguments = {"counters": [each[0] for each in pairs], "moments": [each[1] for each in pairs]}
+    arguments |= {"moving_means": [floats(3), floats(3)], "moving_variances": [floats(3), floats(3)]}
+    return arguments | {"momenta": [0.5, 0.9]} | changes
+
+
+END_ERRORS = {
+    "no list": ({"counters": 3}, TypeError, "counters"),
+    "a window short": ({"moments": [window()[1]]}, ValueError, "moments has 1 items; it must have 2, one for each of"),
+    "means alone": ({"moving_variances": None}, ValueError, "moving_means and moving_variances must both be None"),
+    "a mean short": ({"moving_means": [floats(3)]}, ValueError, "moving_means has 1 items; it must have 2"),
+    "a momentum short": ({"momenta": [0.5]}, ValueError, "momenta has 1 items; it must have 2"),
+    "one momentum": ({"momenta": 0.5}, TypeError, "momenta must be a sequence of numbers, got float"),
+    "a momentum that is a text": ({"momenta": [0.5, "a"]}, TypeError, "momenta must be numbers, got str"),
+    "int32 counters": (
+        {"counters": [window()[0], np.zeros(3, np.int32)]}, TypeError, "counters[1] has dtype int32; it must be int64",
+    ),
+    "moments of a vector": (
+        {"moments": [window()[1], np.zeros(3)]}, ValueError, "moments[1] has shape (3,); it must be (2, channels)",
+    ),
+    "float32 moments": (
+        {"moments": [floats(2, 3), window()[1]]}, TypeError, "moments[0] has dtype float32; it must be float64",
+    ),
+    "a mean of other channels": (
+        {"moving_means": [floats(3), floats(4)]}, ValueError,
+        "moving_means[1] has shape (4,); it must have shape (3,), the channels of moments[1]",
+    ),
+    "mixed statistics": (
+        {"moving_variances": [floats(3), np.ones(3)]}, TypeError,
+        "moving_variances[1] has dtype float64; it must be that of moving_means[1]",
+    ),
+    "a read-only mean": (
+        {"moving_means": [floats(3), read_only(floats(3))]}, ValueError, "moving_means[1] is read-only",
+    ),
+    "one mean for two": ({"moving_means": [given, given]}, ValueError, "moving_means[0] and moving_means[1] share mem"),
+    "a number for a flag": ({"applies": 0.5}, TypeError, "applies"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", END_ERRORS.values(), ids=END_ERRORS.keys())
+def test_what_end_windows_rejects(kernels, case):
+    changes, error, message = case
+    arguments = ends(**changes)
+    lists = [each for each in arguments.values() if isinstance(each, list)]
+    written = [array for each in lists for array in each if isinstance(array, np.ndarray)]
+    check_raises(lambda: kernels.end_windows(**arguments), written, error, message)
+
+
 def test_the_momentum_is_a_number(kernels):
     check_raises(
         lambda: kernels.merge_moments(batch(), moving=moving(), momentum=None), [], TypeError,
@@ -452,6 +502,7 @@ def test_cuda_arrays_where_cuda_is_missing(kernels):
         ),
         lambda: kernels.batch_norm_inference(large[0], *three[:4], y=large[1]),
         lambda: kernels.merge_moments([count, *three[:3]], moving=three[3:5]),
+        lambda: kernels.end_windows([array(50, 3, typestr="<i8")], [array(51, 2, 3, typestr="<f8")]),
     )  # fmt: skip
     for call in calls:
         with pytest.raises(RuntimeError, match=message):

@@ -1,4 +1,4 @@
-"""Merging moments: `ops.merge_moments`, its reference, and the op itself."""
+"""Merging moments: `ops.merge_moments`, `ops.end_windows`, their references, and the ops themselves."""
 
 import types
 
@@ -180,6 +180,93 @@ def test_readers_keep_what_they_read(backend):
         np.testing.assert_array_equal(then, value)
     assert (moving.mean.numpy() != 8).all()
     assert window.counters.numpy()[0] == 0
+
+
+def make_windows(dtypes):
+    """Windows of 1, 2, … channels, every third one empty, and their moving statistics."""
+    windows = [
+        make_window(i + 1, limit=9, values=10 * (i % 3), calls=2, moments=i if i % 3 else np.nan)
+        for i in range(len(dtypes))
+    ]
+    moving = [make_moving(i + 1, momentum=i / len(dtypes), dtype=dtype) for i, dtype in enumerate(dtypes)]
+    return windows, moving
+
+
+def check_windows(windows, moving, *, ended, moved):
+    for i, (window, (mean, variance, momentum)) in enumerate(zip(windows, moving, strict=True)):
+        values, share = 10 * (i % 3), 1 - momentum if moved and i % 3 else 0
+        assert window.counters.numpy().tolist() == ([0, 0, 9] if ended else [values, 2, 9])
+        for each, old, new in ((mean, 8, i), (variance, 2, i / (values or 1))):
+            tolerance = {2: 1e-2, 4: 1e-6, 8: 1e-14}[each.dtype.size]
+            np.testing.assert_allclose(tf.cast(each, tf.float64), old + (new - old) * share, rtol=tolerance)
+
+
+KINDS = [tf.float32, tf.float64, tf.float16, tf.float32, tf.bfloat16, tf.float64, tf.float32]
+
+
+@pytest.mark.parametrize("moves", [True, False], ids=["moving", "dropped"])
+def test_windows_of_many_layers_end_at_once(backend, mode, moves):
+    windows, moving = make_windows(KINDS)
+    run = mode(lambda: ops.end_windows(windows, moving if moves else None))
+    for _ in range(2):  # the second call ends empty windows
+        run()
+        check_windows(windows, moving, ended=True, moved=moves)
+
+
+@pytest.mark.parametrize("moves", [True, False], ids=["moving", "dropped"])
+def test_windows_end_where_the_flag_says_so(backend, mode, moves):
+    windows, moving = make_windows(KINDS)
+    run = mode(lambda flag: ops.end_windows(windows, moving if moves else None, applies=flag))
+    for flag in (False, True):
+        run(tf.constant(flag))
+        check_windows(windows, moving, ended=flag, moved=flag and moves)
+
+
+def test_end_of_a_window_is_a_merge_without_a_batch(backend, rng):
+    batch = rng.normal(3, 2, (50, 7)).astype(np.float32)
+    results = []
+    for end in (
+        lambda window, moving: ops.merge_moments(None, window=window, moving=moving),
+        lambda window, moving: ops.end_windows([window], [moving]),
+    ):
+        window, moving = make_window(7), make_moving(7)
+        ops.merge_moments(ops.batch_norm(batch, None, None)[1], window=window)
+        end(window, moving)
+        results.append([each.numpy() for each in (*window, *moving[:2])])
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_no_windows(backend):
+    ops.end_windows([])
+    ops.end_windows([], [])
+
+
+W3, M3, M4 = make_window(3), make_moving(3), make_moving(4)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (TypeError, "`windows` must be a list", (W3,)),
+        (TypeError, r"`windows\[1\]` must be a MomentsWindow", ([W3, (1, 2)],)),
+        (TypeError, "`moving` must be a list", ([W3], M3)),
+        (TypeError, r"`moving\[0\]` must be a MovingStatistics", ([W3], [(1, 2, 0.5)])),
+        (TypeError, r"`windows\[0\]\.counters` must be a tf\.Variable", ([W3._replace(counters=[0, 0, 1])],)),
+        (ValueError, "`moving` must have 1 items, one for each window. Received: 2", ([W3], [M3, M4])),
+        (ValueError, r"`moving\[0\]\.mean` must have a value for each channel, of shape \(3,\)", ([W3], [M4])),
+        (ValueError, r"`moving\[0\]\.momentum` must be from 0 to 1", ([W3], [M3._replace(momentum=-1)])),
+    ],
+)
+def test_arguments_of_an_end_are_checked(backend, error, message, arguments):
+    with pytest.raises(error, match=message):
+        ops.end_windows(*arguments)
+    assert W3.counters.numpy()[2] == 1 << 40
+
+
+def test_the_flag_of_an_end_is_a_bool(backend):
+    with pytest.raises((TypeError, ValueError), match="applies"):
+        ops.end_windows([W3], applies=0.5)
 
 
 SHORT = tf.Variable([1.0])
@@ -406,3 +493,56 @@ def test_variables_on_different_devices():
     with pytest.raises(INVALID, match="device"):
         merge.run(window=[merge.counters.handle, there.handle])
     assert merge.values() == UNTOUCHED
+
+
+class End:
+    """Two windows of three channels, and their running statistics, for the raw op."""
+
+    def __init__(self):
+        self.windows, self.moving = make_windows([tf.float32] * 2)
+
+    def run(self, **changes):
+        module, _ = library.load()
+        if module is None:
+            pytest.skip("the compiled ops do not load")
+        arguments = {
+            "windows": [each.handle for window in self.windows for each in window],
+            "moving": [each.handle for moving in self.moving for each in moving[:2]],
+            "momenta": tf.constant([0.0, 0.5], tf.float64),
+            "applies": tf.constant(True),
+        }
+        return module.accum_ops_end_windows(**arguments | changes)
+
+    def handle(self, i):
+        return self.windows[i // 2][i % 2].handle
+
+
+END_DAMAGE = {
+    "half a window": lambda e: e.run(windows=[e.handle(i) for i in range(3)]),
+    "a statistic short": lambda e: e.run(moving=[each.handle for each in e.moving[0][:2]]),
+    "a window twice": lambda e: e.run(windows=[e.handle(i) for i in (0, 1, 0, 1)]),
+    "counters as moments": lambda e: e.run(windows=[e.handle(i) for i in (1, 0, 2, 3)]),
+    "another window's moments": lambda e: e.run(windows=[e.handle(i) for i in (0, 3, 2, 1)]),
+    "a table": lambda e: e.run(windows=[e.handle(0), table(), e.handle(2), e.handle(3)]),
+    "uninitialized": lambda e: e.run(windows=[uninitialized(tf.int64, [3]), *(e.handle(i) for i in (1, 2, 3))]),
+    "moments are a vector": lambda e: e.run(
+        windows=[e.handle(0), variable([1.0], tf.float64), e.handle(2), e.handle(3)]
+    ),
+    "one momentum": lambda e: e.run(momenta=tf.constant([0.5], tf.float64)),
+    "a momentum without statistics": lambda e: e.run(moving=[]),
+    "a scalar momentum": lambda e: e.run(momenta=tf.constant(0.5, tf.float64)),
+    "two flags": lambda e: e.run(applies=tf.constant([True, True])),
+}
+
+
+@pytest.mark.parametrize("jit_compile", [None, False, True], ids=["eager", "graph", "xla"])
+@pytest.mark.parametrize("name", list(END_DAMAGE))
+def test_the_raw_end_raises_and_writes_nothing(name, jit_compile):
+    end = End()
+    call = END_DAMAGE[name]
+    run = call if jit_compile is None else tf.function(call, autograph=False, jit_compile=jit_compile)
+    with pytest.raises((INVALID, PRECONDITION, TypeError, ValueError)):
+        run(end)
+    check_windows(*(end.windows, end.moving), ended=False, moved=False)
+    end.run()  # no lock was left behind
+    assert end.windows[1].counters.numpy().tolist() == [0, 0, 9]

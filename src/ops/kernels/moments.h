@@ -5,11 +5,12 @@
 //   and where that ends the window, which then is empty again: if it had values,
 //   moving <- moving * momentum + (mean and biased variance of the window) * (1 - momentum)
 //
-// A call with moving statistics ends the window where `limit` calls have been made, where it brings
-// no batch, and where there is no window: then the batch is all of it. A call without moving
-// statistics leaves the window open.
+// A call without a batch ends the window; without moving statistics, too, the window's moments are
+// dropped. A call with moving statistics ends the window where `limit` calls have been made, and
+// where there is no window: then the batch is all of it. Any other call leaves the window open.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "dtype.h"
@@ -48,8 +49,24 @@ struct MomentsMerge {
   MovingStatistics moving;
 };
 
+// A window that ends without a batch.
+struct EndedWindow {
+  std::int64_t channels;
+  MomentsWindow window;
+  MovingStatistics moving;
+};
+
+struct WindowsEnd {
+  const EndedWindow* windows;
+  std::size_t count;
+  const bool* applies;  // null means true; where it is false, nothing is written
+};
+
 void MergeMomentsCpu(const MomentsMerge& args);
+void EndWindowsCpu(const WindowsEnd& args);
 // All pointers are device memory. Returns null, or the text of the CUDA error.
 const char* MergeMomentsCuda(const MomentsMerge& args, CUstream_st* stream);
+// As above; `args.windows` is host memory.
+const char* EndWindowsCuda(const WindowsEnd& args, CUstream_st* stream);
 
 }  // namespace accumops

@@ -20,10 +20,10 @@ struct MergePlan {
                    : static_cast<double>(args.window.counters[MomentsWindow::kValues])),
         added(args.batch.count == nullptr ? 0 : static_cast<double>(*args.batch.count)),
         total(before + added),
-        ends(args.moving.mean != nullptr &&
-             (args.window.counters == nullptr || args.batch.count == nullptr ||
-              args.window.counters[MomentsWindow::kCalls] + 1 >=
-                  args.window.counters[MomentsWindow::kLimit])) {}
+        ends(args.batch.count == nullptr ||
+             (args.moving.mean != nullptr && (args.window.counters == nullptr ||
+                                              args.window.counters[MomentsWindow::kCalls] + 1 >=
+                                                  args.window.counters[MomentsWindow::kLimit]))) {}
 
   constexpr void Count(const MomentsMerge& args) const {
     std::int64_t* counters = args.window.counters;
@@ -55,12 +55,19 @@ constexpr void MergeChannel(const MomentsMerge& args, const MergePlan& plan, std
     args.window.mean[c] = mean;
     args.window.centred[c] = centred;
   }
-  if (plan.ends && plan.total != 0) {
+  if (plan.ends && plan.total != 0 && args.moving.mean != nullptr) {
     Moving& moving_mean = static_cast<Moving*>(args.moving.mean)[c];
     Moving& moving_variance = static_cast<Moving*>(args.moving.variance)[c];
     moving_mean = Moved(moving_mean, mean, args.moving.momentum);
     moving_variance = Moved(moving_variance, centred / plan.total, args.moving.momentum);
   }
+}
+
+constexpr MomentsMerge MergeOf(const EndedWindow& ended) {
+  return {ended.channels,
+          {nullptr, nullptr, nullptr, nullptr, DType::kFloat32},
+          ended.window,
+          ended.moving};
 }
 
 // Calls `run` with null pointers to the types of a merge's batch and running statistics.

@@ -12,4 +12,9 @@ void MergeMomentsCpu(const MomentsMerge& args) {
   plan.Count(args);
 }
 
+void EndWindowsCpu(const WindowsEnd& args) {
+  if (args.applies != nullptr && !*args.applies) return;
+  for (std::size_t i = 0; i < args.count; ++i) MergeMomentsCpu(MergeOf(args.windows[i]));
+}
+
 }  // namespace accumops

@@ -1,4 +1,4 @@
-// merge_moments().
+// merge_moments() and end_windows().
 #include <string>
 #include <vector>
 
@@ -91,6 +91,92 @@ void MergeMoments(py::handle batch, py::handle window, py::handle moving, py::ha
            [&](auto& on) { return MergeMomentsCuda(args, on.stream()); });
 }
 
+// The arrays of windows that end.
+class Ending {
+ public:
+  Ending(py::handle counters, py::handle moments, py::handle means, py::handle variances,
+         py::handle momenta, py::handle applies)
+      : counters_(ToArrays(counters, "counters")),
+        moments_(ToArrays(moments, "moments")),
+        applies_(applies, "applies") {
+    RequireLength("moments", moments_.size(), counters_.size(), ", one for each of counters");
+    if (means.is_none() != variances.is_none()) {
+      throw py::value_error("moving_means and moving_variances must both be None, or neither");
+    }
+    if (means.is_none()) return;
+    means_ = ToArrays(means, "moving_means");
+    variances_ = ToArrays(variances, "moving_variances");
+    RequireLength("moving_means", means_.size(), counters_.size(), ", one for each of counters");
+    RequireLength("moving_variances", variances_.size(), counters_.size(),
+                  ", one for each of counters");
+    if (!py::isinstance<py::sequence>(momenta)) {
+      WrongType("momenta", "a sequence of numbers", momenta);
+    }
+    for (const py::handle momentum : py::reinterpret_borrow<py::sequence>(momenta)) {
+      momenta_.push_back(ToNumber(momentum, "momenta", "numbers"));
+    }
+    RequireLength("momenta", momenta_.size(), counters_.size(), ", one for each of counters");
+  }
+
+  // Checks all arrays and adds them to the call.
+  std::vector<EndedWindow> AddTo(Call& call) const {
+    std::vector<EndedWindow> windows;
+    for (std::size_t i = 0; i < counters_.size(); ++i) {
+      const Array &counters = counters_[i], &moments = moments_[i];
+      RequireElement(counters, {Element::kInt64}, "int64");
+      RequireShape(counters, {MomentsWindow::kCounters}, ": values, calls and their limit");
+      RequireElement(moments, {Element::kFloat64}, "float64");
+      if (moments.shape.size() != 2 || moments.shape[0] != 2) {
+        throw py::value_error(moments.name.str() + " has shape " + ShapeText(moments.shape) +
+                              "; it must be (2, channels): means and sums of squares");
+      }
+      call.Write(counters);
+      call.Write(moments);
+      auto* const values = reinterpret_cast<double*>(moments.data);
+      EndedWindow window = {
+          moments.shape[1],
+          {reinterpret_cast<std::int64_t*>(counters.data), values, values + moments.shape[1]},
+          {nullptr, nullptr, DType::kFloat32, 0}};
+      if (!means_.empty()) {
+        for (const Array* array : {&means_[i], &variances_[i]}) {
+          window.moving.dtype = ChannelsType(*array, means_[i]);
+          RequireShape(*array, {window.channels}, ", the channels of " + moments.name.str());
+          call.Write(*array);
+        }
+        window.moving = {means_[i].data, variances_[i].data, window.moving.dtype, momenta_[i]};
+      }
+      windows.push_back(window);
+    }
+    call.ReadScalar(applies_.array);
+    return windows;
+  }
+
+  const Flag& applies() const { return applies_; }
+
+ private:
+  const std::vector<Array> counters_, moments_;
+  const Flag applies_;
+  std::vector<Array> means_, variances_;
+  std::vector<double> momenta_;
+};
+
+void EndWindows(py::handle counters, py::handle moments, py::handle moving_means,
+                py::handle moving_variances, py::handle momenta, py::handle applies,
+                std::uintptr_t stream) {
+  const Ending ending(counters, moments, moving_means, moving_variances, momenta, applies);
+  Call call(py::int_(1), stream);
+  const std::vector<EndedWindow> windows = ending.AddTo(call);
+  if (windows.empty()) return;
+  const Flag& flag = ending.applies();
+  call.Run([&](Executor&) { EndWindowsCpu({windows.data(), windows.size(), &flag.value}); },
+           [&](auto& on) -> const char* {
+             if (!flag.array && !flag.value) return nullptr;
+             return EndWindowsCuda(
+                 {windows.data(), windows.size(), flag.array ? Flags(&*flag.array) : nullptr},
+                 on.stream());
+           });
+}
+
 constexpr char kMergeMomentsDoc[] =
     R"(merge_moments(batch, *, window=None, moving=None, momentum=0.99, stream=0)
 --
@@ -116,6 +202,27 @@ Args:
 Raises:
     TypeError, ValueError, RuntimeError: As accumulate().)";
 
+constexpr char kEndWindowsDoc[] =
+    R"(end_windows(counters, moments, *, moving_means=None, moving_variances=None, momenta=(), applies=True, stream=0)
+--
+
+Ends windows of merge_moments(), in place: each has no values and no calls then.
+
+Moving statistics move as in merge_moments(). Without them the windows' moments are dropped.
+
+Args:
+    counters: A sequence of each window's counters.
+    moments: A sequence of each window's moments.
+    moving_means: None, or a sequence of each window's moving mean.
+    moving_variances: None, or a sequence of each window's moving variance.
+    momenta: A sequence of numbers, one for each window. Without moving statistics it is ignored.
+    applies: Whether the windows end; if not, nothing is written. A bool, or for CUDA arrays a
+        one-element device array of bool.
+    stream: As in accumulate().
+
+Raises:
+    TypeError, ValueError, RuntimeError: As accumulate().)";
+
 }  // namespace
 
 void BindMoments(py::module_& module) {
@@ -123,6 +230,9 @@ void BindMoments(py::module_& module) {
   const py::none none;
   module.def("merge_moments", MergeMoments, kMergeMomentsDoc, "batch"_a, py::kw_only(),
              "window"_a = none, "moving"_a = none, "momentum"_a = 0.99, "stream"_a = 0);
+  module.def("end_windows", EndWindows, kEndWindowsDoc, "counters"_a, "moments"_a, py::kw_only(),
+             "moving_means"_a = none, "moving_variances"_a = none, "momenta"_a = py::tuple(),
+             "applies"_a = true, "stream"_a = 0);
 }
 
 }  // namespace accumops

@@ -33,6 +33,24 @@ absl::Status CheckFlags(const Variables& variables, std::size_t flags, std::size
       variables.Describe(table), ", of shape ", shape.DebugString(), "."));
 }
 
+// Two variables from `first` on: a window's counters and moments.
+absl::Status CheckWindow(const Variables& variables, std::size_t first, std::int64_t channels) {
+  TF_RETURN_IF_ERROR(CheckVariable(variables, first, tensorflow::DT_INT64,
+                                   TensorShape({MomentsWindow::kCounters})));
+  return CheckVariable(variables, first + 1, tensorflow::DT_DOUBLE, TensorShape({2, channels}));
+}
+
+// Two variables from `first` on: a running mean and variance.
+absl::Status CheckMoving(const Variables& variables, std::size_t first, std::int64_t channels) {
+  const bool wide = variables.dtype(first) == tensorflow::DT_DOUBLE;
+  for (std::size_t i = first; i < first + 2; ++i) {
+    TF_RETURN_IF_ERROR(CheckVariable(variables, i,
+                                     wide ? tensorflow::DT_DOUBLE : tensorflow::DT_FLOAT,
+                                     TensorShape({channels})));
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::Status NotOneVariable(const char* list, int position, const std::string& shape) {
@@ -135,20 +153,29 @@ absl::Status CheckMoments(const Variables& variables, const MomentsAttributes& a
     }
   }
   *channels = shape.dim_size(0);
-  if (attributes.window != 0) {
-    TF_RETURN_IF_ERROR(
-        CheckVariable(variables, 0, tensorflow::DT_INT64, TensorShape({MomentsWindow::kCounters})));
-    TF_RETURN_IF_ERROR(
-        CheckVariable(variables, 1, tensorflow::DT_DOUBLE, TensorShape({2, *channels})));
-  }
-  if (attributes.moving != 0) {
-    const bool wide = variables.dtype(moving) == tensorflow::DT_DOUBLE;
-    for (std::size_t i = moving; i < moving + 2; ++i) {
-      TF_RETURN_IF_ERROR(
-          CheckVariable(variables, i, wide ? tensorflow::DT_DOUBLE : tensorflow::DT_FLOAT, shape));
-    }
+  if (attributes.window != 0) TF_RETURN_IF_ERROR(CheckWindow(variables, 0, *channels));
+  return attributes.moving == 0 ? absl::OkStatus() : CheckMoving(variables, moving, *channels);
+}
+
+absl::Status CheckEndedWindows(const Variables& variables, int windows, bool moving,
+                               std::vector<std::int64_t>* channels) {
+  const auto count = static_cast<std::size_t>(windows);
+  for (std::size_t i = 0; i < count; ++i) {
+    const TensorShape& moments = variables.shape(2 * i + 1);
+    // CheckWindow says what is wrong with any other shape.
+    channels->push_back(moments.dims() == 2 ? moments.dim_size(1) : 0);
+    TF_RETURN_IF_ERROR(CheckWindow(variables, 2 * i, channels->back()));
+    if (moving) TF_RETURN_IF_ERROR(CheckMoving(variables, 2 * (count + i), channels->back()));
   }
   return absl::OkStatus();
+}
+
+absl::Status CheckMomenta(const EndWindowsAttributes& attributes, const TensorShape& momenta) {
+  const int expected = attributes.moving ? attributes.windows : 0;
+  if (momenta == TensorShape({expected})) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("momenta has shape ", momenta.DebugString(),
+                                                 "; it must have one for each of ", expected,
+                                                 " pairs of moving statistics."));
 }
 
 absl::Status CheckAxis(int axis, const TensorShape& x) {

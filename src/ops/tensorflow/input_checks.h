@@ -54,6 +54,12 @@ absl::Status CheckScales(const TensorShape& scales, int count);
 absl::Status CheckMoments(const Variables& variables, const MomentsAttributes& attributes,
                           const std::vector<TensorShape>& moments, std::int64_t* channels);
 
+// AccumOps>EndWindows, whose variables are those of all windows and then, if `moving`, those of all
+// moving statistics. Adds each window's number of channels to `channels`.
+absl::Status CheckEndedWindows(const Variables& variables, int windows, bool moving,
+                               std::vector<std::int64_t>* channels);
+absl::Status CheckMomenta(const EndWindowsAttributes& attributes, const TensorShape& momenta);
+
 // AccumOps>BatchNorm and its relatives: the axis of x's channels, an input with a value for each
 // channel, and a mask.
 absl::Status CheckAxis(int axis, const TensorShape& x);

@@ -1,4 +1,4 @@
-// The attributes of AccumOps>MergeMoments, as its kernels read them.
+// The attributes of AccumOps>MergeMoments and AccumOps>EndWindows, as their kernels read them.
 #pragma once
 
 #include "absl/strings/str_cat.h"
@@ -24,6 +24,23 @@ struct MomentsAttributes {
         absl::StrCat("A merge needs two or all of a window's 2 variables, 2 moving statistics, and "
                      "a batch's count and 3 moments, not ",
                      window, ", ", moving, ", ", batches, " and ", parts, "."));
+  }
+};
+
+struct EndWindowsAttributes {
+  int windows = 0;
+  bool moving = false;  // whether each window has moving statistics
+
+  absl::Status Read(const tensorflow::OpKernelConstruction& construction) {
+    int parts, moving_parts;
+    TF_RETURN_IF_ERROR(construction.GetAttr("window_parts", &parts));
+    TF_RETURN_IF_ERROR(construction.GetAttr("moving_parts", &moving_parts));
+    windows = parts / 2;
+    moving = moving_parts != 0;
+    if (parts % 2 == 0 && (!moving || moving_parts == parts)) return absl::OkStatus();
+    return absl::InvalidArgumentError(
+        absl::StrCat("Each window needs 2 variables, and 2 moving statistics if any has them, not ",
+                     parts, " and ", moving_parts, " in all."));
   }
 };
 

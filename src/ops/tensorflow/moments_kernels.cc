@@ -1,5 +1,5 @@
-// AccumOps>MergeMoments on the CPU and, where the library has CUDA kernels, on GPUs: checks the
-// inputs, calls a launcher.
+// AccumOps>MergeMoments and AccumOps>EndWindows on the CPU and, where the library has CUDA kernels,
+// on GPUs: they check the inputs and call a launcher.
 #include <vector>
 
 #include "input_checks.h"
@@ -18,6 +18,10 @@ struct Cpu {
     MergeMomentsCpu(args);
     return absl::OkStatus();
   }
+  static absl::Status End(OpKernelContext*, const WindowsEnd& args) {
+    EndWindowsCpu(args);
+    return absl::OkStatus();
+  }
   static constexpr CopyBytes kCopy = CopyOnHost;
 };
 
@@ -26,9 +30,23 @@ struct Gpu {
   static absl::Status Merge(OpKernelContext* ctx, const MomentsMerge& args) {
     return FromCuda(MergeMomentsCuda(args, CudaStream(ctx)));
   }
+  static absl::Status End(OpKernelContext* ctx, const WindowsEnd& args) {
+    return FromCuda(EndWindowsCuda(args, CudaStream(ctx)));
+  }
   static constexpr CopyBytes kCopy = CopyOnDevice;
 };
 #endif
+
+// Variables i and i + 1.
+MomentsWindow WindowAt(const VariableList& variables, std::size_t i, std::int64_t channels) {
+  auto* const values = static_cast<double*>(variables.tensor(i + 1).data());
+  return {static_cast<std::int64_t*>(variables.tensor(i).data()), values, values + channels};
+}
+
+MovingStatistics MovingAt(const VariableList& variables, std::size_t i, double momentum) {
+  return {variables.tensor(i).data(), variables.tensor(i + 1).data(),
+          ToDType(variables.tensor(i).dtype()), momentum};
+}
 
 template <typename Launchers>
 class MergeMomentsOp : public ParallelKernel {
@@ -57,15 +75,10 @@ class MergeMomentsOp : public ParallelKernel {
                     moments[2].data(), ToDType(moments[0].dtype())};
     }
     OP_REQUIRES_OK(ctx, variables.MakeWritable(ctx, Launchers::kCopy, variables.size()));
-    if (attributes_.window != 0) {
-      auto* const values = static_cast<double*>(variables.tensor(1).data());
-      args.window = {static_cast<std::int64_t*>(variables.tensor(0).data()), values,
-                     values + args.channels};
-    }
-    const auto moving = static_cast<std::size_t>(attributes_.window);
+    if (attributes_.window != 0) args.window = WindowAt(variables, 0, args.channels);
     if (attributes_.moving != 0) {
-      args.moving = {variables.tensor(moving).data(), variables.tensor(moving + 1).data(),
-                     ToDType(variables.tensor(moving).dtype()), momentum->scalar<double>()()};
+      args.moving = MovingAt(variables, static_cast<std::size_t>(attributes_.window),
+                             momentum->scalar<double>()());
     }
     OP_REQUIRES_OK(ctx, Launchers::Merge(ctx, args));
   }
@@ -74,12 +87,54 @@ class MergeMomentsOp : public ParallelKernel {
   MomentsAttributes attributes_;
 };
 
+template <typename Launchers>
+class EndWindowsOp : public ParallelKernel {
+ public:
+  explicit EndWindowsOp(OpKernelConstruction* construction) : ParallelKernel(construction) {
+    OP_REQUIRES_OK(construction, attributes_.Read(*construction));
+  }
+
+  void Compute(OpKernelContext* ctx) final {
+    VariableList variables;
+    OP_REQUIRES_OK(ctx, variables.Add(ctx, "windows"));
+    OP_REQUIRES_OK(ctx, variables.Add(ctx, "moving"));
+    OP_REQUIRES_OK(ctx, variables.Lock());
+    std::vector<std::int64_t> channels;
+    OP_REQUIRES_OK(
+        ctx, CheckEndedWindows(variables, attributes_.windows, attributes_.moving, &channels));
+    const Tensor *momenta, *applies;
+    OP_REQUIRES_OK(ctx, ctx->input("momenta", &momenta));
+    OP_REQUIRES_OK(ctx, CheckMomenta(attributes_, momenta->shape()));
+    OP_REQUIRES_OK(ctx, RequireScalar(ctx, "applies", &applies));
+    OP_REQUIRES_OK(ctx, variables.MakeWritable(ctx, Launchers::kCopy, variables.size()));
+    std::vector<EndedWindow> windows;
+    for (std::size_t i = 0; i < channels.size(); ++i) {
+      MovingStatistics moving = {nullptr, nullptr, DType::kFloat32, 0};
+      if (attributes_.moving) {
+        moving = MovingAt(variables, 2 * (channels.size() + i),
+                          momenta->vec<double>()(static_cast<Eigen::Index>(i)));
+      }
+      windows.push_back({channels[i], WindowAt(variables, 2 * i, channels[i]), moving});
+    }
+    OP_REQUIRES_OK(
+        ctx, Launchers::End(ctx, {windows.data(), windows.size(), applies->scalar<bool>().data()}));
+  }
+
+ private:
+  EndWindowsAttributes attributes_;
+};
+
 REGISTER_KERNEL_BUILDER(Name("AccumOps>MergeMoments").Device(tensorflow::DEVICE_CPU),
                         MergeMomentsOp<Cpu>);
+REGISTER_KERNEL_BUILDER(Name("AccumOps>EndWindows").Device(tensorflow::DEVICE_CPU),
+                        EndWindowsOp<Cpu>);
 #if defined(ACCUMOPS_CUDA)
 REGISTER_KERNEL_BUILDER(
     Name("AccumOps>MergeMoments").Device(tensorflow::DEVICE_GPU).HostMemory("momentum"),
     MergeMomentsOp<Gpu>);
+REGISTER_KERNEL_BUILDER(
+    Name("AccumOps>EndWindows").Device(tensorflow::DEVICE_GPU).HostMemory("momenta"),
+    EndWindowsOp<Gpu>);
 #endif
 
 }  // namespace

@@ -1,4 +1,5 @@
-// AccumOps>MergeMoments: its signature, and the shapes that can be checked when a graph is built.
+// AccumOps>MergeMoments and AccumOps>EndWindows: their signatures, and the shapes that can be
+// checked when a graph is built.
 #include "shape_support.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
@@ -24,6 +25,16 @@ absl::Status MergeMomentsShapes(InferenceContext* c) {
   return c->WithRank(shapes[0], 0, &unused);
 }
 
+absl::Status EndWindowsShapes(InferenceContext* c) {
+  TF_RETURN_IF_ERROR(RequireOneVariableEach(c, {"windows", "moving"}));
+  std::vector<ShapeHandle> momenta, applies;
+  ShapeHandle unused;
+  TF_RETURN_IF_ERROR(c->input("momenta", &momenta));
+  TF_RETURN_IF_ERROR(c->WithRank(momenta[0], 1, &unused));
+  TF_RETURN_IF_ERROR(c->input("applies", &applies));
+  return c->WithRank(applies[0], 0, &unused);
+}
+
 REGISTER_OP("AccumOps>MergeMoments")
     .Input("window: window_parts * resource")
     .Input("moving: moving_parts * resource")
@@ -46,6 +57,24 @@ moving: None, where the window does not end here, or two float or double variabl
 count: None, or a batch's number of values of a channel. Without a batch, and without a window, this is the end.
 moments: None, or a batch's mean, the rest that rounding took from it, and its variance.
 momentum: The share of their old values that running statistics keep.
+)doc");
+
+REGISTER_OP("AccumOps>EndWindows")
+    .Input("windows: window_parts * resource")
+    .Input("moving: moving_parts * resource")
+    .Input("momenta: double")
+    .Input("applies: bool")
+    .Attr("window_parts: int >= 0")
+    .Attr("moving_parts: int >= 0")
+    .SetIsStateful()
+    .SetShapeFn(EndWindowsShapes)
+    .Doc(R"doc(
+Ends windows of AccumOps>MergeMoments: running statistics move by the moments of each, or the moments are dropped.
+
+windows: The two variables of each window.
+moving: None, where moments are dropped, or the two moving statistics of each window.
+momenta: For each window, the share of their old values that its running statistics keep; none without `moving`.
+applies: Whether the windows end. If not, nothing is written.
 )doc");
 
 }  // namespace

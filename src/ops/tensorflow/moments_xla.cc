@@ -1,4 +1,5 @@
-// AccumOps>MergeMoments lowered to XLA, for functions with jit_compile=True.
+// AccumOps>MergeMoments and AccumOps>EndWindows lowered to XLA, for functions with
+// jit_compile=True.
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -15,7 +16,74 @@
 namespace accumops {
 namespace {
 
-xla::XlaOp Wide(xla::XlaOp x) { return xla::ConvertElementType(x, xla::F64); }
+using xla::XlaOp;
+
+XlaOp Wide(XlaOp x) { return xla::ConvertElementType(x, xla::F64); }
+
+// The window's counters and moments, as they are before a merge; those of no window are empty.
+struct Held {
+  Held(xla::XlaBuilder* builder, std::int64_t number)
+      : channels(number),
+        values(xla::Zero(builder, xla::S64)),
+        calls(values),
+        limit(values),
+        mean(xla::Broadcast(xla::Zero(builder, xla::F64), {channels})),
+        centred(mean) {}
+
+  // Reads variables i and i + 1.
+  absl::Status Read(const XlaVariableList& variables, std::size_t i) {
+    XlaOp counters, moments;
+    TF_RETURN_IF_ERROR(variables.Read(i, &counters));
+    TF_RETURN_IF_ERROR(variables.Read(i + 1, &moments));
+    const auto counter = [&](std::int64_t k) {
+      return xla::Reshape(xla::Slice(counters, {k}, {k + 1}, {1}), {});
+    };
+    const XlaOp empty =
+        xla::Broadcast(xla::Eq(counter(MomentsWindow::kValues), values), {channels});
+    const auto row = [&](std::int64_t k) {
+      const XlaOp slice = xla::Slice(moments, {k, 0}, {k + 1, channels}, {1, 1});
+      return xla::Select(empty, mean, xla::Reshape(slice, {channels}));
+    };
+    const XlaOp held_mean = row(0);
+    centred = row(1);
+    mean = held_mean;
+    values = counter(MomentsWindow::kValues);
+    calls = counter(MomentsWindow::kCalls);
+    limit = counter(MomentsWindow::kLimit);
+    return absl::OkStatus();
+  }
+
+  std::int64_t channels;
+  XlaOp values, calls, limit;
+  XlaOp mean, centred;  // of each channel
+};
+
+absl::Status AssignCounters(const XlaVariableList& variables, std::size_t i, XlaOp values,
+                            XlaOp calls, XlaOp limit) {
+  const auto vector = [](XlaOp x) { return xla::Reshape(x, {1}); };
+  return variables.Assign(
+      i, xla::ConcatInDim(values.builder(), {vector(values), vector(calls), vector(limit)}, 0));
+}
+
+// Moves variables i and i + 1 by the moments of a window, where it ends and has values.
+absl::Status Move(const XlaVariableList& variables, std::size_t i, const Held& window, XlaOp ends,
+                  XlaOp momentum) {
+  const XlaOp none = xla::Zero(ends.builder(), xla::S64);
+  const XlaOp one = xla::One(ends.builder(), xla::F64);
+  const XlaOp moves =
+      xla::Broadcast(xla::And(ends, xla::Gt(window.values, none)), {window.channels});
+  const XlaOp size = xla::Max(Wide(window.values), one);
+  const XlaOp targets[2] = {window.mean, window.centred / size};
+  const bool wide = variables.dtype(i) == tensorflow::DT_DOUBLE;
+  const auto like = [&](XlaOp x) { return xla::ConvertElementType(x, wide ? xla::F64 : xla::F32); };
+  for (std::size_t k = 0; k < 2; ++k) {
+    XlaOp old;
+    TF_RETURN_IF_ERROR(variables.Read(i + k, &old));
+    const XlaOp moved = old * like(momentum) + like(targets[k]) * like(one - momentum);
+    TF_RETURN_IF_ERROR(variables.Assign(i + k, xla::Select(moves, moved, old)));
+  }
+  return absl::OkStatus();
+}
 
 class MergeMomentsXlaOp : public XlaOpKernel {
  public:
@@ -37,80 +105,40 @@ class MergeMomentsXlaOp : public XlaOpKernel {
     OP_REQUIRES_OK(ctx, RequireScalar(ctx, "momentum"));
     if (attributes_.batches != 0) OP_REQUIRES_OK(ctx, RequireScalar(ctx, "count"));
     xla::XlaBuilder* builder = ctx->builder();
-    const auto row = [&](xla::XlaOp values, std::int64_t i) {
-      return xla::Reshape(xla::Slice(values, {i, 0}, {i + 1, channels}, {1, 1}), {channels});
-    };
-    const auto value = [&](xla::XlaOp counters, std::int64_t i) {
-      return xla::Reshape(xla::Slice(counters, {i}, {i + 1}, {1}), {});
-    };
-
-    const xla::XlaOp none = xla::Zero(builder, xla::S64);
-    xla::XlaOp before = none, calls = none, limit = none;
-    xla::XlaOp mean = xla::Broadcast(xla::Zero(builder, xla::F64), {channels});
-    xla::XlaOp centred = mean;
-    if (attributes_.window != 0) {
-      xla::XlaOp counters, values;
-      OP_REQUIRES_OK(ctx, variables.Read(0, &counters));
-      OP_REQUIRES_OK(ctx, variables.Read(1, &values));
-      before = value(counters, MomentsWindow::kValues);
-      calls = value(counters, MomentsWindow::kCalls) + xla::One(builder, xla::S64);
-      limit = value(counters, MomentsWindow::kLimit);
-      const xla::XlaOp empty = xla::Broadcast(xla::Eq(before, none), {channels});
-      const xla::XlaOp zeros = mean;
-      mean = xla::Select(empty, zeros, row(values, 0));
-      centred = xla::Select(empty, zeros, row(values, 1));
-    }
-    xla::XlaOp total = before;
+    Held held(builder, channels);
+    const XlaOp none = held.values;
+    if (attributes_.window != 0) OP_REQUIRES_OK(ctx, held.Read(variables, 0));
+    const XlaOp calls = held.calls + xla::One(builder, xla::S64);
+    Held merged = held;
     if (attributes_.batches != 0) {
-      const xla::XlaOp added = ctx->Input(count);
-      total = before + added;
-      const xla::XlaOp zero = xla::Zero(builder, xla::F64);
-      const xla::XlaOp share = xla::Select(xla::Gt(total, none), Wide(added) / Wide(total), zero);
-      const xla::XlaOp delta = Wide(ctx->Input(moments)) + Wide(ctx->Input(moments + 1)) - mean;
+      const XlaOp added = ctx->Input(count);
+      merged.values = held.values + added;
+      const XlaOp share =
+          xla::Select(xla::Gt(merged.values, none), Wide(added) / Wide(merged.values),
+                      xla::Zero(builder, xla::F64));
+      const XlaOp delta = Wide(ctx->Input(moments)) + Wide(ctx->Input(moments + 1)) - held.mean;
       // A batch without values has no moments: what stands for them may be NaN.
-      const xla::XlaOp some = xla::Broadcast(xla::Gt(added, none), {channels});
-      centred = xla::Select(some,
-                            centred + Wide(ctx->Input(moments + 2)) * Wide(added) +
-                                delta * delta * (Wide(before) * share),
-                            centred);
-      mean = xla::Select(some, mean + delta * share, mean);
+      const XlaOp some = xla::Broadcast(xla::Gt(added, none), {channels});
+      merged.centred = xla::Select(some,
+                                   held.centred + Wide(ctx->Input(moments + 2)) * Wide(added) +
+                                       delta * delta * (Wide(held.values) * share),
+                                   held.centred);
+      merged.mean = xla::Select(some, held.mean + delta * share, held.mean);
     }
 
-    xla::XlaOp ends = xla::ConstantR0<bool>(builder, attributes_.moving != 0);
-    if (attributes_.moving != 0 && attributes_.window != 0 && attributes_.batches != 0)
-      ends = xla::Ge(calls, limit);
+    XlaOp ends = xla::ConstantR0<bool>(builder, attributes_.moving != 0);
     if (attributes_.moving != 0) {
-      const xla::XlaOp moves = xla::Broadcast(xla::And(ends, xla::Gt(total, none)), {channels});
-      const xla::XlaOp size = xla::Max(Wide(total), xla::One(builder, xla::F64));
-      const xla::XlaOp targets[2] = {mean, centred / size};
-      xla::XlaOp moved[2];
-      const auto moving = static_cast<std::size_t>(attributes_.window);
-      const bool wide = variables.dtype(moving) == tensorflow::DT_DOUBLE;
-      for (std::size_t i = 0; i < 2; ++i) {
-        xla::XlaOp old;
-        OP_REQUIRES_OK(ctx, variables.Read(moving + i, &old));
-        const auto like = [&](xla::XlaOp x) {
-          return xla::ConvertElementType(x, wide ? xla::F64 : xla::F32);
-        };
-        const xla::XlaOp momentum = ctx->Input("momentum");
-        const xla::XlaOp rest = xla::One(builder, xla::F64) - momentum;
-        moved[i] = xla::Select(moves, old * like(momentum) + like(targets[i]) * like(rest), old);
-      }
-      for (std::size_t i = 0; i < 2; ++i) {
-        OP_REQUIRES_OK(ctx, variables.Assign(moving + i, moved[i]));
-      }
+      if (attributes_.window != 0 && attributes_.batches != 0) ends = xla::Ge(calls, held.limit);
+      OP_REQUIRES_OK(ctx, Move(variables, static_cast<std::size_t>(attributes_.window), merged,
+                               ends, ctx->Input("momentum")));
     }
     if (attributes_.window != 0) {
-      const auto vector = [](xla::XlaOp x) { return xla::Reshape(x, {1}); };
-      const xla::XlaOp counters =
-          xla::ConcatInDim(builder,
-                           {vector(xla::Select(ends, none, total)),
-                            vector(xla::Select(ends, none, calls)), vector(limit)},
-                           0);
-      const xla::XlaOp values = xla::ConcatInDim(
-          builder, {xla::Reshape(mean, {1, channels}), xla::Reshape(centred, {1, channels})}, 0);
-      OP_REQUIRES_OK(ctx, variables.Assign(0, counters));
-      OP_REQUIRES_OK(ctx, variables.Assign(1, values));
+      OP_REQUIRES_OK(ctx, AssignCounters(variables, 0, xla::Select(ends, none, merged.values),
+                                         xla::Select(ends, none, calls), held.limit));
+      const auto row = [&](XlaOp values) { return xla::Reshape(values, {1, channels}); };
+      OP_REQUIRES_OK(ctx,
+                     variables.Assign(
+                         1, xla::ConcatInDim(builder, {row(merged.mean), row(merged.centred)}, 0)));
     }
   }
 
@@ -118,11 +146,49 @@ class MergeMomentsXlaOp : public XlaOpKernel {
   MomentsAttributes attributes_;
 };
 
+class EndWindowsXlaOp : public XlaOpKernel {
+ public:
+  explicit EndWindowsXlaOp(OpKernelConstruction* construction) : XlaOpKernel(construction) {
+    OP_REQUIRES_OK(construction, attributes_.Read(*construction));
+  }
+
+  void Compile(XlaOpKernelContext* ctx) override {
+    XlaVariableList variables(ctx);
+    OP_REQUIRES_OK(ctx, variables.Add({"windows", "moving"}));
+    std::vector<std::int64_t> channels;
+    OP_REQUIRES_OK(
+        ctx, CheckEndedWindows(variables, attributes_.windows, attributes_.moving, &channels));
+    OP_REQUIRES_OK(ctx, CheckMomenta(attributes_, InputTensorShape(ctx, "momenta")));
+    OP_REQUIRES_OK(ctx, RequireScalar(ctx, "applies"));
+    const XlaOp ends = ctx->Input("applies");
+    for (std::size_t i = 0; i < channels.size(); ++i) {
+      Held held(ctx->builder(), channels[i]);
+      const XlaOp none = held.values;
+      OP_REQUIRES_OK(ctx, held.Read(variables, 2 * i));
+      if (attributes_.moving) {
+        const auto at = static_cast<std::int64_t>(i);
+        const XlaOp momentum =
+            xla::Reshape(xla::Slice(ctx->Input("momenta"), {at}, {at + 1}, {1}), {});
+        OP_REQUIRES_OK(ctx, Move(variables, 2 * (channels.size() + i), held, ends, momentum));
+      }
+      OP_REQUIRES_OK(ctx, AssignCounters(variables, 2 * i, xla::Select(ends, none, held.values),
+                                         xla::Select(ends, none, held.calls), held.limit));
+    }
+  }
+
+ private:
+  EndWindowsAttributes attributes_;
+};
+
 // Straight to the compilation devices, as accumulate_xla.cc explains.
 REGISTER_KERNEL_BUILDER(Name("AccumOps>MergeMoments").Device(tensorflow::DEVICE_CPU_XLA_JIT),
                         MergeMomentsXlaOp);
 REGISTER_KERNEL_BUILDER(Name("AccumOps>MergeMoments").Device(tensorflow::DEVICE_GPU_XLA_JIT),
                         MergeMomentsXlaOp);
+REGISTER_KERNEL_BUILDER(Name("AccumOps>EndWindows").Device(tensorflow::DEVICE_CPU_XLA_JIT),
+                        EndWindowsXlaOp);
+REGISTER_KERNEL_BUILDER(Name("AccumOps>EndWindows").Device(tensorflow::DEVICE_GPU_XLA_JIT),
+                        EndWindowsXlaOp);
 
 }  // namespace
 }  // namespace accumops
