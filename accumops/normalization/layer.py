@@ -347,12 +347,11 @@ class AccumBatchNormalization(ExtraCheckpointState, keras.layers.BatchNormalizat
         if self._joined():
             window = self._state.own if adopt is None else adopt(self)
             accumulator = self._state.accumulator
-            if accumulator is not None and accumulator.nonfinite != "propagate":
-                moments = _if_finite(moments)
+            only_finite = accumulator is not None and accumulator.nonfinite != "propagate"
             if pooled:  # they count the values of all replicas, so that only one replica adds them
                 first = tf.distribute.get_replica_context().replica_id_in_sync_group == 0
                 moments = moments._replace(count=tf.where(first, moments.count, 0))
-            window.add(moments)
+            window.add(moments, only_finite=only_finite)
             return
         self._called_alone()
         alone = self.accum_steps == 1 or (self.accum_steps is None and tf.executing_eagerly())
@@ -439,9 +438,3 @@ class _WindowInCheckpoints(tf.train.experimental.PythonState):
     def deserialize(self, string_value: str) -> None:
         """Restores what `serialize` returned."""
         self._layer.load_windows({name: tuple(each) for name, each in json.loads(string_value).items()})
-
-
-def _if_finite(moments: ops.BatchMoments) -> ops.BatchMoments:
-    """The moments, of no values if they are not finite: what is merged into a window cannot be taken out of it."""
-    finite = ops.all_finite([moments.mean, moments.variance])
-    return moments._replace(count=tf.where(finite, moments.count, tf.zeros_like(moments.count)))

@@ -82,10 +82,15 @@ class LayerWindow:
             for counters, moments, mean, variance in replicas.components(*variables)
         ]
 
-    def add(self, moments: ops.BatchMoments) -> None:
-        """Adds a batch's moments on the replica that runs. The window stays open."""
+    def add(self, moments: ops.BatchMoments, *, only_finite: bool = False) -> None:
+        """Adds a batch's moments on the replica that runs. The window stays open.
+
+        Args:
+            moments: The moments.
+            only_finite: Whether moments that are not finite count as moments of no values.
+        """
         for window, _ in self.parts():
-            ops.merge_moments(moments, window=window)
+            ops.merge_moments(moments, window=window, only_finite=only_finite)
 
     def add_calls(self, calls: Sequence[ops.BatchMoments], *, pooled: bool) -> None:
         """Adds the moments of a whole window, for each call of the layer in a model.

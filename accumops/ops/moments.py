@@ -45,7 +45,11 @@ class MovingStatistics(NamedTuple):
 
 
 def merge_moments(
-    batch: BatchMoments | None, *, window: MomentsWindow | None = None, moving: MovingStatistics | None = None
+    batch: BatchMoments | None,
+    *,
+    window: MomentsWindow | None = None,
+    moving: MovingStatistics | None = None,
+    only_finite: bool = False,
 ) -> None:
     """Merges a batch's moments into a window's, in place, and moves running statistics when the window ends.
 
@@ -63,6 +67,8 @@ def merge_moments(
         window: The window's variables, or None.
         moving: The running statistics, or None if the call must not end the window. Statistics in half precision are
             moved by plain TensorFlow.
+        only_finite: Whether a batch with a mean or variance that is not finite counts as one without values: what is
+            merged cannot be taken out of the window.
 
     Raises:
         ValueError: If fewer than two of the three are given, their numbers of channels differ, or the momentum is not
@@ -94,7 +100,7 @@ def merge_moments(
     variables = [*(window or ()), *(() if moving is None else moving[:2])]
     fused = None if moving is not None and _is_narrow(moving) else library.fused_ops(variables)
     if fused is None:
-        reference.merge_moments(batch, window=window, moving=moving)
+        reference.merge_moments(batch, window=window, moving=moving, only_finite=only_finite)
         return
     fused.accum_ops_merge_moments(
         window=[variable.handle for variable in window or ()],
@@ -102,6 +108,7 @@ def merge_moments(
         count=[] if batch is None else [batch.count],
         moments=[] if batch is None else list(batch[1:]),
         momentum=tf.constant(0.0 if moving is None else moving.momentum, tf.float64),
+        only_finite=only_finite,
     )
 
 

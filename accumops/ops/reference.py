@@ -296,6 +296,7 @@ def merge_moments(
     *,
     window: Sequence[tf.Variable] | None,
     moving: tuple[tf.Variable, tf.Variable, float] | None,
+    only_finite: bool = False,
 ) -> None:
     """Defines `accumops.ops.merge_moments`. It takes the same arguments and does not check them."""
     zero = tf.constant(0, tf.int64)
@@ -306,6 +307,9 @@ def merge_moments(
         mean, centred = tf.unstack(tf.where(values > 0, window[1], tf.zeros_like(window[1])))
     if batch is not None:
         added, batch_mean, rest, variance = (tf.cast(each, tf.float64) for each in batch)
+        if only_finite:
+            finite = tf.reduce_all(tf.math.is_finite([batch_mean, variance]))
+            added = tf.where(finite, added, tf.zeros_like(added))
         share = tf.math.divide_no_nan(added, count + added)
         delta = batch_mean + rest - mean
         some = added > 0

@@ -13,7 +13,8 @@ from accumops.window import replicas
 class Undo:
     """Remembers what the variables are that a pass moves: running statistics, open windows of them, and metrics.
 
-    Seeds and other integers go on. Frozen layers move nothing, and are not looked at. Make it before the pass.
+    Seeds and other integers go on. Frozen layers move nothing, and are not looked at; neither are the running
+    statistics of layers that follow the model's windows, which move where a window ends. Make it before the pass.
 
     Args:
         model: The `GradientAccumulateModel`.
@@ -37,20 +38,18 @@ class Undo:
 
 def _statistics(model: Any) -> list[tf.Variable]:
     """The variables of layers that a pass may move; under a strategy those of the replica that runs."""
-    frozen = {id(variable) for layer in layers_within(model) if not layer.trainable for variable in layer.variables}
+    members = model.optimizer.accumulator.state.members
+    windows = {layer: members.window_of(layer) for layer in model.normalizations() if layer.built}
+    following = [layer for layer, window in windows.items() if window is not None]
+    still = [layer for layer in layers_within(model) if not layer.trainable] + following
+    unmoved = {id(variable) for layer in still for variable in layer.variables}
     moving = [
         replicas.own(variable)
         for variable in model.non_trainable_variables
-        if id(variable) not in frozen and tf.as_dtype(variable.dtype).is_floating
+        if id(variable) not in unmoved and tf.as_dtype(variable.dtype).is_floating
     ]
-    members = model.optimizer.accumulator.state.members
-    windows = [members.window_of(layer) for layer in model.normalizations() if layer.built]
     return moving + [
-        tf_variable(variable)
-        for window in windows
-        if window is not None
-        for part, _ in window.parts()
-        for variable in part
+        tf_variable(variable) for layer in following for part, _ in windows[layer].parts() for variable in part
     ]
 
 

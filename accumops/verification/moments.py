@@ -130,7 +130,8 @@ def _end_trial(count: int, dtype: str, applies: bool, rng: np.random.Generator) 
         counters = np.array([values, 2, 9], np.int64)
         held = np.abs(rng.standard_normal((2, channels))) * 50 if values else np.full((2, channels), np.nan)
         windows += [counters, held]
-        kept += [Expected("counters", np.array([0, 0, 9]) if applies else counters), Expected("moments", np.nan_to_num(held))]
+        after = np.array([0, 0, 9]) if applies else counters
+        kept += [Expected("counters", after), Expected("moments", np.nan_to_num(held))]
         if dtype == "none":
             continue
         precise = np.dtype(dtype)

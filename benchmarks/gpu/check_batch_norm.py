@@ -150,6 +150,22 @@ def merge(checker: Checker, channels: int, dtype: str, moving_dtype: str) -> Non
     checker.expect(f"{name}: moving statistics of a batch", same)
 
 
+def merge_if_finite(checker: Checker, channels: int, dtype: str) -> None:
+    """Checks that a batch with a value that is not finite counts as none."""
+    device = checker.device
+    name = f"merge of {channels} channels, {dtype}, one of them not finite"
+    window = device.put(np.array([0, 0, 9])), device.put(np.full((2, channels), np.nan))
+    for i in range(3):  # moments that are finite are in the middle
+        values = [np.ones(channels, dtype) for _ in range(3)]
+        if i != 1:
+            values[i][channels - 1] = np.nan
+        batch = [device.put(each) for each in (np.array([7]), *values)]
+        checker.calls += 1
+        device.kernels.merge_moments(batch, window=window, only_finite=True, stream=device.stream())
+        checker.expect(f"{name}: counters", device.get(window[0]).tolist() == [0 if i == 0 else 7, i + 1, 9])
+    checker.expect(f"{name}: moments", device.get(window[1]).tolist() == [[2.0] * channels, [7.0] * channels])
+
+
 def end(checker: Checker, dtype: str, *, moves: bool, flag: bool | None) -> None:
     """Checks windows of many sizes that end together; every third one is empty."""
     device = checker.device
@@ -188,6 +204,7 @@ def check(checker: Checker) -> None:
         for dtype in TYPES[2:]:
             for moving_dtype in TYPES[2:]:
                 merge(checker, channels, dtype, moving_dtype)
+            merge_if_finite(checker, channels, dtype)
     for dtype in TYPES[2:]:
         for flag in (None, True, False):
             end(checker, dtype, moves=True, flag=flag)

@@ -35,7 +35,7 @@ class Mutation:
 BARRIER = "__syncthreads();"
 ROWS, NORMS, UPDATE = "accumulate_rows_cuda.cu", "squared_norm_cuda.cu", "update_cuda.cu"
 DENSE, NORMALIZE, GRADIENT = "accumulate_cuda.cu", "batch_norm_cuda.cu", "batch_norm_gradient_cuda.cu"
-TILING, TABLE = "batch_norm_tiling.cuh", "tensor_table.cuh"
+TILING, TABLE, MOMENTS = "batch_norm_tiling.cuh", "tensor_table.cuh", "moments_cuda.cu"
 
 MUTATIONS = [
     Mutation("accumulate: tail", DENSE, "if (i < size) {", "if (i <= size) {"),
@@ -116,10 +116,13 @@ MUTATIONS = [
         "  __syncthreads();\n  if (tile.packs() == 0) return;",
         "  if (tile.packs() == 0) return;\n  __syncthreads();",
     ),
-    Mutation("moments: barrier", "moments_cuda.cu", BARRIER, ""),
-    Mutation("moments: flag", "moments_cuda.cu", "if (args.applies != nullptr && !*args.applies) return;", ""),
-    Mutation("moments: window", "moments_cuda.cu", "MergeOf(args.windows[blockIdx.x])", "MergeOf(args.windows[0])"),
-    Mutation("moments: type", "moments_cuda.cu", "merge.moving.dtype == DType::kFloat64", "false"),
+    Mutation("moments: barrier before the flag", MOMENTS, BARRIER, "", 0),
+    Mutation("moments: barrier of the flag", MOMENTS, BARRIER, "", 1),
+    Mutation("moments: barrier", MOMENTS, BARRIER, "", 2),
+    Mutation("moments: finite", MOMENTS, "!args.only_finite || AllFinite<Batch>(args)", "true"),
+    Mutation("moments: flag", MOMENTS, "if (args.applies != nullptr && !*args.applies) return;", ""),
+    Mutation("moments: window", MOMENTS, "MergeOf(args.windows[blockIdx.x])", "MergeOf(args.windows[0])"),
+    Mutation("moments: type", MOMENTS, "merge.moving.dtype == DType::kFloat64", "false"),
 ]
 
 

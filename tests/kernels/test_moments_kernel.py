@@ -147,6 +147,20 @@ def test_no_channels(device):
     assert window.read()[0] == [4, 1, NEVER]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("wrong", [1, 3], ids=["mean", "variance"])
+def test_a_batch_that_is_not_finite_counts_as_none(device, wrong, dtype):
+    good = batch_of(device, draw(2000, [6])[0], dtype)
+    values = device.get(good[wrong]).copy()
+    values[1999] = np.inf if wrong == 1 else np.nan
+    bad = [*good[:wrong], device.put(values), *good[wrong + 1 :]]
+    window = Window(device, 2000)
+    for batch, counters in ((bad, [0, 1]), (good, [6, 2]), (bad, [6, 3])):
+        device.kernels.merge_moments(batch, window=window.arrays, only_finite=True)
+        assert window.read()[0][:2] == counters
+    assert np.isfinite(window.read()[1]).all()
+
+
 class Ending:
     """Windows of 1, 2, … channels with moving statistics, each of other moments; every third one is empty."""
 

@@ -133,6 +133,25 @@ def test_a_window_without_values_moves_nothing(backend, mode):
     assert (moving.mean.numpy() == 8).all()
 
 
+@pytest.mark.parametrize("dtype", [tf.float32, tf.float64])
+@pytest.mark.parametrize("wrong", ["mean", "variance"])
+def test_a_batch_that_is_not_finite_counts_as_none(backend, mode, wrong, dtype):
+    good = make_batch(2000, dtype=dtype)
+    values = np.ones(2000)
+    values[1999] = np.inf if wrong == "mean" else np.nan
+    bad = good._replace(**{wrong: tf.constant(values, dtype)})
+    window, moving = make_window(2000, limit=2), make_moving(2000)
+    run = mode(lambda batch: ops.merge_moments(ops.BatchMoments(*batch), window=window, only_finite=True))
+    run(tuple(bad))
+    assert window.counters.numpy().tolist() == [0, 1, 2]
+    run(tuple(good))
+    assert window.counters.numpy().tolist() == [4, 2, 2]
+    run(tuple(bad))
+    np.testing.assert_array_equal(window.moments, [[1.0] * 2000, [2.0] * 2000])
+    mode(lambda batch: ops.merge_moments(ops.BatchMoments(*batch), moving=moving, only_finite=True))(tuple(bad))
+    assert (moving.mean.numpy() == 8).all()
+
+
 def test_large_mean(backend, rng):
     batches = [rng.normal(1e4 + i, 1e-2, (500, 3)).astype(np.float32) for i in (0, 0, 1e-2)]
     window = make_window(3)

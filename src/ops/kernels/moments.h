@@ -8,6 +8,8 @@
 // A call without a batch ends the window; without moving statistics, too, the window's moments are
 // dropped. A call with moving statistics ends the window where `limit` calls have been made, and
 // where there is no window: then the batch is all of it. Any other call leaves the window open.
+// With `only_finite`, a batch with a mean or variance that is not finite counts as one without
+// values: what is merged cannot be taken out of a window.
 #pragma once
 
 #include <cstddef>
@@ -47,6 +49,7 @@ struct MomentsMerge {
   BatchMoments batch;
   MomentsWindow window;
   MovingStatistics moving;
+  bool only_finite;
 };
 
 // A window that ends without a batch.

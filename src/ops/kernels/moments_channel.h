@@ -7,6 +7,14 @@
 
 namespace accumops {
 
+// Whether a batch's moments of one channel are finite.
+template <typename Batch>
+constexpr bool IsFinite(const MomentsMerge& args, std::int64_t c) {
+  const Batch mean = static_cast<const Batch*>(args.batch.mean)[c];
+  const Batch variance = static_cast<const Batch*>(args.batch.variance)[c];
+  return mean - mean == 0 && variance - variance == 0;
+}
+
 // What a merge does, from the counters as they are before it.
 struct MergePlan {
   double before;  // values in the window
@@ -14,11 +22,12 @@ struct MergePlan {
   double total;   // values in both
   bool ends;
 
-  constexpr explicit MergePlan(const MomentsMerge& args)
+  // `counts` says whether the batch's values count.
+  constexpr MergePlan(const MomentsMerge& args, bool counts)
       : before(args.window.counters == nullptr
                    ? 0
                    : static_cast<double>(args.window.counters[MomentsWindow::kValues])),
-        added(args.batch.count == nullptr ? 0 : static_cast<double>(*args.batch.count)),
+        added(args.batch.count == nullptr || !counts ? 0 : static_cast<double>(*args.batch.count)),
         total(before + added),
         ends(args.batch.count == nullptr ||
              (args.moving.mean != nullptr && (args.window.counters == nullptr ||
@@ -67,7 +76,8 @@ constexpr MomentsMerge MergeOf(const EndedWindow& ended) {
   return {ended.channels,
           {nullptr, nullptr, nullptr, nullptr, DType::kFloat32},
           ended.window,
-          ended.moving};
+          ended.moving,
+          false};
 }
 
 // Calls `run` with null pointers to the types of a merge's batch and running statistics.

@@ -3,13 +3,17 @@
 namespace accumops {
 
 void MergeMomentsCpu(const MomentsMerge& args) {
-  const MergePlan plan(args);
   WithTypesOf(args, [&](auto* batch, auto* moving) {
     using Batch = std::remove_pointer_t<decltype(batch)>;
     using Moving = std::remove_pointer_t<decltype(moving)>;
+    bool counts = true;
+    if (args.only_finite) {
+      for (std::int64_t c = 0; c < args.channels && counts; ++c) counts = IsFinite<Batch>(args, c);
+    }
+    const MergePlan plan(args, counts);
     for (std::int64_t c = 0; c < args.channels; ++c) MergeChannel<Batch, Moving>(args, plan, c);
+    plan.Count(args);
   });
-  plan.Count(args);
 }
 
 void EndWindowsCpu(const WindowsEnd& args) {

@@ -8,10 +8,23 @@ namespace {
 
 constexpr int kThreads = 1024;
 
+// Whether all of a batch's moments are finite, found by all threads of a block.
+template <typename Batch>
+__device__ bool AllFinite(const MomentsMerge& args) {
+  ACCUMOPS_SHARED(finite, bool);
+  if (threadIdx.x == 0) finite = true;
+  __syncthreads();
+  for (std::int64_t c = threadIdx.x; c < args.channels; c += kThreads) {
+    if (!IsFinite<Batch>(args, c)) cuda::SetFromAnyThread(&finite, false);
+  }
+  __syncthreads();
+  return finite;
+}
+
 // Merges with all threads of a block.
 template <typename Batch, typename Moving>
 __device__ void Merge(const MomentsMerge& args) {
-  const MergePlan plan(args);
+  const MergePlan plan(args, !args.only_finite || AllFinite<Batch>(args));
   for (std::int64_t c = threadIdx.x; c < args.channels; c += kThreads) {
     MergeChannel<Batch, Moving>(args, plan, c);
   }

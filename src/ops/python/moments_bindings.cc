@@ -36,7 +36,7 @@ class Merge {
   }
 
   // Checks all arrays and adds them to the call.
-  MomentsMerge AddTo(Call& call, double momentum) const {
+  MomentsMerge AddTo(Call& call, double momentum, bool only_finite) const {
     MomentsMerge args = {};
     const Array& first = batch_.empty() ? moving_[0] : batch_[1];
     if (first.shape.size() != 1) {
@@ -74,6 +74,7 @@ class Merge {
       for (const Array& array : batch_) call.Read(array);
       args.batch = {reinterpret_cast<const std::int64_t*>(batch_[0].data), batch_[1].data,
                     batch_[2].data, batch_[3].data, args.batch.dtype};
+      args.only_finite = only_finite;
     }
     return args;
   }
@@ -83,10 +84,10 @@ class Merge {
 };
 
 void MergeMoments(py::handle batch, py::handle window, py::handle moving, py::handle momentum,
-                  std::uintptr_t stream) {
+                  bool only_finite, std::uintptr_t stream) {
   const Merge merge(batch, window, moving);
   Call call(py::int_(1), stream);
-  const MomentsMerge args = merge.AddTo(call, ToNumber(momentum, "momentum"));
+  const MomentsMerge args = merge.AddTo(call, ToNumber(momentum, "momentum"), only_finite);
   call.Run([&](Executor&) { MergeMomentsCpu(args); },
            [&](auto& on) { return MergeMomentsCuda(args, on.stream()); });
 }
@@ -178,7 +179,7 @@ void EndWindows(py::handle counters, py::handle moments, py::handle moving_means
 }
 
 constexpr char kMergeMomentsDoc[] =
-    R"(merge_moments(batch, *, window=None, moving=None, momentum=0.99, stream=0)
+    R"(merge_moments(batch, *, window=None, moving=None, momentum=0.99, only_finite=False, stream=0)
 --
 
 Merges a batch's moments with those of a window, in place; at its end moving statistics move.
@@ -197,6 +198,8 @@ Args:
     moving: None, or two writable arrays of shape [channels], both float32 or float64: mean and
         variance.
     momentum: A number.
+    only_finite: Whether a batch with a mean or variance that is not finite counts as one without
+        values: a bool.
     stream: As in accumulate().
 
 Raises:
@@ -229,7 +232,8 @@ void BindMoments(py::module_& module) {
   using py::literals::operator""_a;
   const py::none none;
   module.def("merge_moments", MergeMoments, kMergeMomentsDoc, "batch"_a, py::kw_only(),
-             "window"_a = none, "moving"_a = none, "momentum"_a = 0.99, "stream"_a = 0);
+             "window"_a = none, "moving"_a = none, "momentum"_a = 0.99,
+             py::arg("only_finite").noconvert() = false, "stream"_a = 0);
   module.def("end_windows", EndWindows, kEndWindowsDoc, "counters"_a, "moments"_a, py::kw_only(),
              "moving_means"_a = none, "moving_variances"_a = none, "momenta"_a = py::tuple(),
              "applies"_a = true, "stream"_a = 0);

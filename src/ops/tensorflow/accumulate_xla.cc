@@ -25,9 +25,6 @@ xla::XlaComputation Binary(xla::PrimitiveType type, xla::XlaOp (*combine)(xla::X
   return builder.Build().value();
 }
 
-xla::XlaComputation All() {
-  return Binary(xla::PRED, [](xla::XlaOp a, xla::XlaOp b) { return xla::And(a, b); }, "all");
-}
 xla::XlaComputation Any() {
   return Binary(xla::PRED, [](xla::XlaOp a, xla::XlaOp b) { return xla::Or(a, b); }, "any");
 }
@@ -127,9 +124,7 @@ class AccumulateXlaOp : public XlaOpKernel {
       }
       results[i] = added(results[i], accumulator, shape);
       if (attributes_.check_finite) {
-        all_finite = xla::And(
-            all_finite,
-            xla::ReduceAll(xla::IsFinite(gradient), xla::ConstantR0<bool>(builder, true), All()));
+        all_finite = xla::And(all_finite, AllFinite(gradient));
       }
     }
     for (std::size_t i = 0; i < results.size(); ++i) {

@@ -10,6 +10,7 @@ struct MomentsAttributes {
   int window = 0;   // variables: 0 or 2
   int moving = 0;   // variables: 0 or 2
   int batches = 0;  // 0 or 1; a batch has 3 moments
+  bool only_finite = false;
 
   absl::Status Read(const tensorflow::OpKernelConstruction& construction) {
     int parts;
@@ -17,6 +18,7 @@ struct MomentsAttributes {
     TF_RETURN_IF_ERROR(construction.GetAttr("moving_parts", &moving));
     TF_RETURN_IF_ERROR(construction.GetAttr("batches", &batches));
     TF_RETURN_IF_ERROR(construction.GetAttr("batch_parts", &parts));
+    TF_RETURN_IF_ERROR(construction.GetAttr("only_finite", &only_finite));
     const bool whole = (window == 0 || window == 2) && (moving == 0 || moving == 2) &&
                        (batches == 0 || batches == 1) && parts == 3 * batches;
     if (whole && (window != 0) + (moving != 0) + batches >= 2) return absl::OkStatus();

@@ -73,6 +73,7 @@ class MergeMomentsOp : public ParallelKernel {
       OP_REQUIRES_OK(ctx, RequireScalar(ctx, "count", &count));
       args.batch = {count->scalar<std::int64_t>().data(), moments[0].data(), moments[1].data(),
                     moments[2].data(), ToDType(moments[0].dtype())};
+      args.only_finite = attributes_.only_finite;
     }
     OP_REQUIRES_OK(ctx, variables.MakeWritable(ctx, Launchers::kCopy, variables.size()));
     if (attributes_.window != 0) args.window = WindowAt(variables, 0, args.channels);

@@ -46,6 +46,7 @@ REGISTER_OP("AccumOps>MergeMoments")
     .Attr("batches: int >= 0")
     .Attr("batch_parts: int >= 0")
     .Attr("U: {float, double} = DT_FLOAT")
+    .Attr("only_finite: bool = false")
     .SetIsStateful()
     .SetShapeFn(MergeMomentsShapes)
     .Doc(R"doc(
@@ -57,6 +58,7 @@ moving: None, where the window does not end here, or two float or double variabl
 count: None, or a batch's number of values of a channel. Without a batch, and without a window, this is the end.
 moments: None, or a batch's mean, the rest that rounding took from it, and its variance.
 momentum: The share of their old values that running statistics keep.
+only_finite: Whether a batch with a mean or variance that is not finite counts as one without values.
 )doc");
 
 REGISTER_OP("AccumOps>EndWindows")

@@ -111,7 +111,12 @@ class MergeMomentsXlaOp : public XlaOpKernel {
     const XlaOp calls = held.calls + xla::One(builder, xla::S64);
     Held merged = held;
     if (attributes_.batches != 0) {
-      const XlaOp added = ctx->Input(count);
+      XlaOp added = ctx->Input(count);
+      if (attributes_.only_finite) {
+        added = xla::Select(
+            xla::And(AllFinite(ctx->Input(moments)), AllFinite(ctx->Input(moments + 2))), added,
+            none);
+      }
       merged.values = held.values + added;
       const XlaOp share =
           xla::Select(xla::Gt(merged.values, none), Wide(added) / Wide(merged.values),

@@ -60,6 +60,14 @@ xla::XlaComputation Sum(xla::PrimitiveType type) {
   return builder.Build().value();
 }
 
+xla::XlaOp AllFinite(xla::XlaOp values) {
+  xla::XlaBuilder builder("all");
+  const xla::Shape scalar = xla::ShapeUtil::MakeShape(xla::PRED, {});
+  xla::And(xla::Parameter(&builder, 0, scalar, "a"), xla::Parameter(&builder, 1, scalar, "b"));
+  const xla::XlaOp yes = xla::ConstantR0<bool>(values.builder(), true);
+  return xla::ReduceAll(xla::IsFinite(values), yes, builder.Build().value());
+}
+
 xla::XlaOp SquaredNorm(xla::XlaOp values) {
   const xla::XlaOp wide = xla::ConvertElementType(values, xla::F64);
   const xla::XlaOp zero = xla::Zero(values.builder(), xla::F64);

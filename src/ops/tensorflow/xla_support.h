@@ -41,6 +41,9 @@ absl::Status ReadOptionalFlag(XlaOpKernelContext* ctx, const char* name, xla::Xl
 // a + b of scalars, to reduce with.
 xla::XlaComputation Sum(xla::PrimitiveType type);
 
+// Whether all values are finite: a scalar.
+xla::XlaOp AllFinite(xla::XlaOp values);
+
 // The sum of squares of all values, as one value of float64: of shape [1].
 xla::XlaOp SquaredNorm(xla::XlaOp values);
 
