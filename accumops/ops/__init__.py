@@ -4,6 +4,7 @@ from accumops.ops import reference
 from accumops.ops.accumulate import accumulate
 from accumops.ops.barrier import barrier
 from accumops.ops.batch_norm import batch_norm, batch_norm_inference
+from accumops.ops.clip import clip_units
 from accumops.ops.finite import all_finite
 from accumops.ops.library import LibraryError, build_info, get_backend, set_backend
 from accumops.ops.moments import BatchMoments, MomentsWindow, MovingStatistics, end_windows, merge_moments
@@ -20,6 +21,7 @@ __all__ = [
     "batch_norm",
     "batch_norm_inference",
     "build_info",
+    "clip_units",
     "end_windows",
     "get_backend",
     "merge_moments",

@@ -75,6 +75,18 @@ def squared_norms(
     stream: int = 0,
 ) -> None: ...
 def squared_norms_workspace(arrays: Sequence[_Array]) -> int: ...
+def clip_units(
+    gradients: Sequence[_Array],
+    weights: Sequence[_Array],
+    outputs: Sequence[_Array],
+    *,
+    clip_factor: SupportsFloat | SupportsIndex,
+    epsilon: SupportsFloat | SupportsIndex,
+    workspace: _Array | None = None,
+    threads: SupportsIndex | None = None,
+    stream: int = 0,
+) -> None: ...
+def clip_units_workspace(gradients: Sequence[_Array]) -> int: ...
 def batch_norm(
     x: _Array,
     gamma: _Array,
@@ -131,6 +143,17 @@ def merge_moments(
     window: Sequence[_Array] | None = None,
     moving: Sequence[_Array] | None = None,
     momentum: SupportsFloat | SupportsIndex = 0.99,
+    only_finite: bool = False,
+    stream: int = 0,
+) -> None: ...
+def end_windows(
+    counters: Sequence[_Array],
+    moments: Sequence[_Array],
+    *,
+    moving_means: Sequence[_Array] | None = None,
+    moving_variances: Sequence[_Array] | None = None,
+    momenta: Sequence[SupportsFloat | SupportsIndex] = (),
+    applies: bool | _Array = True,
     stream: int = 0,
 ) -> None: ...
 def instruction_sets() -> list[str]: ...

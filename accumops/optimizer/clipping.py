@@ -1,7 +1,5 @@
 """Adaptive gradient clipping: each gradient is clipped by the norm of its weights."""
 
-import math
-import numbers
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,6 +7,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from accumops import ops
+from accumops.arguments import name_of
+from accumops.ops.clip import check_positive
 from accumops.renamed import explains_renamed
 
 
@@ -66,8 +67,8 @@ class AdaptiveGradientClipping:
 
     @explains_renamed
     def __init__(self, clip_factor: float = 0.01, epsilon: float = 1e-3, exclude: Iterable[str] = ()) -> None:
-        self._clip_factor = _check_positive("clip_factor", clip_factor)
-        self._epsilon = _check_positive("epsilon", epsilon)
+        self._clip_factor = check_positive("clip_factor", clip_factor)
+        self._epsilon = check_positive("epsilon", epsilon)
         self._exclude = _check_exclude(exclude)
 
     @property
@@ -106,30 +107,23 @@ class AdaptiveGradientClipping:
                 "There must be one gradient for each variable. "
                 f"Received: {len(gradients)} gradients for {len(variables)} variables."
             )
-        return [
-            gradient if gradient is None or self._excludes(variable) else self._clip(gradient, variable)
-            for gradient, variable in zip(gradients, variables, strict=True)
+        chosen = [
+            i
+            for i, (gradient, variable) in enumerate(zip(gradients, variables, strict=True))
+            if gradient is not None and not self._excludes(variable)
         ]
+        clipped = ops.clip_units(
+            [gradients[i] for i in chosen],
+            [variables[i] for i in chosen],
+            clip_factor=self._clip_factor,
+            epsilon=self._epsilon,
+        )
+        for i, each in zip(chosen, clipped, strict=True):
+            gradients[i] = each
+        return gradients
 
     def _excludes(self, variable: tf.Variable | keras.Variable) -> bool:
-        return any(pattern.search(_name(variable)) for pattern in self._exclude)
-
-    def _clip(
-        self, gradient: tf.Tensor | tf.IndexedSlices, variable: tf.Variable | keras.Variable
-    ) -> tf.Tensor | tf.IndexedSlices:
-        is_sparse = isinstance(gradient, tf.IndexedSlices)
-        values = tf.convert_to_tensor(gradient.values if is_sparse else gradient)
-        _check_gradient(values, variable, is_sparse)
-        dtype = tf.float64 if tf.float64 in (values.dtype, tf.as_dtype(variable.dtype)) else tf.float32
-        rank = len(variable.shape)
-        axes = list(range(rank - 1)) if rank >= 2 else None
-        scale, norm = _scaled_norm(tf.convert_to_tensor(variable), axes, dtype)
-        limit = tf.constant(self._clip_factor, dtype) * tf.maximum(scale * norm, tf.constant(self._epsilon, dtype))
-        scale, norm = _scaled_norm(values, axes, dtype, gradient.indices if is_sparse else None)
-        # False for a norm that is not a number: a unit that is not finite stays as it is.
-        exceeds = scale * norm > limit
-        clipped = tf.where(exceeds, tf.cast(tf.cast(values, dtype) / scale * (limit / norm), values.dtype), values)
-        return tf.IndexedSlices(clipped, gradient.indices, gradient.dense_shape) if is_sparse else clipped
+        return any(pattern.search(name_of(variable)) for pattern in self._exclude)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments to make this object again."""
@@ -147,36 +141,6 @@ class AdaptiveGradientClipping:
         )
 
 
-def _scaled_norm(
-    values: tf.Tensor, axes: list[int] | None, dtype: tf.DType, indices: tf.Tensor | None = None
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns the largest magnitude of each unit, 1 for a unit of zeros, and the unit's norm divided by it.
-
-    So no square overflows. The norm of a unit with a value that is not finite is not a number. With `indices`, rows of
-    the same index are summed first.
-    """
-    values = tf.cast(values, dtype)
-    largest = tf.reduce_max(tf.abs(values), axis=axes, keepdims=True)
-    scale = tf.where(largest > 0, largest, tf.ones_like(largest))
-    scaled = values / scale
-    if indices is not None:
-        # As many segments as rows, a number that XLA knows. Segments without rows add zero.
-        scaled = tf.math.unsorted_segment_sum(scaled, tf.unique(indices).idx, tf.shape(indices)[0])
-    return scale, tf.sqrt(tf.reduce_sum(tf.square(scaled), axis=axes, keepdims=True))
-
-
-def _name(variable: tf.Variable | keras.Variable) -> str:
-    return getattr(variable, "path", variable.name)
-
-
-def _check_positive(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"`{name}` must be a number. Received: {value!r}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"`{name}` must be finite and greater than 0. Received: {value}")
-    return float(value)
-
-
 def _check_exclude(exclude: Iterable[str]) -> tuple[re.Pattern[str], ...]:
     if isinstance(exclude, str):
         raise TypeError(f"`exclude` must be an iterable of strings: for one of them, use [{exclude!r}].")
@@ -191,17 +155,3 @@ def _check_exclude(exclude: Iterable[str]) -> tuple[re.Pattern[str], ...]:
         except re.error as error:
             raise ValueError(f"`exclude` must hold regular expressions. Received: {pattern!r} ({error})") from error
     return tuple(patterns)
-
-
-def _check_gradient(values: tf.Tensor, variable: tf.Variable | keras.Variable, is_sparse: bool) -> None:
-    if not values.dtype.is_floating:
-        raise ValueError(
-            f"The gradient of '{_name(variable)}' must be of a floating-point dtype. Received: {values.dtype.name}."
-        )
-    shape = tuple(variable.shape)
-    wanted = (None, *shape[1:]) if is_sparse else shape
-    if not values.shape.is_compatible_with(wanted) or (is_sparse and not shape):
-        raise ValueError(
-            f"The gradient of '{_name(variable)}' must have its shape, {shape}. "
-            f"Received: {'rows of ' if is_sparse else ''}{values.shape[1:] if is_sparse else values.shape}."
-        )

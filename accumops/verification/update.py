@@ -1,4 +1,4 @@
-"""The cases of `accumops.ops.update` and `accumops.ops.squared_norms`."""
+"""The cases of `accumops.ops.update`, `accumops.ops.squared_norms` and `accumops.ops.clip_units`."""
 
 import itertools
 import math
@@ -200,6 +200,37 @@ def _norm_trial(dtype: str, rng: np.random.Generator) -> Trial:
     )
 
 
+_CLIPPING = {"clip_factor": 0.25, "epsilon": 1e-3}
+
+
+def _clip_cases(quick: bool) -> Iterator[Case]:
+    for share in ("all", "some", "none"):
+        modes: Sequence[str] = MODES if share == "some" or not quick else MODES[:1]
+        yield Case("float32", f"clips {share} units", partial(_clip_trial, share), modes)
+
+
+def _clip_trial(share: str, rng: np.random.Generator) -> Trial:
+    shapes = [*_SHAPES, (70001,), (300, 17), (3, 3, 8, 16), (2, 1500)]
+    gradients, weights = ([rng.standard_normal(shape, np.float32) for shape in shapes] for _ in range(2))
+    expected = []
+    for i, (gradient, weight) in enumerate(zip(gradients, weights, strict=True)):
+        gradient *= np.float32({"all": 100, "some": np.exp(rng.uniform(-4, 2)), "none": 1e-3}[share])
+        axes = tuple(range(gradient.ndim - 1)) if gradient.ndim > 1 else None
+        exact = gradient.astype(np.longdouble)
+        norms = (np.sqrt(np.sum(each.astype(np.longdouble) ** 2, axis=axes, keepdims=True)) for each in (exact, weight))
+        size, norm = norms
+        limit = _CLIPPING["clip_factor"] * np.maximum(norm, _CLIPPING["epsilon"])
+        clipped = np.where(size > limit, exact * (limit / np.where(size > 0, size, 1)), exact)
+        expected.append(Expected(f"clipped[{i}]", clipped, ulp(np.abs(clipped), np.dtype(np.float32))))
+    return Trial(
+        variables=[],
+        arguments=[[tf.constant(each) for each in group] for group in (gradients, weights)],
+        step=lambda implementation, variables, gradients, weights: implementation(gradients, weights, **_CLIPPING),
+        expected=expected,
+        terms=max(math.prod(shape) for shape in shapes),
+    )
+
+
 # Lambdas look the ops up at each call, so that a test's replacement of an op is verified instead of the op.
 SUBJECTS = (
     Subject(
@@ -213,5 +244,11 @@ SUBJECTS = (
         fused=lambda *args, **kwargs: ops.squared_norms(*args, **kwargs),
         reference=reference.squared_norms,
         cases=_norm_cases,
+    ),
+    Subject(
+        "clip_units",
+        fused=lambda *args, **kwargs: ops.clip_units(*args, **kwargs),
+        reference=reference.clip_units,
+        cases=_clip_cases,
     ),
 )

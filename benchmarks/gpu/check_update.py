@@ -1,4 +1,4 @@
-"""Compares update() and squared_norms() with NumPy, in small, awkward cases."""
+"""Compares update(), squared_norms() and clip_units() with NumPy, in small, awkward cases."""
 
 import dataclasses
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from backend import Host
 from checker import Checker, Placed
-from kernel_definitions import SLOTS, Settings, gradient_of, step, wide
+from kernel_definitions import SLOTS, Settings, clipped_units, gradient_of, step, wide
 
 # Sizes around packs and the chunks of rules with 4, 8 and 12 values a thread.
 SIZES = [0, 1, 3, 17, 1023, 1024, 1025, 2047, 2048, 2049, 3073, 4097]
@@ -15,6 +15,9 @@ UPDATE_COUNTS = [1, 43, 44, 352, 353, 750]
 NORM_COUNTS = [1, 160, 161, 416, 417, 500, 501, 1280, 1281, 2600]
 # Sizes around packs and chunks of 32 KB.
 NORM_SIZES = [0, 1, 7, 8, 9, 555, 4095, 4096, 4097, 8193, 16385, 33000]
+# Numbers of tensors around the capacities of the tables, and shapes around tiles of 256 units and 16384 values.
+CLIP_COUNTS = [1, 56, 57, 448, 449]
+CLIP_SHAPES = [(), (1,), (40000,), (5, 3), (300, 17), (0, 4), (4, 0), (129, 256), (65, 257), (3, 3, 16, 32), (2, 600)]
 TYPES = ["float16", "bfloat16", "float32", "float64"]
 
 
@@ -111,6 +114,32 @@ def norms(checker: Checker, name: str, arrays: list[np.ndarray], offset: int, *,
     checker.expect(f"norms, {name}, offset {offset}", close)
 
 
+def clip(checker: Checker, name: str, shapes: list[tuple[int, ...]], offset: int, *, together: bool = False) -> None:
+    """Checks one call of clip_units(). Every second call gets a workspace; the others make their own."""
+    checker.calls += 1
+    device, rng = checker.device, checker.rng
+    offsets = [offset] * len(shapes)
+    sizes = [int(np.prod(shape)) for shape in shapes]
+    gradients, weights = ([checker.numbers("float32", size) for size in sizes] for _ in range(2))
+    for gradient in gradients:
+        gradient *= np.float32(np.exp(rng.uniform(-4, 2)))
+    outputs = Placed(device, [np.full(size, np.nan, np.float32) for size in sizes], offsets, together)
+    views = [Placed(device, each, offsets, together).views() for each in (gradients, weights)] + [outputs.views()]
+    arrays = [[view.reshape(shape) for view, shape in zip(each, shapes, strict=True)] for each in views]
+    needed = device.kernels.clip_units_workspace(arrays[0])
+    workspace = device.empty(needed, np.uint8) if needed and checker.calls % 2 else None
+    settings = {"clip_factor": 0.25, "epsilon": 1e-3}
+    device.kernels.clip_units(*arrays, **settings, workspace=workspace, stream=device.stream())
+    found = [np.array(device.get(view)) for view in arrays[2]]
+    expected = [
+        clipped_units(gradient.reshape(shape), weight.reshape(shape), **settings)
+        for gradient, weight, shape in zip(gradients, weights, shapes, strict=True)
+    ]
+    close = all(np.allclose(*each, rtol=3e-7, atol=2e-45) for each in zip(found, expected, strict=True))
+    checker.expect(f"clipping, {name}, offset {offset}", close)
+    checker.expect(f"clipping, {name}: writes beside", outputs.hold([each.ravel() for each in found]))
+
+
 def check(checker: Checker) -> None:
     """Runs all checks of this file."""
     for rule in checker.some([*SLOTS], [*SLOTS], ["adam"]):
@@ -132,3 +161,7 @@ def check(checker: Checker) -> None:
         arrays = [checker.numbers(TYPES[i % 4], (5, 1, 4, 17, 3)[i % 5]) for i in range(count)]
         arrays[count // 2] = checker.numbers("bfloat16", 65537)
         norms(checker, f"a list of {count}", arrays, 0, together=True)
+    for offset in checker.some([0, 1, 3], [0, 3], [1]):
+        clip(checker, "shapes", CLIP_SHAPES, offset)
+    for count in checker.some(CLIP_COUNTS, [57, 449], []):
+        clip(checker, f"a list of {count}", [((5,), (3, 2), (2, 3, 4))[i % 3] for i in range(count)], 0, together=True)

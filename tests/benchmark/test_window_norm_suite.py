@@ -59,6 +59,7 @@ def test_networks(name, normalizations):
     assert window_norm.BATCH % network.micro_batch_size == 0
 
 
+@pytest.mark.exhaustive
 def test_memory_that_is_there_before_a_window_does_not_count():
     with processes.that_counts() as process:
         peak = process.call(counted_windows.peak)

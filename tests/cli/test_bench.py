@@ -182,13 +182,13 @@ def small(monkeypatch):
 
 
 # The contenders of the suite "window" take longest to be made; test_window_suite.py makes them, too. Tests below run
-# three other suites.
-ELSEWHERE = ("window", "accumulate", "update", "memory")
+# three other suites. "batch-norm" takes long as well.
+ELSEWHERE = ("window", "accumulate", "update", "memory", "batch-norm")
 
 
 @pytest.mark.parametrize("suite", cross(SUITES, default=lambda suite: suite not in ELSEWHERE))
 @pytest.mark.usefixtures("small")
-@pytest.mark.some_by_default(3)
+@pytest.mark.some_by_default(1)
 def test_suites(suite, tmp_path):
     numbers, picture = tmp_path / "results.json", tmp_path / "results.png"
     result = invoke(suite, "--rounds", 2, "--json", numbers, "--plot", picture)

@@ -35,6 +35,7 @@ def test_runs_agree_and_a_picture_is_saved(tmp_path):
     assert accumops.get_backend() == before
 
 
+@pytest.mark.exhaustive
 def test_fused_run_is_skipped_where_it_cannot_run(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")

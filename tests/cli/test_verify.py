@@ -79,6 +79,7 @@ def test_broken_op_is_named(dense_only, monkeypatch, tmp_path):
     assert json.loads(file.read_text())["ok"] is False
 
 
+@pytest.mark.exhaustive
 def test_raising_op_is_named(dense_only, monkeypatch):
     def refuses(*args, **kwargs):
         raise tf.errors.InternalError(None, None, "the kernel [sm_90] did not start")

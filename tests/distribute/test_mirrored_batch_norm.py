@@ -42,7 +42,7 @@ STATISTICS = [("accum_steps", 4, "fused"), ("micro_batch_size", 2, "fused"), ("m
     ("mode", "replicas", "backend"),
     cross(MODES, [2, 4], ["fused", "reference"], default=lambda *combination: combination in STATISTICS),
 )
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_statistics_of_windows(mode, replicas, backend):
     """Batches are ragged; some replicas get nothing of some."""
     x, y, _ = data()
@@ -116,6 +116,7 @@ def test_windows_of_its_own_are_an_error():
 
 
 @pytest.mark.parametrize("trainer", ["plain", "accum_steps"])
+@pytest.mark.some_by_default(1)
 def test_synchronized_equals_the_whole_batch(trainer):
     """With one micro-batch a window, all replicas together normalize the whole batch, gradients included."""
     x, y, _ = (each[: BATCH * 4] for each in data())

@@ -58,6 +58,7 @@ OPTIMIZERS = {
         default=lambda *values: values in [("skip", "accum_steps", "Adam"), ("drop", "micro_batch_size", "RMSprop")],
     ),
 )
+@pytest.mark.some_by_default(1)
 def test_updates_are_those_of_what_is_left(policy, mode, name):
     x, y = data()
     with mirrored(2).scope():

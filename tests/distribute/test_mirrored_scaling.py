@@ -33,6 +33,7 @@ def marks(replicas, case):
         for replicas, case in CASES
     ],
 )
+@pytest.mark.some_by_default(4)
 def test_bytes_of_a_window(replicas, case):
     found, wanted = collectives.traced(case, mirrored(replicas)), collectives.predicted(case, replicas)
     assert list(found) == list(wanted)

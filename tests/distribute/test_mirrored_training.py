@@ -47,7 +47,7 @@ TRAINED = [*ALONE, *itertools.product((2, 4), ("SGD", "Adam", "AdamW"), MODES)]
     ("replicas", "name", "mode"),
     [pytest.param(*each, marks=() if each in ALONE + EACH else pytest.mark.exhaustive) for each in TRAINED],
 )
-@pytest.mark.some_by_default(4)
+@pytest.mark.some_by_default(2)
 def test_the_model_equals_whole_batches(replicas, name, mode):
     """Ragged batches, empty ones on some replicas, sample weights, a regularizer, clipping."""
     wanted, wanted_logs = full_batches(name)

@@ -70,6 +70,7 @@ def check_both(both):
 
 
 @pytest.mark.parametrize("scenario", TRAININGS)
+@pytest.mark.some_by_default(3)
 def test_workers(results, scenario):
     check_both(results(scenario))
 

@@ -20,6 +20,7 @@ LANGUAGES = ("python", "pycon", "sh", "text", "bibtex", "cpp", "make", "toml", "
 LONG = tuple(
     f"docs/{name}.md"
     for name in (
+        "batch_normalization",
         "batch_size",
         "coming_from",
         "embeddings",
@@ -27,8 +28,12 @@ LONG = tuple(
         "learning_rate",
         "mixed_precision",
         "noise_scale",
+        "quickstart",
         "recompute",
         "several_devices",
+        "tensorboard",
+        "which_way",
+        "window_losses",
         "xla",
     )
 )

@@ -35,6 +35,7 @@ class Mutation:
 BARRIER = "__syncthreads();"
 ROWS, NORMS, UPDATE = "accumulate_rows_cuda.cu", "squared_norm_cuda.cu", "update_cuda.cu"
 DENSE, NORMALIZE, GRADIENT = "accumulate_cuda.cu", "batch_norm_cuda.cu", "batch_norm_gradient_cuda.cu"
+CLIP = "clip_units_cuda.cu"
 TILING, TABLE, MOMENTS = "batch_norm_tiling.cuh", "tensor_table.cuh", "moments_cuda.cu"
 
 MUTATIONS = [
@@ -116,6 +117,18 @@ MUTATIONS = [
         "  __syncthreads();\n  if (tile.packs() == 0) return;",
         "  if (tile.packs() == 0) return;\n  __syncthreads();",
     ),
+    Mutation("clipping: barrier", CLIP, BARRIER, ""),
+    Mutation("clipping: lanes", CLIP, "distance >= place.width", "distance > place.width"),
+    Mutation("clipping: edge of a tile", CLIP, "if (column >= tile.units) return;", ""),
+    Mutation(
+        "clipping: sums of the edge",
+        CLIP,
+        "thread < place.width && place.column < place.tile.units",
+        "thread < place.width",
+    ),
+    Mutation("clipping: last units", CLIP, "if (unit >= item.units) return;", ""),
+    Mutation("clipping: row tile", CLIP, "place.tile.row_tile * place.tiling.units + place.unit", "place.unit"),
+    Mutation("clipping: last rows", "clip_tiles.h", "Least(tile_rows, rows - row)", "tile_rows"),
     Mutation("moments: barrier before the flag", MOMENTS, BARRIER, "", 0),
     Mutation("moments: barrier of the flag", MOMENTS, BARRIER, "", 1),
     Mutation("moments: barrier", MOMENTS, BARRIER, "", 2),

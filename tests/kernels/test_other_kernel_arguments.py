@@ -1,5 +1,5 @@
-"""What update(), squared_norms(), batch_norm() and its relatives, merge_moments() and end_windows() reject; see also
-test_kernel_arguments.py. No failed call writes anything."""
+"""What update(), squared_norms(), batch_norm() and its relatives, merge_moments(), end_windows() and clip_units()
+reject; see also test_kernel_arguments.py. No failed call writes anything."""
 
 import numpy as np
 import pytest
@@ -471,6 +471,47 @@ def test_what_end_windows_rejects(kernels, case):
     check_raises(lambda: kernels.end_windows(**arguments), written, error, message)
 
 
+def clips(**changes):
+    """The arguments of a call of clip_units() that is right, for two gradients."""
+    shapes = [(3, 2), (4,)]
+    arguments = {name: [floats(*shape) for shape in shapes] for name in ("gradients", "weights", "outputs")}
+    return arguments | {"clip_factor": 0.1, "epsilon": 1e-3} | changes
+
+
+four = floats(4)
+CLIP_ERRORS = {
+    "no list": ({"gradients": 3}, TypeError, "gradients"),
+    "a weight short": ({"weights": [floats(3, 2)]}, ValueError, "weights has 1 items; it must have 2, one for each of"),
+    "an output short": ({"outputs": [floats(3, 2)]}, ValueError, "outputs has 1 items; it must have 2, one for each"),
+    "another shape": (
+        {"weights": [floats(3, 2), floats(5)]}, ValueError, "weights[1] has shape (5,); it must have shape (4,), the",
+    ),
+    "another output": (
+        {"outputs": [floats(2, 3), floats(4)]}, ValueError, "outputs[0] has shape (2, 3); it must have shape (3, 2),",
+    ),
+    "a double": (
+        {"gradients": [np.ones((3, 2)), floats(4)]}, TypeError, "gradients[0] has dtype float64; it must be float32",
+    ),
+    "a read-only output": (
+        {"outputs": [floats(3, 2), read_only(floats(4))]}, ValueError, "outputs[1] is read-only",
+    ),
+    "a gradient as output": (
+        {"gradients": [floats(3, 2), four], "outputs": [floats(3, 2), four]}, ValueError, "share memory",
+    ),
+    "no factor": ({"clip_factor": None}, TypeError, "clip_factor must be a number, got NoneType"),
+    "a negative factor": ({"clip_factor": -1.0}, ValueError, "clip_factor"),
+    "an infinite epsilon": ({"epsilon": np.inf}, ValueError, "epsilon"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CLIP_ERRORS.values(), ids=CLIP_ERRORS.keys())
+def test_what_clip_units_rejects(kernels, case):
+    changes, error, message = case
+    arguments = clips(**changes)
+    written = [array for array in arguments["outputs"] if isinstance(array, np.ndarray)]
+    check_raises(lambda: kernels.clip_units(**arguments), written, error, message)
+
+
 def test_the_momentum_is_a_number(kernels):
     check_raises(
         lambda: kernels.merge_moments(batch(), moving=moving(), momentum=None), [], TypeError,
@@ -502,6 +543,7 @@ def test_cuda_arrays_where_cuda_is_missing(kernels):
         ),
         lambda: kernels.batch_norm_inference(large[0], *three[:4], y=large[1]),
         lambda: kernels.merge_moments([count, *three[:3]], moving=three[3:5]),
+        lambda: kernels.clip_units(large[:1], large[1:2], large[2:], clip_factor=0.1, epsilon=0.1),
         lambda: kernels.end_windows([array(50, 3, typestr="<i8")], [array(51, 2, 3, typestr="<f8")]),
     )  # fmt: skip
     for call in calls:

@@ -119,11 +119,12 @@ def check_same(mine, its, atol):
         ("nested", 5, "graph"),
     ],
 )
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_the_same_as_whole_batches_in_keras(net, micro, run):
     check_same(trained(net, micro, run), trained(net, None), 1e-11)
 
 
+@pytest.mark.exhaustive
 def test_micro_batches_by_themselves_are_not_the_same():
     """Were it otherwise, the test above would show nothing."""
     keras.utils.set_random_seed(5)
@@ -146,6 +147,7 @@ def test_a_loss_over_the_window():
     check_same(mine, trained("chain", None, loss=spread), 1e-10)
 
 
+@pytest.mark.exhaustive
 def test_half_precision():
     """Totals reach the layer as float32, with and without windows."""
     keras.config.set_dtype_policy("mixed_bfloat16")

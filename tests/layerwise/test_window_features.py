@@ -81,6 +81,7 @@ def test_sample_weights(float64, weights, loss, model):
     compare(network(), {"x": X, "y": Y, "sample_weight": weights}, model=model, weighted_metrics=["mse"], **loss())
 
 
+@pytest.mark.exhaustive
 def test_class_weights(float64):
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     data = {"x": X, "y": LABELS, "class_weight": {0: 0.5, 1: 2.0}}
@@ -88,6 +89,7 @@ def test_class_weights(float64):
 
 
 @pytest.mark.parametrize("run", ["eager", pytest.param("xla", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
 def test_a_sum(float64, run):
     sums = keras.losses.MeanSquaredError(reduction="sum")
     compare(network(), {"x": X, "y": Y}, loss=sums, run=run, optimizer=lambda: keras.optimizers.SGD(0.005))
@@ -157,6 +159,7 @@ def random_network(kind):
 
 @pytest.mark.parametrize("kind", RANDOM)
 @pytest.mark.some_by_default(1)
+@pytest.mark.exhaustive
 def test_random_layers_in_one_micro_batch(float64, kind):
     """The whole batch is the micro-batch: plain Keras draws the same masks, and their seeds go on the same way."""
     net = random_network(kind)
@@ -203,6 +206,7 @@ def test_gradients_with_random_layers_are_those_of_the_loss(float64, kind, every
 @pytest.mark.parametrize("policy", ["mixed_float16", pytest.param("mixed_bfloat16", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("run", ["graph", pytest.param("xla", marks=pytest.mark.exhaustive)])
 @pytest.mark.some_by_default(1)
+@pytest.mark.exhaustive
 def test_half_precision(policy, run):
     """As near to float32 as Keras is, with samples in another order."""
     x, y = RNG.normal(size=(12, 8, 8, 3)).astype("float32"), RNG.integers(0, 3, 12)
@@ -269,6 +273,7 @@ def with_a_broken_sample(at):
 
 @pytest.mark.parametrize("run", ["eager", "graph", pytest.param("xla", marks=pytest.mark.exhaustive)])
 @pytest.mark.some_by_default(1)
+@pytest.mark.exhaustive
 def test_a_window_with_a_broken_sample_is_dropped(float64, run):
     """Its logs, weights and statistics are those of the other window alone."""
     net = network()
@@ -297,6 +302,7 @@ def test_optimizers(name):
     assert bool(trained.model.optimizer.fused_update) == fused
 
 
+@pytest.mark.exhaustive
 def test_gradient_clipping_of_the_window(float64):
     """Adaptive clipping sees the gradient of the window, not of a part of the model or of a micro-batch."""
     net, data = network(), {"x": X, "y": Y}
@@ -310,6 +316,7 @@ def test_gradient_clipping_of_the_window(float64):
 
 @pytest.mark.parametrize("run", [pytest.param("eager", marks=pytest.mark.exhaustive), "graph"])
 @pytest.mark.some_by_default(1)
+@pytest.mark.exhaustive
 def test_lazy_embeddings(float64, run):
     """Rows that a window does not touch stay, and keep their momentum."""
     keras.utils.set_random_seed(1)

@@ -79,6 +79,7 @@ def test_configs_have_what_the_layer_was_made_with():
     assert accumops.AccumBatchNormalization.from_config(old).statistics == "micro_batch"
 
 
+@pytest.mark.exhaustive
 def test_clones_and_copies():
     net = windows_of(network(), every=3)
     for copy in (keras.models.clone_model(net), windows_of(accumops.restore_batchnorm_layers(net), every=3)):

@@ -217,7 +217,7 @@ TURNS = [("eager", 5, 1), ("eager", 4, 2), ("graph", 5, 2), ("eager", 12, 1), ("
         ),
     ],
 )
-@pytest.mark.some_by_default(5)
+@pytest.mark.some_by_default(2)
 def test_all_structures(structure, run, micro, every):
     keras.utils.set_random_seed(1)
     net, x, y, *rest = structure()

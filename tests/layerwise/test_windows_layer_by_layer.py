@@ -92,6 +92,7 @@ def test_with_adam():
     compare(*NETS["residual"], 5, optimizer="adam", tolerance=1e-9)  # it divides by roots of squares
 
 
+@pytest.mark.exhaustive
 def test_for_a_memory_goal():
     compare(*NETS["residual"], 5, memory="1MB")
 

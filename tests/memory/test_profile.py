@@ -32,6 +32,7 @@ def process():
 
 
 @pytest.mark.parametrize("recomputes", [pytest.param(False, marks=pytest.mark.exhaustive), True])
+@pytest.mark.exhaustive
 def test_predicted_and_measured(recomputes, process):
     profile = process.call(allocator.profile, batch_sizes=[BATCH, 2 * BATCH], segments=3 if recomputes else 0)
     assert profile["measured_by"] == "TensorFlow's allocator on CPU:0"

@@ -106,6 +106,7 @@ def test_fit(kind, jit_compile, policy):
     assert_same(got, want, tolerance=2e-6)
 
 
+@pytest.mark.exhaustive
 def test_fit_with_layers_that_recompute():
     block, x = BLOCKS["convolutional"]
     _, want = fitted(WRAPS["micro_batch_size"])
@@ -259,6 +260,7 @@ def test_a_lower_goal_never_takes_more():
     ],
     ids=str,
 )
+@pytest.mark.exhaustive
 def test_graphs_within_graphs(how):
     def model():
         base = deep(4)

@@ -765,6 +765,7 @@ class TestSaving:
         fit(loaded, x, y)
         check(loaded.model.layers[0], [x])
 
+    @pytest.mark.exhaustive
     def test_export(self, data, tmp_path):
         net = make()
         model = wrapped(net, accum_steps=2)
@@ -802,6 +803,7 @@ def test_a_layer_that_is_not_called(data):
 class TestOthersTrainIt:
     """A layer leaves the window of its last trainer and joins the window of the next one."""
 
+    @pytest.mark.exhaustive
     def test_compiled_again(self, data):
         """With another optimizer, in mid-window: the new one starts with a window of its own."""
         x, y = data
@@ -884,6 +886,7 @@ class TestOthersTrainIt:
         accumulator.close()
         check(net.layers[0], [x[:32], x[:32]])
 
+    @pytest.mark.exhaustive
     def test_frozen_later(self, data):
         x, y = data
         net = make()

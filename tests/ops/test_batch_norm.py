@@ -635,6 +635,7 @@ class TestSecondOrder:
                 assert np.isfinite(run(normalize).numpy()).all()
 
 
+@pytest.mark.some_by_default(1)
 def test_memory_stays_flat(backend, resident_bytes):
     x = tf.ones([64, 33])
     counters, moments_of = tf.Variable([0, 0, 4], dtype=tf.int64), tf.Variable(tf.zeros([2, 33], tf.float64))

@@ -355,6 +355,7 @@ def test_an_optimizer_that_was_built_in_another_order(optimizer, wrap):
 @pytest.mark.parametrize(
     "mode", [{"accum_steps": 2}, pytest.param({"micro_batch_size": 4}, marks=pytest.mark.exhaustive)]
 )
+@pytest.mark.exhaustive
 def test_an_optimizer_that_was_built_for_more_variables(mode):
     """It goes on with the variables that are left when a layer is frozen."""
     x, y = np.ones((16, 3), "float32"), np.ones((16, 1), "float32")

@@ -101,6 +101,7 @@ OVER_50_UPDATES = [("fused", "Adam", "graph"), ("reference", "SGD", "graph")]
     ),
     indirect=["backend"],
 )
+@pytest.mark.some_by_default(1)
 def test_equals_the_full_batch_over_50_updates(backend, rng, name, run):
     check_against_the_full_batch(rng, name, run, UPDATES)
 
@@ -131,6 +132,7 @@ UNFUSED = ["global_clipnorm", "schedule", "ema"]
     indirect=["backend"],
 )
 @pytest.mark.some_by_default(1)
+@pytest.mark.exhaustive
 def test_settings_of_the_inner_optimizer_act_once_a_window(backend, rng, name):
     check_against_the_full_batch(rng, name, "graph", 10)
 
@@ -163,6 +165,7 @@ def test_embedding_equals_the_full_batch(backend, rng, run):
     indirect=["backend"],
 )
 @pytest.mark.some_by_default(1)
+@pytest.mark.exhaustive
 def test_mixed_precision(backend, rng, policy):
     """Half-precision gradients add up in float32; `compile` wraps the optimizer for loss scaling by itself."""
     x, y = data(rng, updates=10)

@@ -210,7 +210,7 @@ class TestGradientNorm:
             ),
         ),
     )
-    @pytest.mark.some_by_default(2)
+    @pytest.mark.some_by_default(1)
     def test_optimizers(self, rng, tmp_path, optimizer, mode, run):
         problem = Problem(rng, SAMPLES)
         model = GradientAccumulateModel(problem.model(), **({"accum_steps": 4} | MODES[mode]))
@@ -226,6 +226,7 @@ class TestGradientNorm:
 
     @pytest.mark.parametrize("inside", [True, False])
     @pytest.mark.some_by_default(1)
+    @pytest.mark.exhaustive
     def test_under_loss_scaling(self, rng, tmp_path, inside):
         """The norm is without the factor of the loss."""
         problem = Problem(rng, SAMPLES)
@@ -321,6 +322,7 @@ def check_nonfinite(rng, tmp_path, policy):
     return fit(with_model(problem, nonfinite=policy), problem, logger)
 
 
+@pytest.mark.exhaustive
 def test_windows_that_are_dropped(rng, tmp_path):
     found = check_nonfinite(rng, tmp_path, "drop")
     assert found["nonfinite_windows"] == dict(enumerate([0, 0, 0, 1, 1, 1, 1, 1, 2, 2], start=1))
@@ -381,6 +383,7 @@ def test_the_second_fit_traces_nothing(rng, tmp_path):
     assert found["updates"] == {0: 6, 1: 8}
 
 
+@pytest.mark.exhaustive
 def test_a_model_that_was_trained_before(rng, tmp_path):
     """The functions of the first fit, that of its flush included, note nothing."""
     problem = Problem(rng, SAMPLES)
@@ -479,6 +482,7 @@ def test_a_model_that_is_built_in_its_first_step(rng, tmp_path):
     assert len(found["gradient_norm"]) == 2
 
 
+@pytest.mark.exhaustive
 def test_memory_where_the_allocator_counts():
     with processes.that_counts() as process:
         logged, at_the_end = process.call(event_files.logged_memory, jit_compile=False)

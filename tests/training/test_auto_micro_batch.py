@@ -160,6 +160,7 @@ def test_down_to_one_sample_and_no_further(planned, capfd):
     assert int(model.optimizer.iterations) == 2
 
 
+@pytest.mark.exhaustive
 def test_a_failed_update_of_an_optimizer_that_is_not_fused(planned, monkeypatch):
     """The old values come back, and the update is made again, once."""
 
@@ -195,6 +196,7 @@ def test_a_failed_update_of_an_optimizer_that_is_not_fused(planned, monkeypatch)
         np.testing.assert_array_equal(one, another)
 
 
+@pytest.mark.exhaustive
 def test_a_larger_batch_is_planned_again(planned):
     model = compiled("auto")
     model.fit(data(), verbose=0)
@@ -275,6 +277,7 @@ def test_a_size_that_is_set():
         by_steps.micro_batch_size = 8
 
 
+@pytest.mark.exhaustive
 def test_a_size_that_is_set_later_with_auto(planned):
     """The functions for the size that was found are made anew."""
     model, other = compiled("auto"), compiled(8)

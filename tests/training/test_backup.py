@@ -93,6 +93,7 @@ class TestPassedBatches:
         assert seen[:3] == [(batch, first[2][1]) for batch in range(3)]
         assert seen[3] == first[3]
 
+    @pytest.mark.exhaustive
     def test_several_steps_an_execution(self, tmp_path):
         options = {"steps_per_execution": 2, "run_eagerly": True}
         wanted, got = make("plain", **options), make("plain", **options)

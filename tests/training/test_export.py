@@ -61,6 +61,7 @@ def test_exported(name, rng, tmp_path):
 
 @pytest.mark.parametrize("name", list(NETWORKS))
 @pytest.mark.some_by_default(1)
+@pytest.mark.exhaustive
 def test_saved_by_tensorflow(name, rng, tmp_path):
     model, x = trained(NETWORKS[name], rng)
     tf.saved_model.save(model, tmp_path / "saved")

@@ -70,7 +70,7 @@ FEATURE_WAYS = [
 @pytest.mark.parametrize(
     ("optimizer", "run", "mode"), [(optimizer, *way) for optimizer, way in turns(OPTIMIZERS, OPTIMIZER_WAYS)]
 )
-@pytest.mark.some_by_default(4)
+@pytest.mark.some_by_default(2)
 def test_every_optimizer(optimizer, run, mode):
     check("SampleWeights", optimizer, mode, **RUNS[run])
 
@@ -84,7 +84,7 @@ def test_every_optimizer(optimizer, run, mode):
     ],
     indirect=["backend"],
 )
-@pytest.mark.some_by_default(8)
+@pytest.mark.some_by_default(4)
 def test_every_feature(backend, feature, run, mode):
     check(feature, "AdamW", mode, **RUNS[run])
 

@@ -150,7 +150,7 @@ def by_default(name, way, run):
         for run in RUNS
     ],
 )
-@pytest.mark.some_by_default(3)
+@pytest.mark.some_by_default(2)
 def test_the_large_batch(name, way, run):
     WAYS[way](name, run)
 

@@ -51,6 +51,7 @@ def test_losses_of_single_outputs(x, y, mode, run):
 
 
 @pytest.mark.parametrize("run", cross(RUNS, default=lambda run: run == "graph"))
+@pytest.mark.exhaustive
 def test_losses_of_single_outputs_in_validation(x, y, run):
     """In batches of 17, 17 and 9, with weights and without, by `evaluate` and by `fit`."""
     inputs = keras.Input((6,))

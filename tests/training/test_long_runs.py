@@ -72,7 +72,7 @@ body = [keras.layers.Conv2D(16, 1, activation="relu") for _ in range(32)]
 head = [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(2)]
 net = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.UpSampling2D(8), *body, *head])
 memory = ResidentMemory()
-for micro_batch_size, *sizes in ((8, 48), (48, 8, 48)):
+for micro_batch_size, *sizes in ((8, 24), (24, 8, 24)):
     model = accumops.GradientAccumulateModel(net, micro_batch_size=micro_batch_size)
     model.compile("sgd", loss="mse")
     before = None
@@ -100,4 +100,4 @@ def test_a_window_takes_the_memory_of_one_micro_batch():
     window, one, at_once = map(float, done.stdout.split())
     assert window < 1.05 * one
     # The peak is activations: with all of them alive it is far above the bound.
-    assert at_once > 5 * one
+    assert at_once > 2.5 * one

@@ -403,6 +403,7 @@ class Stateful(keras.layers.Layer):
 
 
 @pytest.mark.parametrize("steps_per_execution", [pytest.param(1, marks=pytest.mark.exhaustive), 3])
+@pytest.mark.exhaustive
 def test_training_is_the_same_with_and_without_the_check(steps_per_execution):
     """No state moves, no batch is lost or seen twice, and nothing is traced again."""
 

@@ -75,6 +75,7 @@ def check_logs(found, wanted, without=()):
     ("mode", "run"),
     cross(MODES, RUNS, default=lambda *each: each == ("micro_batch_size", "graph")),
 )
+@pytest.mark.exhaustive
 def test_functions_of_several_outputs(data, mode, run):
     """Also losses and Keras's own metrics, some of them weighted, while weights move."""
     x, y = data
@@ -105,6 +106,7 @@ def test_a_step_that_xla_compiles(data):
     np.testing.assert_allclose(history["mean_square"], [(errors[:16].mean() + errors[16:].mean()) / 2], rtol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_passes_that_xla_compiles(rng):
     """XLA compiles only the forward and backward pass of each micro-batch, because the network has a convolution."""
     x, y = rng.standard_normal((11, 4, 4, 1)).astype("float32"), np.arange(11.0)[:, None]

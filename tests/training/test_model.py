@@ -236,6 +236,7 @@ def test_compiled_again_with_the_number_that_a_callback_set(rng):
     assert model.accum_steps == model.optimizer.accum_steps == 4
 
 
+@pytest.mark.exhaustive
 def test_parallel_micro_batches_of_ragged_tensors():
     rows = tf.ragged.constant([[1.0], [2.0, 3.0], [4.0], [5.0, 6.0, 7.0], [8.0]])
     weights = []
@@ -511,6 +512,7 @@ def test_an_interrupted_fit_leaves_nothing_for_the_next(rng, partial_window):
     assert largest_difference(full, inner) <= 1e-6
 
 
+@pytest.mark.exhaustive
 def test_a_callback_list(rng):
     """Its own callbacks see the flushed weights, and it can be used again."""
     problem = Problem(rng, samples=40)

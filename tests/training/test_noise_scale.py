@@ -55,7 +55,7 @@ def check(history, wanted, batch_size, steps=3):
 
 @pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
 @pytest.mark.parametrize("way", ["micro_batch_size", "ragged", "accum_steps"])
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_model(data, way, jit_compile):
     net = new_net()
     arguments = {"accum_steps": 3} if way == "accum_steps" else {"micro_batch_size": 8 if way != "ragged" else 7}
@@ -118,6 +118,7 @@ def lines_of(callback, monkeypatch, tmp_path):
     return {**found, "K": below.get_lines()[0].get_xydata()}, (above, below)
 
 
+@pytest.mark.exhaustive
 def test_picture(data, monkeypatch, tmp_path):
     """Of a K that changes, and of a second `fit` that goes on after the first; the unknown is left out."""
     pytest.importorskip("matplotlib")

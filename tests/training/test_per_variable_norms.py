@@ -116,6 +116,7 @@ def test_each_epoch_without_the_norm_of_all(data, tmp_path):
     assert accumops.per_variable_norms(net.optimizer.accumulator) == close_to(wanted[1])
 
 
+@pytest.mark.exhaustive
 def test_tracing(data, tmp_path):
     """A step that was traced without norms is made anew, and then serves all that follow."""
     traces = []

@@ -73,7 +73,7 @@ def weights_after(wrap, batch_size, mask, loss, y, sample_weight, tokens, **comp
     ("case", "mode", "run"),
     cross(CASES, MODES, RUNS, default=lambda case, *way: (case, way) in turns(CASES, WAYS)),
 )
-@pytest.mark.some_by_default(3)
+@pytest.mark.some_by_default(2)
 def test_equals_the_large_batch(text, mode, case, run):
     mask, arguments, y, weighted_by = CASES[case]
     sample_weight = {None: None, "weights": text["weights"], "one": text["weights"][:, :1]}[weighted_by]
@@ -146,6 +146,7 @@ def test_weights_of_float64_windows_are_float64():
 
 
 @pytest.mark.parametrize("mode", cross(MODES, default=lambda mode: mode == "micro_batch_size"))
+@pytest.mark.exhaustive
 def test_outputs_under_one_mask_share_it(text, mode):
     def train(wrap, batch_size):
         net = network(True, outputs=2)

@@ -171,7 +171,7 @@ def test_losses_are_those_of_one_batch_in_float64(loss, size):
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_losses_are_those_of_one_batch_in_float32(loss, how, size):
     net = towers()
     start = net.get_weights()
@@ -260,6 +260,7 @@ def test_regularizers_and_losses_of_layers_count_once(how):
     assert off(model, truth, start) < 1e-6
 
 
+@pytest.mark.exhaustive
 def test_structures_masks_weights_and_metrics():
     def net():
         keras.utils.set_random_seed(0)
@@ -292,6 +293,7 @@ def test_structures_masks_weights_and_metrics():
         np.testing.assert_allclose(logs[1][key], values, rtol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_lengths_that_the_graph_does_not_know():
     def net():
         keras.utils.set_random_seed(0)

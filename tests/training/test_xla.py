@@ -134,6 +134,7 @@ def test_a_layer_that_xla_cannot_compile(mode):
     # test_full_batch.py has several steps in one call in a graph.
     cross(MODES, ["several", "one"], default=lambda *each: each == ("micro_batch_size", "one")),
 )
+@pytest.mark.exhaustive
 def test_other_ways_to_run_steps(mode, way):
     """`train_on_batch`, and several steps in one call, which Keras's functions run."""
     wanted = fit(make(dense, mode, False, run_eagerly=True), mode, 32 * 4)

@@ -68,6 +68,7 @@ def test_every_result_is_within_its_bound(small_grid):
         "accumulate",
         "batch_norm",
         "batch_norm_inference",
+        "clip_units",
         "end_windows",
         "merge_moments",
         "update",
@@ -165,6 +166,7 @@ def test_dropped_last_element_is_found(grid_of, monkeypatch):
     assert "accumulators[0][65536]" in single.where
 
 
+@pytest.mark.exhaustive
 def test_dropped_duplicate_is_found(grid_of, monkeypatch):
     def broken(original, accumulators, gradients, **arguments):
         cut = [
@@ -194,6 +196,7 @@ def test_wrong_answer_of_check_finite_is_found(grid_of, monkeypatch):
     assert {result.problem for result in failed} == {"check_finite's answer is True from the fused op, not False"}
 
 
+@pytest.mark.exhaustive
 def test_unset_touched_rows_are_found(grid_of, monkeypatch):
     def broken(original, *args, touched_rows=None, **kwargs):
         spare = touched_rows and [None if flags is None else tf.Variable(flags) for flags in touched_rows]
@@ -206,6 +209,7 @@ def test_unset_touched_rows_are_found(grid_of, monkeypatch):
     assert all("touched_rows" in result.problem for result in failed)
 
 
+@pytest.mark.exhaustive
 def test_unbiased_variance_is_found(grid_of, monkeypatch):
     def broken(original, *args, **kwargs):
         y, moments = original(*args, **kwargs)
@@ -221,6 +225,7 @@ def test_unbiased_variance_is_found(grid_of, monkeypatch):
     assert all(result.where.startswith("variance") for result in failed)
 
 
+@pytest.mark.exhaustive
 def test_epsilon_of_another_size_is_found(grid_of, monkeypatch):
     """An epsilon that is off by a thousandth is found in full precision."""
     grid_of("batch_norm")

@@ -113,6 +113,7 @@ def process():
 
 
 @pytest.mark.parametrize("how", [pytest.param("accum_steps", marks=pytest.mark.exhaustive), "micro_batch_size"])
+@pytest.mark.exhaustive
 def test_the_peak_of_a_wide_model_is_a_bucket_and_not_all_gradients(how, process):
     together = process.call(bucket_peaks.peak, how=how)
     in_buckets = process.call(bucket_peaks.peak, how=how, bucket_bytes=4 << 20, small_bytes=8 << 20)

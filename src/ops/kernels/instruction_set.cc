@@ -3,6 +3,7 @@
 #include <initializer_list>
 
 #include "batch_norm_span.h"
+#include "clip_span.h"
 #include "span.h"
 #include "update_span.h"
 
@@ -44,6 +45,8 @@ const SpanFunctions& CurrentSpanFunctions() { return *Current().load(std::memory
 const BatchNormSpanFunctions& CurrentBatchNormSpanFunctions() {
   return *CurrentSpanFunctions().batch_norm;
 }
+
+const ClipSpanFunctions& CurrentClipSpanFunctions() { return *CurrentSpanFunctions().clip; }
 
 const UpdateSpanFunctions& CurrentUpdateSpanFunctions() { return *CurrentSpanFunctions().update; }
 

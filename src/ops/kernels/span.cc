@@ -319,10 +319,12 @@ void Triad(float* a, const float* b, const float* c, float scale, std::int64_t s
 }  // namespace
 
 extern const BatchNormSpanFunctions kBatchNormSpanFunctions;
+extern const ClipSpanFunctions kClipSpanFunctions;
 extern const UpdateSpanFunctions kUpdateSpanFunctions;
 extern const SpanFunctions kSpanFunctions;
 const SpanFunctions kSpanFunctions = {ACCUMOPS_STRING(ACCUMOPS_INSTRUCTION_SET),
                                       &kBatchNormSpanFunctions,
+                                      &kClipSpanFunctions,
                                       &kUpdateSpanFunctions,
                                       Accumulate,
                                       AccumulateWithNorms,

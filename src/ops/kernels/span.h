@@ -27,11 +27,13 @@ struct SpanNorms {
 };
 
 struct BatchNormSpanFunctions;
+struct ClipSpanFunctions;
 struct UpdateSpanFunctions;
 
 struct SpanFunctions {
   const char* instruction_set;
   const BatchNormSpanFunctions* batch_norm;
+  const ClipSpanFunctions* clip;
   const UpdateSpanFunctions* update;
   // Returns false if `check_finite` and the gradient holds Inf or NaN.
   bool (*accumulate)(const Span& span);

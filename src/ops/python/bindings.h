@@ -12,6 +12,7 @@ void BindAccumulate(py::module_& module);
 void BindUpdate(py::module_& module);
 void BindSquaredNorms(py::module_& module);
 void BindBatchNorm(py::module_& module);
+void BindClipUnits(py::module_& module);
 void BindMoments(py::module_& module);
 
 }  // namespace accumops

@@ -205,6 +205,7 @@ PYBIND11_MODULE(_kernels, module) {
   BindAccumulate(module);
   BindUpdate(module);
   BindSquaredNorms(module);
+  BindClipUnits(module);
   BindBatchNorm(module);
   BindMoments(module);
   module.def("instruction_sets", InstructionSets, kInstructionSetsDoc);

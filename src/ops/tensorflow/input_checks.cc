@@ -178,6 +178,18 @@ absl::Status CheckMomenta(const EndWindowsAttributes& attributes, const TensorSh
                                                  " pairs of moving statistics."));
 }
 
+absl::Status CheckClipped(int i, const TensorShape& gradient, const TensorShape& weights,
+                          std::int64_t* rows, std::int64_t* units) {
+  if (gradient != weights) {
+    return absl::InvalidArgumentError(absl::StrCat("gradients[", i, "] has shape ",
+                                                   gradient.DebugString(), " but weights[", i,
+                                                   "] has shape ", weights.DebugString(), "."));
+  }
+  *units = gradient.dims() < 2 ? 1 : gradient.dim_size(gradient.dims() - 1);
+  *rows = *units == 0 ? 0 : gradient.num_elements() / *units;
+  return absl::OkStatus();
+}
+
 absl::Status CheckAxis(int axis, const TensorShape& x) {
   if (axis >= 0 && axis < x.dims()) return absl::OkStatus();
   return absl::InvalidArgumentError(

@@ -60,6 +60,10 @@ absl::Status CheckEndedWindows(const Variables& variables, int windows, bool mov
                                std::vector<std::int64_t>* channels);
 absl::Status CheckMomenta(const EndWindowsAttributes& attributes, const TensorShape& momenta);
 
+// AccumOps>ClipUnits: gradient i and its weights. Finds rows and units.
+absl::Status CheckClipped(int i, const TensorShape& gradient, const TensorShape& weights,
+                          std::int64_t* rows, std::int64_t* units);
+
 // AccumOps>BatchNorm and its relatives: the axis of x's channels, an input with a value for each
 // channel, and a mask.
 absl::Status CheckAxis(int axis, const TensorShape& x);
