@@ -205,7 +205,7 @@ def check(checker: Checker) -> None:
             for moving_dtype in TYPES[2:]:
                 merge(checker, channels, dtype, moving_dtype)
             merge_if_finite(checker, channels, dtype)
-    for dtype in TYPES[2:]:
-        for flag in (None, True, False):
-            end(checker, dtype, moves=True, flag=flag)
+    ends = [(dtype, flag) for dtype in TYPES[2:] for flag in (None, True, False)]
+    for dtype, flag in checker.some(ends, ends, [("float32", False), ("float64", None)]):
+        end(checker, dtype, moves=True, flag=flag)
     end(checker, TYPES[2], moves=False, flag=True)
