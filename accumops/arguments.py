@@ -156,6 +156,15 @@ def as_weight(weight: float | tf.Tensor, dtype: tf.DType) -> tf.Tensor:
     return tensor
 
 
+def check_positive(name: str, value: float) -> float:
+    """Returns a number as a float; raises an error that names the argument if it is not finite and greater than 0."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"`{name}` must be a number. Received: {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"`{name}` must be finite and greater than 0. Received: {value}")
+    return float(value)
+
+
 def check_count(name: str, value: int, what: str) -> None:
     """Raises unless an argument is an int of at least 1.
 

@@ -1,13 +1,12 @@
 """Adaptive gradient clipping of a list of gradients in one op."""
 
-import math
-import numbers
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import keras
 import tensorflow as tf
 
+from accumops.arguments import check_positive
 from accumops.ops import library, reference
 from accumops.ops.variables import tf_variable
 
@@ -66,22 +65,14 @@ def clip_units(
         if isinstance(gradient, tf.IndexedSlices) or (gradient.dtype, tf.as_dtype(weight.dtype)) != (tf.float32,) * 2
     ]
     fusible = [i for i in range(len(results)) if i not in plain]
-    fused = library.fused_ops([*(results[i] for i in fusible), *(tf_variable(weights[i]) for i in fusible)])
+    operands = [*(results[i] for i in fusible), *(tf_variable(weights[i]) for i in fusible)]
+    fused = library.fused_ops(operands) if operands else None
     for ways, clip in ((plain, reference.clip_units), (fusible, reference.clip_units if fused is None else _fused)):
         if ways:
             clipped = clip([results[i] for i in ways], [weights[i] for i in ways], **settings)
             for i, each in zip(ways, clipped, strict=True):
                 results[i] = each
     return results
-
-
-def check_positive(name: str, value: float) -> float:
-    """Returns a number as a float; raises an error that names the argument if it is not finite and greater than 0."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"`{name}` must be a number. Received: {value!r}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"`{name}` must be finite and greater than 0. Received: {value}")
-    return float(value)
 
 
 def _fused(gradients: Sequence[tf.Tensor], weights: Sequence[Any], **settings: float) -> list[tf.Tensor]:

@@ -8,8 +8,7 @@ import keras
 import tensorflow as tf
 
 from accumops import ops
-from accumops.arguments import name_of
-from accumops.ops.clip import check_positive
+from accumops.arguments import check_positive, name_of
 from accumops.renamed import explains_renamed
 
 
@@ -29,7 +28,8 @@ class AdaptiveGradientClipping:
     treated alike: their units are the indices of the last axis, too.
 
     Norms are taken of the gradients as they are given: give unscaled gradients and, where gradients are accumulated,
-    those of the whole window. A unit whose gradient is not finite is left as it is, for loss scaling to find.
+    those of the whole window. A unit whose gradient is not finite is left as it is, for loss scaling to find. No
+    gradient flows back through the clipping, except with `accumops.set_backend("reference")`.
 
     Args:
         clip_factor: The largest norm of a unit's gradient, as a share of the norm of its weights: a finite number

@@ -214,4 +214,4 @@ def test_windows_stay_where_the_flag_says_so(device, moves):
 
 
 def test_no_windows(device):
-    device.kernels.end_windows([], [])
+    assert device.kernels.end_windows([], []) is None

@@ -8,14 +8,16 @@ namespace accumops {
 
 // A part of a matrix: some rows of some units.
 struct ClipTile {
-  std::int64_t row_tile;
+  std::int64_t row_tile;  // its number, counted down the rows
   std::int64_t first_row, rows;
   std::int64_t first_unit, units;
 };
 
 struct ClipTiling {
-  std::int64_t rows, units;            // of the matrix
-  std::int64_t tile_rows, tile_units;  // of a tile; fewer at the edges
+  // The matrix has so many rows and units.
+  std::int64_t rows, units;
+  // A tile has so many; fewer at the matrix's edges.
+  std::int64_t tile_rows, tile_units;
 
   constexpr std::int64_t row_tiles() const { return Ceiling(rows, tile_rows); }
   constexpr std::int64_t unit_tiles() const { return Ceiling(units, tile_units); }

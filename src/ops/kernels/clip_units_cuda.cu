@@ -36,9 +36,10 @@ ClipTiling TilingOf(const ClipItem& item) {
 
 // Where an item's results are in the workspace.
 struct Found {
-  double* gradients;  // sums of squares, of a row tile's units after those of the one before it
+  // Sums of squares: one for each unit of the first row tile, then of the second, and so on.
+  double* gradients;
   double* weights;
-  double* factors;  // of each unit
+  double* factors;  // one for each unit
 };
 
 template <int kTableCapacity>

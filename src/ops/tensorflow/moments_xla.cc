@@ -55,7 +55,7 @@ struct Held {
 
   std::int64_t channels;
   XlaOp values, calls, limit;
-  XlaOp mean, centred;  // of each channel
+  XlaOp mean, centred;  // vectors with a value for each channel
 };
 
 absl::Status AssignCounters(const XlaVariableList& variables, std::size_t i, XlaOp values,
