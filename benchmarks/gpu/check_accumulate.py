@@ -16,6 +16,7 @@ PAIRS = [
 ]
 # Sizes around a pack, a chunk of float64 (2048), a chunk of float32 (4096) and many chunks.
 SIZES = [0, 1, 3, 17, 2047, 2048, 2049, 4095, 4096, 4097, 65537]
+VIEWS = [(accumulator, gradient) for accumulator in range(4) for gradient in range(4)]
 # Numbers of tensors around the capacities of the tensor tables, and more than two of the largest table hold.
 COUNTS = [1, 136, 137, 416, 417, 1120, 1121, 2300]
 SCALE = 1 / 3
@@ -137,8 +138,10 @@ def check_dense(checker: AccumulateChecker) -> None:
     some = checker.checker.some
     for overwrite in (False, True):
         for pair in some(PAIRS, PAIRS, PAIRS[1:2]):
-            checker.dense(f"sizes, {'+'.join(pair)}", [Tensor(pair, size) for size in SIZES], overwrite=overwrite)
-            views = [Tensor(pair, size, a, g) for a in range(4) for g in range(4) for size in (1, 17, 300, 4097)]
+            sizes = some(SIZES, SIZES, [0, 3, 2049, 4097])
+            checker.dense(f"sizes, {'+'.join(pair)}", [Tensor(pair, size) for size in sizes], overwrite=overwrite)
+            offsets = some(VIEWS, VIEWS, VIEWS[::5])
+            views = [Tensor(pair, size, a, g) for a, g in offsets for size in (1, 17, 300, 4097)]
             checker.dense(f"views, {'+'.join(pair)}", views, overwrite=overwrite)
         for count in some(COUNTS, [137, 417, 1121], []):
             tensors = [Tensor(PAIRS[i % 7], (5, 1, 4, 17, 3)[i % 5], i % 3, i % 4) for i in range(count)]
@@ -157,8 +160,8 @@ def row_cases(checker: Checker) -> Iterator[tuple[str, tuple[int, int], np.ndarr
         indices[[0, 150, 299]] = np.iinfo(dtype).min, np.iinfo(dtype).max, -1
         yield f"out of range, {dtype.__name__}", (50, 64), indices
     # More entries of one row than a block lists at once.
-    hot = checker.some(15000, 8200, 4500)
-    yield "hot row", (300, 36), np.where(rng.random(hot) < 0.8, 123, rng.integers(0, 300, hot)).astype(np.int32)
+    hot, columns = checker.some((15000, 36), (8200, 36), (4500, 12))
+    yield "hot row", (300, columns), np.where(rng.random(hot) < 0.8, 123, rng.integers(0, 300, hot)).astype(np.int32)
 
 
 def check_rows(checker: AccumulateChecker) -> None:

@@ -59,6 +59,7 @@ def test_table_json_and_picture(run, saved, tmp_path):
     assert (tmp_path / "plan.png").stat().st_size > 1000
 
 
+@pytest.mark.exhaustive
 def test_model_without_a_loss_and_with_an_open_shape(run, saved):
     tokens = keras.Input((None,), dtype="int32", name="tokens")
     extra = keras.Input((3,), name="extra")

@@ -24,6 +24,7 @@ import accumops
 pytestmark = pytest.mark.usefixtures("logical_devices")
 
 
+@pytest.mark.exhaustive
 def test_run_eagerly():
     few = {"epochs": 1, "samples": 3 * BATCH + 5}
     wanted = network()
@@ -56,6 +57,7 @@ def test_the_loss_is_checked(mode):
 
 
 @pytest.mark.parametrize("normalization", ["steps", "weights"])
+@pytest.mark.some_by_default(1)
 def test_normalizations(normalization):
     """Where micro-batches are equal, "steps" is their mean; "weights" divides by the weights of all replicas."""
     x, y, weights = (each[: BATCH * 3] for each in data())
@@ -122,6 +124,7 @@ def test_a_first_batch_that_one_replica_has_nothing_of():
         assert largest_difference(inner, plain) <= 1e-6
 
 
+@pytest.mark.exhaustive
 def test_epochs_that_end_one_micro_batch_before_their_window():
     """The function that would have ended it does nothing, on replicas as well: metrics and random numbers included."""
     x, y, _ = (each[: 7 * MICRO] for each in data())
@@ -142,6 +145,7 @@ def test_epochs_that_end_one_micro_batch_before_their_window():
             np.testing.assert_allclose(logs[name], values, rtol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_a_metric_whose_result_is_its_variable():
     class Last(keras.metrics.Metric):
         def __init__(self):

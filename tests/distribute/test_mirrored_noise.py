@@ -32,6 +32,7 @@ def expected(model, x, y, window, size, decay):
 
 
 @pytest.mark.parametrize("mode", ["accum_steps", "micro_batch_size"])
+@pytest.mark.some_by_default(1)
 def test_replicas_are_further_groups(mode, rng):
     x = rng.standard_normal((SAMPLES, 3)).astype("float32")
     y = (x.sum(1, keepdims=True) + rng.standard_normal((SAMPLES, 1))).astype("float32")

@@ -48,6 +48,7 @@ class Numbers:
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.some_by_default(1)
 def test_fit(mode, tmp_path):
     arguments, batch_size, windows = MODES[mode]
     with mirrored(2).scope():

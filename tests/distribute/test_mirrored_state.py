@@ -67,7 +67,7 @@ def by_checkpoint(saved, path, restored):
         pytest.param(4, 0, by_checkpoint, marks=pytest.mark.exhaustive),
     ],
 )
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_a_window_goes_on_elsewhere(before, after, way, tmp_path):
     """Six micro-batches, one window and a half, then six more; 0 replicas is no strategy."""
     here, there = (mirrored(n) if n else tf.distribute.get_strategy() for n in (before, after))

@@ -3,7 +3,8 @@
     python tests/kernels/mutations.py [--only NAME] > benchmarks/results/cuda-mutations.md
 
 takes about an hour on two cores. A mutation that nobody notices is a gap in the checks, and ends the script with status
-1. Each is tried against the cases of `make test`: results and the address sanitizer first, then the thread sanitizer.
+1. Each is tried against the cases `few`, with results and the address sanitizer; then, as in `make test`, against the
+cases `fewest` with the thread sanitizer.
 """
 
 import argparse

@@ -139,6 +139,7 @@ def test_micro_batches_by_themselves_are_not_the_same():
     assert max(apart) > 1e-3
 
 
+@pytest.mark.exhaustive
 def test_a_loss_over_the_window():
     def spread(y, outputs):
         return keras.ops.std(outputs - y) * keras.ops.ones(keras.ops.shape(y)[0])

@@ -76,6 +76,7 @@ def test_the_reference_does_the_same(float64, run, micro, every):
     ("run", "batch"), cross(RUNS, [10, 12], default=lambda *each: each in (("graph", 10), ("xla", 12)))
 )
 @pytest.mark.some_by_default(1)
+@pytest.mark.exhaustive
 def test_datasets_of_unknown_batch_size(float64, run, batch):
     """Micro-batches of 5 divide batches of 10, which the graph does not know."""
     keras.utils.set_random_seed(1)

@@ -77,6 +77,7 @@ def weighted_mean():
     ids=["sample mean", "weighted mean", "a micro-batch without weight", "one loss"],
 )
 @pytest.mark.some_by_default(1)
+@pytest.mark.exhaustive
 def test_sample_weights(float64, weights, loss, model):
     compare(network(), {"x": X, "y": Y, "sample_weight": weights}, model=model, weighted_metrics=["mse"], **loss())
 
@@ -358,6 +359,7 @@ def test_a_loss_over_windows_of_other_shapes(float64):
         np.testing.assert_allclose(one, other, atol=1e-11)
 
 
+@pytest.mark.exhaustive
 def test_metrics_of_all_kinds(float64):
     """A function that gives one value for a batch counts when all of the batch has been seen."""
 

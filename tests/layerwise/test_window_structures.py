@@ -217,7 +217,7 @@ TURNS = [("eager", 5, 1), ("eager", 4, 2), ("graph", 5, 2), ("eager", 12, 1), ("
         ),
     ],
 )
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_all_structures(structure, run, micro, every):
     keras.utils.set_random_seed(1)
     net, x, y, *rest = structure()
@@ -227,7 +227,7 @@ def test_all_structures(structure, run, micro, every):
 
 
 @pytest.mark.parametrize("seed", [*range(6), *(pytest.param(i, marks=pytest.mark.exhaustive) for i in range(6, 120))])
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_random_graphs(seed):
     graph, rng = RandomGraph(seed), np.random.default_rng(seed)
     micro, every = int(rng.choice([1, 3, 5, 12])), int(rng.choice([1, 2, 3, 100]))

@@ -104,6 +104,7 @@ def test_a_goal_that_nothing_keeps_to():
         train(model, *problem((8, 8, 3)))
 
 
+@pytest.mark.exhaustive
 def test_micro_batches_by_themselves_differ():
     keras.utils.set_random_seed(1)
     net = residual()

@@ -136,6 +136,7 @@ def test_gradients_and_state_are_those_without(kind, how, mode):
 
 
 @pytest.mark.parametrize("kind", cross(BLOCKS, default=lambda kind: kind == "convolutional"))
+@pytest.mark.exhaustive
 def test_as_the_graph_optimizer_leaves_it(kind):
     tf.config.optimizer.set_experimental_options({"arithmetic_optimization": True})
     block, x = BLOCKS[kind]

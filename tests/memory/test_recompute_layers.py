@@ -56,6 +56,7 @@ CUTS = ["chosen", "count", "cheap"]
 
 @pytest.mark.parametrize(("seed", "how"), cross(range(20), CUTS, default=lambda *each: each in turns(range(3), CUTS)))
 @pytest.mark.some_by_default(1)
+@pytest.mark.exhaustive
 def test_random_graphs(seed, how):
     rng = np.random.default_rng(seed + 100)
     x = [rng.normal(size=(8, 6)).astype("float32") for _ in random_graph(seed).inputs]
@@ -134,6 +135,7 @@ def test_saved_loaded_cloned_and_exported(wrapped, tmp_path):
     assert [type(layer) for layer in model.layers] == [type(layer) for layer in plain.layers]
 
 
+@pytest.mark.exhaustive
 def test_a_layer_that_recomputes_is_saved_and_cloned(tmp_path):
     block, x = BLOCKS["convolutional"]
     model, _ = fitted(lambda net: net, net=model_of(block, x, accumops.Recompute, blocks=1), run_eagerly=True)

@@ -188,6 +188,7 @@ def test_statistics_are_those_of_windows(data, run, trainer):
 
 
 @pytest.mark.parametrize("trainer", [by_optimizer_around_loss_scale, by_optimizer_within_loss_scale])
+@pytest.mark.some_by_default(1)
 def test_with_a_loss_scale(data, trainer):
     net = make()
     check(net.layers[0], trainer(net, *data, {}))
@@ -278,7 +279,7 @@ POLICIES = ["flush", "carry", "drop"]
     ("policy", "mode"),
     cross(POLICIES, ["graph", "eager"], default=lambda *each: each in turns(POLICIES, ["graph", "eager"])),
 )
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_partial_windows(data, policy, mode):
     x, y = data
     net = make()
@@ -311,6 +312,7 @@ def test_several_layers_and_a_nested_model(data, trainer):
 
 @pytest.mark.parametrize("trainer", [by_accum_steps, by_micro_batch_size, by_optimizer])
 @pytest.mark.some_by_default(1)
+@pytest.mark.exhaustive
 def test_a_shared_layer(data, trainer):
     """All calls count."""
     inputs, layer = keras.Input((5,)), AccumBatchNormalization(momentum=MOMENTUM)
@@ -319,6 +321,7 @@ def test_a_shared_layer(data, trainer):
     check(layer, [np.concatenate([each, each + 9]) for each in windows])
 
 
+@pytest.mark.exhaustive
 def test_time_distributed(rng, data):
     x = rng.standard_normal((64, 4, 5)).astype("float32") + np.arange(4, dtype="float32")[:, None]
     layer = AccumBatchNormalization(momentum=MOMENTUM)
@@ -358,7 +361,7 @@ def test_a_large_mean_costs_no_digits(data):
         (1, {"micro_batch_size": 32}, "has accum_steps=1 and is trained with micro_batch_size=32"),
     ],
 )
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_accum_steps_of_the_layer_and_of_the_model(data, own, arguments, message):
     net = make(accum_steps=own)
     model = GradientAccumulateModel(net, **arguments)
@@ -442,7 +445,7 @@ ONE_MICRO_BATCH = [("eager", None), ("graph", 1), ("eager", 1), ("graph", None)]
     ),
     indirect=["mode"],
 )
-@pytest.mark.some_by_default(10)
+@pytest.mark.some_by_default(4)
 def test_with_one_micro_batch_it_is_of_keras(rng, mode, case, steps):
     shape, arguments = CASES[case]
     ours = AccumBatchNormalization(accum_steps=steps, name="norm", **arguments)
@@ -632,6 +635,7 @@ class TestSaving:
         check(loaded.layers[0], [x])
         assert loaded.layers[0].accum_steps == 3
 
+    @pytest.mark.exhaustive
     def test_backup_and_restore(self, data, tmp_path):
         """3 micro-batches an epoch and 2 a window."""
         x, y = data
@@ -714,6 +718,7 @@ class TestSaving:
 
     @pytest.mark.parametrize("kind", ["accumulator", "model"])
     @pytest.mark.some_by_default(1)
+    @pytest.mark.exhaustive
     def test_checkpoint_of_training(self, data, tmp_path, kind):
         """A restore undoes all steps since the save, between windows and within one."""
         x, y = data
@@ -785,6 +790,7 @@ class TestSaving:
         np.testing.assert_array_equal(net.layers[0].moving_mean, np.zeros(5))
 
 
+@pytest.mark.exhaustive
 def test_a_layer_that_is_not_called(data):
     class Net(keras.Model):
         def __init__(self):

@@ -53,7 +53,7 @@ def check(window, pooled, tolerance):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(tf.float32, 1e-6), (tf.float64, 1e-13), (tf.bfloat16, 1e-6)])
-@pytest.mark.some_by_default(6)
+@pytest.mark.some_by_default(4)
 def test_ragged_micro_batches_are_the_pooled_batch(backend, mode, rng, dtype, tolerance):
     batches = batches_of(rng, 17, dtype)
     window = make_window(17)

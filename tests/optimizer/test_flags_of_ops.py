@@ -130,7 +130,7 @@ IN_TURNS = turns(OPTIMIZERS, STEPS)
 
 
 @pytest.mark.parametrize(("name", "steps"), cross(OPTIMIZERS, STEPS, default=lambda *each: each in IN_TURNS))
-@pytest.mark.some_by_default(5)
+@pytest.mark.some_by_default(3)
 def test_the_bits_are_those_of_the_condition(conditionally, name, steps):
     """After each micro-batch, with weights, of the variables, the slots, the count of updates and the open window."""
     accum_steps, arguments = STEPS[steps]

@@ -112,7 +112,7 @@ def test_100_updates_equal_the_optimizers_own(mode, rng, name):
     cross(["eager", "xla"], SETTINGS, default=lambda mode, name: name in {"eager": EAGER, "xla": COMPILED}[mode]),
     indirect=["mode"],
 )
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_30_updates_in_other_modes(mode, rng, name):
     """The warm-up of the schedule takes 20 of them."""
     check_against_the_optimizers_own(mode, rng, name, updates=30)
@@ -161,6 +161,7 @@ def test_other_dtypes_and_backends_are_not_fused():
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.some_by_default(1)
+@pytest.mark.exhaustive
 def test_state_is_the_wrapped_optimizers(rng, scaled):
     """Trained with accumops, saved, and trained on without it."""
     values = rng.standard_normal((8, 3)).astype("float32")

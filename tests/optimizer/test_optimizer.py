@@ -300,6 +300,7 @@ def test_clipping_by_any_callable(backend):
 
 
 @pytest.mark.some_by_default(1)
+@pytest.mark.exhaustive
 def test_saved_in_the_middle_of_a_window(backend, rng, tmp_path):
     """5 of 8 micro-batches, a save, and the other 3 in a loaded model: the same bits as without the save."""
     x, y = data(rng, updates=2)
@@ -409,6 +410,7 @@ class TestMovingAverages:
         assert len(averages) == 4
         assert {id(average) for average in averages} <= {id(variable) for variable in loaded.optimizer.variables}
 
+    @pytest.mark.exhaustive
     def test_compiled_again(self, rng):
         plain, x, y = self.make(rng, self.plain)
         model, _, _ = self.make(rng, self.model)

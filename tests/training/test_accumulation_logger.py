@@ -124,6 +124,7 @@ def test_each_epoch(rng, tmp_path, clock, make):
 @pytest.mark.parametrize("make", [with_model, with_optimizer])
 @pytest.mark.parametrize("update_freq", ["batch", 2])
 @pytest.mark.some_by_default(1)
+@pytest.mark.exhaustive
 def test_each_so_many_batches(rng, tmp_path, clock, make, update_freq):
     """The epoch's fifth batch opens a window, which its end flushes after the fifth write."""
     problem = Problem(rng, SAMPLES)
@@ -211,6 +212,7 @@ class TestGradientNorm:
         ),
     )
     @pytest.mark.some_by_default(1)
+    @pytest.mark.exhaustive
     def test_optimizers(self, rng, tmp_path, optimizer, mode, run):
         problem = Problem(rng, SAMPLES)
         model = GradientAccumulateModel(problem.model(), **({"accum_steps": 4} | MODES[mode]))
@@ -263,6 +265,7 @@ class TestGradientNorm:
         found = fit(model, problem, AccumulationLogger(tmp_path), epochs=1)["gradient_norm"]
         assert found == {0: pytest.approx(SAMPLES * norm, rel=1e-5)}
 
+    @pytest.mark.exhaustive
     def test_left_out(self, rng, tmp_path):
         problem = Problem(rng, SAMPLES)
         model = with_model(problem)
@@ -394,6 +397,7 @@ def test_a_model_that_was_trained_before(rng, tmp_path):
     assert found["gradient_norm"] == {0: pytest.approx(norms[3], rel=1e-5), 1: pytest.approx(norms[5], rel=1e-5)}
 
 
+@pytest.mark.exhaustive
 def test_another_callback_that_does_not_record(rng, tmp_path):
     """Keras's callback leaves a condition of its own open between batches."""
 
@@ -427,6 +431,7 @@ class Interrupt(keras.callbacks.Callback):
 
 @pytest.mark.parametrize("update_freq", ["epoch", 1])
 @pytest.mark.some_by_default(1)
+@pytest.mark.exhaustive
 def test_a_training_that_is_resumed(rng, tmp_path, clock, update_freq):
     """It was interrupted after the backup of the second epoch's third batch."""
     problem = Problem(rng, SAMPLES)
@@ -493,6 +498,7 @@ def test_memory_where_the_allocator_counts():
     assert by_xla == []
 
 
+@pytest.mark.exhaustive
 def test_memory_where_it_does_not(rng, tmp_path, monkeypatch):
     def does_not_count(device):
         raise ValueError("no allocator stats")

@@ -263,6 +263,7 @@ def test_several_steps_in_one_execution_are_refused(planned):
         model.fit(data(), verbose=0)
 
 
+@pytest.mark.exhaustive
 def test_a_size_that_is_set():
     model = compiled(8)
     model.fit(data(), verbose=0)

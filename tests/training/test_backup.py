@@ -79,6 +79,7 @@ class TestDeaths:
 class TestPassedBatches:
     """What a backup from the middle of an epoch needs."""
 
+    @pytest.mark.exhaustive
     def test_callbacks_see_the_logs_of_the_backup(self, tmp_path):
         seen = []
 
@@ -204,6 +205,7 @@ class TestWhatIsRestored:
             backup = BackupAndRestore(tmp_path, delete_checkpoint=False)
             assert fit(make("eager"), backup, epochs=epochs).epoch == wanted
 
+    @pytest.mark.exhaustive
     def test_the_initial_epoch_of_fit(self, tmp_path):
         """Backups in the first epoch name it."""
         interrupt(make("eager"), tmp_path, end_of_batch(0, 4), initial_epoch=1)
@@ -265,6 +267,7 @@ class TestDamage:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert sorted(tmp_path.iterdir()) == [path]
 
+    @pytest.mark.exhaustive
     def test_a_full_disk_that_a_closed_file_finds(self, tmp_path, monkeypatch):
         """h5py keeps a file's end in memory until the file is closed. What fails then is a RuntimeError of its own."""
         path = self.backed_up(tmp_path)

@@ -63,6 +63,7 @@ class TestAccumStepsScheduler:
         assert int(optimizer.iterations) == len(windows)
         assert largest_difference(by_hand(problem, windows), net) <= 1e-5
 
+    @pytest.mark.exhaustive
     def test_a_model_with_a_dict(self, rng):
         problem = Problem(rng, SAMPLES)
         model, net, _ = with_model(problem, {0: 2, 1: 4}, partial_window="drop")

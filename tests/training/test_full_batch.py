@@ -70,7 +70,7 @@ FEATURE_WAYS = [
 @pytest.mark.parametrize(
     ("optimizer", "run", "mode"), [(optimizer, *way) for optimizer, way in turns(OPTIMIZERS, OPTIMIZER_WAYS)]
 )
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_every_optimizer(optimizer, run, mode):
     check("SampleWeights", optimizer, mode, **RUNS[run])
 
@@ -102,6 +102,7 @@ def test_features_side_by_side(feature):
         default=lambda *each: each == ("Regularized", "accum_steps"),
     ),
 )
+@pytest.mark.exhaustive
 def test_features_compiled(feature, mode):
     check(feature, "AdamW", mode, jit_compile=True)
 

@@ -194,6 +194,7 @@ def test_under_mixed_float16_a_skipped_micro_batch_makes_the_scale_back_off():
     assert all(np.isfinite(each).all() for each in model.get_weights())
 
 
+@pytest.mark.exhaustive
 def test_a_saved_model_goes_on(tmp_path):
     model = GradientAccumulateModel(network(), accum_steps=3, partial_window="carry", nonfinite="drop")
     model.compile(keras.optimizers.SGD(0.1), loss="mse")

@@ -120,6 +120,7 @@ def test_passes_that_xla_compiles(rng):
     assert model.compiles_passes
 
 
+@pytest.mark.exhaustive
 def test_the_same_metric_of_two_outputs(data):
     x, y = data
 

@@ -187,6 +187,7 @@ def test_parallel_micro_batches_give_the_same(rng, samples, run):
         np.testing.assert_allclose(one, three, rtol=1e-5 if run == "xla" else 0, atol=1e-7 if run == "xla" else 0)
 
 
+@pytest.mark.exhaustive
 def test_arguments_survive_saving(rng, tmp_path):
     problem = Problem(rng)
     clipping = AdaptiveGradientClipping(0.02, exclude=["bias"])
@@ -252,6 +253,7 @@ def test_parallel_micro_batches_of_ragged_tensors():
     np.testing.assert_array_equal(weights[0][0], weights[1][0])
 
 
+@pytest.mark.exhaustive
 def test_a_callable_for_accum_steps(rng):
     """Windows of 1, 1, 3, 3, … micro-batches, of 16 samples each."""
 
@@ -325,6 +327,7 @@ def test_subclassed_model_built_by_fit(rng):
     cross(MODES, [False, True], default=lambda mode, eager: mode != "parallel" and eager == (mode != "accum_steps")),
 )
 @pytest.mark.some_by_default(1)
+@pytest.mark.exhaustive
 def test_a_model_that_says_how_it_is_built(rng, mode, eager):
     class Net(keras.Model):
         def build(self, input_shape):

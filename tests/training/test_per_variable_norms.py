@@ -102,6 +102,7 @@ def test_fit(data, tmp_path, mode, run, lazy_sparse):
     assert event_files.scalars(tmp_path)["accumulation/gradient_norm"][6] == pytest.approx(total, rel=2e-5)
 
 
+@pytest.mark.exhaustive
 def test_each_epoch_without_the_norm_of_all(data, tmp_path):
     net = network()
     numbers = Numbers(net)

@@ -83,6 +83,7 @@ def test_as_eagerly_whatever_happens_between_steps(rng, case):
 
 @pytest.mark.parametrize("accum_steps", [1, 3, lambda updates: tf.where(updates < 2, 2, 3)])
 @pytest.mark.some_by_default(1)
+@pytest.mark.exhaustive
 def test_schedules_and_windows_of_one(rng, accum_steps):
     x, y = batches(rng)
     graph, eager = model(accum_steps), model(accum_steps, eager=True)
@@ -245,6 +246,7 @@ def test_a_window_that_does_not_end_after_all_loses_no_data(rng):
     assert len(seen) == 6
 
 
+@pytest.mark.exhaustive
 def test_functions_that_run_eagerly(rng):
     x, y = batches(rng)
     graph, eager = model(), model()

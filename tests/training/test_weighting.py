@@ -87,6 +87,7 @@ def test_equals_the_large_batch(text, mode, case, run):
         np.testing.assert_allclose(logged, losses, rtol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_weights_by_name(text):
     """`normalization="weights"` finds the same, for one output."""
     common = (True, cross_entropy(ignore_class=-1), text["ignored"], None, text["tokens"])
@@ -192,6 +193,7 @@ def test_several_losses_of_one_output_are_all_asked(text):
         model.fit(text["tokens"], text["ignored"], batch_size=SAMPLES, verbose=0)
 
 
+@pytest.mark.exhaustive
 def test_a_loss_with_its_own_call_counts_by_samples(rng):
     class Doubled(keras.losses.MeanSquaredError):
         def __call__(self, y_true, y_pred, sample_weight=None):

@@ -140,7 +140,7 @@ def train(model, loss, how, data=None, rate=0.1):
     cross(LOSSES, [5, 8], default=lambda *each: each in turns(LOSSES, [5, 8])),
     ids=lambda value: getattr(value, "__name__", value),
 )
-@pytest.mark.some_by_default(3)
+@pytest.mark.some_by_default(2)
 def test_losses_are_those_of_one_batch_in_float64(loss, size):
     net = towers("float64")
     start = net.get_weights()

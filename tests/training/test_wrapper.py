@@ -173,6 +173,7 @@ def test_the_legacy_format_keeps_layers_and_weights(net, tmp_path):
 
 @pytest.mark.parametrize(("net", "mode"), IN_TURN, indirect=["net"])
 @pytest.mark.some_by_default(1)
+@pytest.mark.exhaustive
 def test_clones_accumulate(net, mode):
     model = wrap(net, mode)
     clones = [keras.models.clone_model(model)]

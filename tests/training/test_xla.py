@@ -151,6 +151,7 @@ def test_other_ways_to_run_steps(mode, way):
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_compiling_again():
     """The passes are those of the new loss."""
     model = make(dense, "accum_steps")

@@ -147,6 +147,7 @@ def test_backend_is_what_it_was_afterwards(grid_of):
         accumops.set_backend("auto")
 
 
+@pytest.mark.exhaustive
 def test_dropped_last_element_is_found(grid_of, monkeypatch):
     def broken(original, accumulators, gradients, **arguments):
         flat = [g if isinstance(g, tf.IndexedSlices) else tf.reshape(g, [-1]) for g in gradients]
@@ -288,6 +289,7 @@ def test_wrong_merges_are_found(grid_of, monkeypatch, wrong):
     assert {result.layout for result in failures("merge_moments")} == {"float32, moments", "float64, moments"}
 
 
+@pytest.mark.exhaustive
 def test_exception_is_a_result(grid_of, monkeypatch):
     def broken(original, *args, **kwargs):
         raise tf.errors.InternalError(None, None, "no kernel image\nand more")

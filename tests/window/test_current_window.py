@@ -39,7 +39,7 @@ def trained(samples, batch_size, compiled, layers=(), **mode):
     ("samples", "compiled"),
     cross(BATCHES, WAYS, default=lambda *each: each in turns(BATCHES, ["xla", "eager", "graph"])),
 )
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_batch_of_fit(compiled, samples):
     """The last batch of an epoch is smaller, and its last micro-batch again."""
     _, noted = trained(samples, 8, compiled, micro_batch_size=2)
@@ -59,6 +59,7 @@ def test_micro_batches_of_fit(compiled):
 
 
 @pytest.mark.parametrize("compiled", cross(WAYS, default=lambda compiled: compiled != "xla"))
+@pytest.mark.some_by_default(1)
 def test_number_of_micro_batches_changes(compiled):
     model, noted = trained(16, 2, compiled, accum_steps=lambda updates: 2 + 2 * updates)
     assert noted == [12, 6, 2]  # the third window is open

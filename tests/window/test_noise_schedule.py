@@ -103,6 +103,7 @@ def test_saved_and_restored_in_mid_window():
     np.testing.assert_array_equal(variable.numpy(), other.numpy())
 
 
+@pytest.mark.exhaustive
 def test_in_fit_and_in_a_file(tmp_path, rng):
     x, y = rng.standard_normal((64, 3)).astype("float32"), rng.standard_normal((64, 1)).astype("float32")
     schedule = NoiseScaleSchedule(2, 8, learning_rate="linear", patience=1, decay=0.5)
