@@ -60,17 +60,17 @@ class Rule:
     slots: list[list[keras.Variable]]
     """Empty lists before the optimizer is built."""
     settings: dict[str, float]
-    rate: Callable[[tf.Tensor], tf.Tensor]
-    """From the learning rate to the op's `rate`."""
+    iterations: keras.Variable | None
+    """The count of updates that corrects the rate; None for a rule whose rate is the learning rate."""
 
 
 @relies_on("<SGD with momentum>.momentums", feature="the fused update of SGD with momentum, and its lazy rows")
 def _sgd(optimizer: keras.optimizers.SGD) -> Rule:
     if optimizer.momentum == 0:
-        return Rule("sgd", [], {}, tf.identity)
+        return Rule("sgd", [], {}, None)
     name = "nesterov" if optimizer.nesterov else "momentum"
     slots = [list(optimizer.momentums)] if optimizer.built else [[]]
-    return Rule(name, slots, {"beta_1": optimizer.momentum}, tf.identity)
+    return Rule(name, slots, {"beta_1": optimizer.momentum}, None)
 
 
 @relies_on(
@@ -80,25 +80,19 @@ def _sgd(optimizer: keras.optimizers.SGD) -> Rule:
     feature="the fused update of Adam and AdamW, and their lazy rows",
 )
 def _adam(optimizer: keras.optimizers.Adam) -> Rule:
-    def rate(learning_rate: tf.Tensor) -> tf.Tensor:
-        # In the dtype and in the order of Keras.
-        step = tf.cast(optimizer.iterations + 1, learning_rate.dtype)
-        beta_1, beta_2 = (tf.cast(beta, learning_rate.dtype) for beta in (optimizer.beta_1, optimizer.beta_2))
-        return learning_rate * tf.sqrt(1 - beta_2**step) / (1 - beta_1**step)
-
     slots: list[list[keras.Variable]] = [[]] * (3 if optimizer.amsgrad else 2)
     if optimizer.built:
         slots = [list(optimizer._momentums), list(optimizer._velocities)]
         if optimizer.amsgrad:
             slots.append(list(optimizer._velocity_hats))
     settings = {"beta_1": optimizer.beta_1, "beta_2": optimizer.beta_2, "epsilon": optimizer.epsilon}
-    return Rule("amsgrad" if optimizer.amsgrad else "adam", slots, settings, rate)
+    return Rule("amsgrad" if optimizer.amsgrad else "adam", slots, settings, optimizer.iterations)
 
 
 @relies_on("<Lion>._momentums", feature="the fused update of Lion, and its lazy rows")
 def _lion(optimizer: keras.optimizers.Lion) -> Rule:
     settings = {"beta_1": optimizer.beta_1, "beta_2": optimizer.beta_2}
-    return Rule("lion", [list(optimizer._momentums) if optimizer.built else []], settings, tf.identity)
+    return Rule("lion", [list(optimizer._momentums) if optimizer.built else []], settings, None)
 
 
 # AdamW uses Adam's step; decoupled weight decay is in the base class.

@@ -53,6 +53,7 @@ def update(
     latest: Sequence[_Array | None] | None = None,
     scales: SupportsFloat | SupportsIndex | _Array = 1.0,
     rate: SupportsFloat | SupportsIndex | _Array,
+    iterations: SupportsFloat | SupportsIndex | _Array | None = None,
     decay: SupportsFloat | SupportsIndex | _Array = 0.0,
     decays: Sequence[bool] | None = None,
     weight: SupportsFloat | SupportsIndex | _Array = 1.0,

@@ -137,6 +137,7 @@ def update(
     latest: Sequence[tf.Tensor] | None,
     scales: tf.Tensor,
     rate: tf.Tensor,
+    iterations: tf.Tensor | None = None,
     decay: tf.Tensor,
     decays: Sequence[bool],
     weight: tf.Tensor,
@@ -156,6 +157,7 @@ def update(
 
     def make() -> None:
         factors = tf.broadcast_to(scales, [len(variables)])
+        rate_of_step = rate if iterations is None else corrected_rate(rate, iterations, beta_1, beta_2)
         for i, variable in enumerate(variables):
             gradient = tf.zeros_like(variable)
             if accumulators is not None:
@@ -167,7 +169,7 @@ def update(
                 gradient = tf.clip_by_value(gradient, -clip, clip)
             before = [tf.convert_to_tensor(each) for each in (variable, *(slot[i] for slot in slots))]
             value = before[0] - before[0] * decay if decays[i] else before[0]
-            after = step(rule, value, before[1:], gradient, rate, beta_1, beta_2, epsilon)
+            after = step(rule, value, before[1:], gradient, rate_of_step, beta_1, beta_2, epsilon)
             rows = touched_rows[i]
             for target, old, new in zip((variable, *(slot[i] for slot in slots)), before, after, strict=True):
                 if rows is not None:
@@ -178,6 +180,22 @@ def update(
         make()
     else:
         tf.cond(only_if, make, lambda: None)
+
+
+def corrected_rate(rate: tf.Tensor, iterations: tf.Tensor, beta_1: float, beta_2: float) -> tf.Tensor:
+    """Returns the rate of Adam's step, corrected for the bias that the slots have from their start at zero.
+
+    It is computed in the dtype of `rate` and in the order of Keras.
+
+    Args:
+        rate: The learning rate, a scalar float tensor.
+        iterations: The number of updates before this one, a scalar integer tensor or variable.
+        beta_1: The decay rate of m.
+        beta_2: The decay rate of v.
+    """
+    number = tf.cast(iterations + 1, rate.dtype)
+    bias_1, bias_2 = (1 - tf.cast(beta, rate.dtype) ** number for beta in (beta_1, beta_2))
+    return rate * tf.sqrt(bias_2) / bias_1
 
 
 def step(

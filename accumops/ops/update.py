@@ -14,6 +14,9 @@ from accumops.ops.variables import as_flag, check_variable
 SLOTS = {"sgd": 0, "momentum": 1, "nesterov": 1, "adam": 2, "amsgrad": 3, "lion": 1}
 """The number of slot variables that each rule keeps for a variable."""
 
+CORRECTED = ("adam", "amsgrad")
+"""The rules whose slots start with a bias, which the rate corrects."""
+
 _LATEST_DTYPES = (tf.float16, tf.bfloat16, tf.float32)
 _NORM_DTYPES = (*_LATEST_DTYPES, tf.float64)
 
@@ -27,6 +30,7 @@ def update(
     latest: Sequence[tf.Tensor] | None = None,
     scales: float | tf.Tensor = 1.0,
     rate: float | tf.Tensor,
+    iterations: int | tf.Tensor | None = None,
     decay: float | tf.Tensor = 0.0,
     decays: Sequence[bool] | None = None,
     weight: float | tf.Tensor = 1.0,
@@ -49,7 +53,7 @@ def update(
     - `"momentum"`: m = beta_1 * m - rate * g, p += m
     - `"nesterov"`: m = beta_1 * m - rate * g, p += beta_1 * m - rate * g
     - `"adam"`: m += (g - m) * (1 - beta_1), v += (g² - v) * (1 - beta_2), p -= m * rate / (sqrt(v) + epsilon)
-      ([Kingma & Ba, 2014](https://arxiv.org/abs/1412.6980); the rate has to include the bias corrections)
+      ([Kingma & Ba, 2014](https://arxiv.org/abs/1412.6980); `iterations` corrects the rate for the bias of m and v)
     - `"amsgrad"`: as `"adam"`, with w = max(w, v) under the root
       ([Reddi et al., 2018](https://openreview.net/forum?id=ryQu7f-RZ))
     - `"lion"`: p -= rate * sign(beta_1 * m + (1 - beta_1) * g), m = beta_2 * m + (1 - beta_2) * g
@@ -69,6 +73,9 @@ def update(
             float32; or None, if `accumulators` is given.
         scales: The factor for all gradients, or a tensor of shape `[len(variables)]` with one factor for each.
         rate: The learning rate, a number or a scalar tensor.
+        iterations: For `"adam"` and `"amsgrad"` the number of updates before this one, an integer or a scalar integer
+            tensor. The step's rate is then `rate * sqrt(1 - beta_2**t) / (1 - beta_1**t)` with `t = iterations + 1`. By
+            default `rate` is taken to include these factors.
         decay: The share that a value loses before the step, a number or a scalar tensor.
         decays: For each variable, whether it decays; by default all do.
         weight: The factor for the latest gradients, a number or a scalar tensor. With 0 they count as zero, whatever
@@ -119,11 +126,14 @@ def update(
         decays = [not (isinstance(decay, numbers.Real) and decay == 0)] * len(targets)
     decaying = [bool(each) for each in decays]
     _check_lists(targets, kept, sums, tensors, flags, decaying)
+    if iterations is not None and rule not in CORRECTED:
+        raise ValueError(f"`iterations` is for the rules {' and '.join(map(repr, CORRECTED))}, not for {rule!r}.")
     for name, value in (("beta_1", beta_1), ("beta_2", beta_2), ("epsilon", epsilon), ("clip", clip)):
         _check_setting(name, value)
     arguments: dict[str, Any] = {
         "scales": _as_factor("scales", scales, len(targets)),
         "rate": _as_factor("rate", rate),
+        "iterations": None if iterations is None else _as_count("iterations", iterations),
         "decay": _as_factor("decay", decay),
         "weight": _as_factor("weight", weight),
         "overwrite": as_flag("overwrite", overwrite),
@@ -139,6 +149,8 @@ def update(
     if fused is None:
         reference.update(rule, targets, kept, accumulators=sums, latest=tensors, touched_rows=flags, **arguments)
         return
+    for name in ("iterations", "only_if"):  # a list of one tensor, or of none
+        arguments[name] = [] if arguments[name] is None else [arguments[name]]
     fused.accum_ops_update(
         rule=rule,
         variables=[variable.handle for variable in targets],
@@ -149,7 +161,7 @@ def update(
         rows_of=[i for i, variable in enumerate(flags) if variable is not None],
         new_1=1.0 - beta_1,
         new_2=1.0 - beta_2,
-        **{**arguments, "only_if": [] if only_if is None else [arguments["only_if"]]},
+        **arguments,
     )
 
 
@@ -248,3 +260,10 @@ def _as_factor(name: str, value: float | tf.Tensor, length: int | None = None) -
     if not any(tensor.shape.is_compatible_with(shape) for shape in shapes):
         raise ValueError(f"`{name}` must be of shape {' or '.join(map(str, shapes))}. Received: {tensor.shape}")
     return tensor
+
+
+def _as_count(name: str, value: int | tf.Tensor) -> tf.Tensor:
+    tensor = tf.convert_to_tensor(value)
+    if not tensor.dtype.is_integer or not tensor.shape.is_compatible_with(()):
+        raise ValueError(f"`{name}` must be an integer or a scalar integer tensor. Received: {value!r}")
+    return tf.cast(tensor, tf.int64)

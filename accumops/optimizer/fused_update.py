@@ -249,7 +249,7 @@ class _Update:
                 decay = self._optimizer.weight_decay
                 scales = _scales(self._optimizer, window, self._unscale, squares)
                 decay_of_step = tf.constant(0.0) if decay is None else decay * rate
-                factors.append(_Factors(scales, self._rule.rate(rate), decay_of_step))
+                factors.append(_Factors(scales, rate, decay_of_step))
         return factors
 
     def _step(self, positions: Sequence[int], factors: Sequence[_Factors]) -> None:
@@ -308,6 +308,7 @@ class _Update:
             latest=[window.latest[i] for i in chosen] if folded else None,
             scales=tf.gather(factors.scales, chosen) if factors.scales.shape.rank else factors.scales,
             rate=factors.rate,
+            iterations=self._rule.iterations,
             decay=factors.decay,
             decays=decaying,
             weight=window.latest_weight if folded else 1.0,

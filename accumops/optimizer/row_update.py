@@ -114,7 +114,9 @@ def _by_rule(rule: Rule, i: int, rows: _Rows, values: tf.Tensor, gradient: tf.Te
     slots = [slot[i] for slot in rule.slots]
     before = [rows.read(slot) for slot in slots]
     settings = {"beta_1": 0.0, "beta_2": 0.0, "epsilon": 0.0, **rule.settings}
-    value, *after = ops.reference.step(rule.name, values, before, gradient, rule.rate(rate), **settings)
+    if rule.iterations is not None:
+        rate = ops.reference.corrected_rate(rate, rule.iterations, settings["beta_1"], settings["beta_2"])
+    value, *after = ops.reference.step(rule.name, values, before, gradient, rate, **settings)
     for slot, moved in zip(slots, after, strict=True):
         rows.write(slot, moved)
     return value

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from accumops import ops
 from accumops.ops import reference
-from accumops.ops.update import SLOTS
+from accumops.ops.update import CORRECTED, SLOTS
 from accumops.verification.case import MODES, Case, Expected, Implementation, Subject, Trial, ulp
 
 _SETTINGS = {"beta_1": 0.9, "beta_2": 0.99, "epsilon": 1e-7}
@@ -30,6 +30,7 @@ class _Gradients:
     overwrite: bool = False
     applies: bool = True
     rows: bool = False  # whether only some rows are updated
+    iterations: int | None = None  # the updates before, where a rule's rate is corrected by them
     clip: float = 0.0
 
     def __str__(self) -> str:
@@ -40,6 +41,7 @@ class _Gradients:
             "does not apply": not self.applies,
             "touched rows": self.rows,
             f"clip {self.clip}": self.clip,
+            f"{self.iterations} updates before": self.iterations is not None,
         }
         return ", ".join(name for name, there in parts.items() if there)
 
@@ -56,7 +58,8 @@ _GRADIENTS = [
 
 
 def _cases(quick: bool) -> Iterator[Case]:
-    for i, (rule, gradients) in enumerate(itertools.product(SLOTS, _GRADIENTS)):
+    corrected = [(rule, _Gradients(iterations=number)) for rule in CORRECTED for number in (0, 1, 5000)]
+    for i, (rule, gradients) in enumerate([*itertools.product(SLOTS, _GRADIENTS), *corrected]):
         modes: Sequence[str] = MODES if i % 5 == 0 or not quick else MODES[:1]
         yield Case(rule, str(gradients), partial(_trial, rule, gradients), modes)
 
@@ -88,7 +91,9 @@ def _trial(rule: str, gradients: _Gradients, rng: np.random.Generator) -> Trial:
         if gradients.clip:
             gradient = np.clip(gradient, -gradients.clip, gradients.clip)
         before = [value, *(slot[i] for slot in slots)]
-        after = _step(rule, [each.astype(np.float64) for each in before], gradient, float(rate), float(decay))
+        after = _step(
+            rule, [each.astype(np.float64) for each in before], gradient, _rate(rate, gradients), float(decay)
+        )
         for k, (old, (new, magnitude)) in enumerate(zip(before, after, strict=True)):
             if not gradients.applies:
                 new, magnitude = old, np.abs(old)
@@ -110,6 +115,16 @@ def _trial(rule: str, gradients: _Gradients, rng: np.random.Generator) -> Trial:
         expected=[*itertools.chain(*expected), *(Expected("read only", each) for each in untouched)],
         terms=_ROUNDINGS,
     )
+
+
+def _rate(rate: np.float32, gradients: _Gradients) -> float:
+    """The rate with its corrections. The powers are rounded to float32, as the op's are, since 1 is near them."""
+    if gradients.iterations is None:
+        return float(rate)
+    power_1, power_2 = (
+        np.float32(float(np.float32(_SETTINGS[name])) ** (gradients.iterations + 1)) for name in ("beta_1", "beta_2")
+    )
+    return float(rate) * math.sqrt(1 - float(power_2)) / (1 - float(power_1))
 
 
 def _step(
@@ -168,6 +183,7 @@ def _run(
         latest=latest or None,
         scales=scales,
         rate=rate,
+        iterations=None if gradients.iterations is None else tf.constant(gradients.iterations, tf.int64),
         decay=decay,
         decays=[True] * count,
         weight=weight,

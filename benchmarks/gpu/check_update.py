@@ -73,6 +73,8 @@ def update(checker: Checker, name: str, settings: Settings, items: list[Item], *
             keywords[key] = device.scalar(keywords[key], np.float32)
         for key in ("overwrite", "applies"):
             keywords[key] = device.scalar(keywords[key], np.bool_)
+        if settings.iterations is not None:
+            keywords["iterations"] = device.scalar(settings.iterations, np.int64)
     device.kernels.update(settings.rule, views[0], views[1:], **keywords)
 
     after: list[list[np.ndarray]] = [[] for _ in range(arrays)]
@@ -150,6 +152,10 @@ def check(checker: Checker) -> None:
         rows = [(1, 1), (700, 3), (300, 4), (129, 64), (40, 257), (3, 5000), (0, 5), (4, 0)]
         items = [item(i, shape, rows=True) for i, shape in enumerate(2 * rows + rows)]
         update(checker, "rows", Settings(rule, decay=0.1), items)
+    items = [item(i, (size,)) for i, size in enumerate(SIZES[:4])]
+    for iterations in (0, 2, 10**6):
+        for rule in ("adam", "amsgrad"):
+            update(checker, "corrected rate", Settings(rule, iterations=iterations), items)
     for count in checker.some(UPDATE_COUNTS, [44, 353], []):
         items = [item(i, ((5, 1, 4, 17, 3)[i % 5],)) for i in range(count)]
         items[count // 2] = item(1, (65537,))

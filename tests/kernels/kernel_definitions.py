@@ -57,6 +57,7 @@ class Settings:
 
     rule: str
     rate: float = 0.01
+    iterations: int | None = None
     decay: float = 0.0
     weight: float = 1.0
     overwrite: bool = False
@@ -107,6 +108,10 @@ def step(
         dtype(np.float32(each)) for each in (settings.rate, settings.beta_1, settings.beta_2, settings.epsilon)
     )
     new_1, new_2 = (dtype(np.float32(1 - beta)) for beta in (settings.beta_1, settings.beta_2))
+    if settings.iterations is not None:
+        number = np.longdouble(settings.iterations + 1)
+        bias_1, bias_2 = (dtype(1) - dtype(np.float32(np.longdouble(np.float32(b)) ** number)) for b in (b1, b2))
+        rate = rate * np.sqrt(bias_2) / bias_1
     x, g, slots = x.astype(dtype), dtype(1) * g, [slot.astype(dtype) for slot in slots]
     if decays:
         x = x - x * dtype(np.float32(settings.decay))

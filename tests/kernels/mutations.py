@@ -98,6 +98,8 @@ MUTATIONS = [
         "item_.accumulator != nullptr",
     ),
     Mutation("update: applies", UPDATE, "if (!*scalars.applies) return;", ""),
+    Mutation("update: corrected rate", UPDATE, "scalars.rate = given.corrected_rate;", ""),
+    Mutation("update: bias", "update_rate.h", "+ 1; step != 0", "+ 0; step != 0"),
     Mutation("batch norm: barrier of moments", NORMALIZE, BARRIER, "", 0),
     Mutation("batch norm: barrier of factors", NORMALIZE, BARRIER, "", 1),
     Mutation("batch norm: barrier of gradient sums", GRADIENT, BARRIER, "", 0),

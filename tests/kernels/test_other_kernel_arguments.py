@@ -28,6 +28,14 @@ def update_arguments():
 
 given = floats(3)
 UPDATE_ERRORS = {
+    "iterations of another rule": (
+        {"rule": "lion", "slots": [[floats(3), floats(4, 2)]], "iterations": 3}, ValueError,
+        "iterations are for 'adam' and 'amsgrad', not for 'lion'",
+    ),
+    "negative iterations": ({"iterations": -1}, ValueError, "iterations must be a whole number from 0 on, got -1"),
+    "half an iteration": ({"iterations": 1.5}, ValueError, "iterations must be a whole number from 0 on, got 1.5"),
+    "iterations nan": ({"iterations": float("nan")}, ValueError, "iterations must be a whole number from 0 on"),
+    "iterations str": ({"iterations": "one"}, TypeError, "iterations must be a number"),
     "rule": ({"rule": "adagrad"}, ValueError, "rule must be one of 'sgd', 'momentum', 'nesterov', 'adam', 'amsgrad',"),
     "rule bytes": ({"rule": b"adam"}, TypeError, "rule must be a str, got bytes"),
     "values array": ({"values": floats(3)}, TypeError, "values " + LIST.format("ndarray")),

@@ -139,6 +139,13 @@ def test_every_rule_and_size_equals_numpy(device, rule, overwrite, clip):
     Problem(device, settings, mixed([*SIZES[shift:], *SIZES[:shift]])).check()
 
 
+@pytest.mark.parametrize("iterations", [0, 1, 2, 998, 10**6, 2**40])
+@pytest.mark.parametrize("rule", ["adam", "amsgrad"])
+def test_the_rate_is_corrected_for_the_bias_of_the_slots(device, rule, iterations):
+    items = [Item(size, "float32") for size in (1, 555)]
+    Problem(device, Settings(rule, iterations=iterations, decay=0.1, beta_2=0.999), items).check()
+
+
 @pytest.mark.parametrize("latest", LATEST)
 @pytest.mark.parametrize("accumulated", [False, True], ids=["latest alone", "both"])
 @pytest.mark.parametrize("rule", SLOTS)

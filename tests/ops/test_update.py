@@ -8,7 +8,7 @@ import tensorflow as tf
 from crosses import cross, label, turns
 
 from accumops import ops
-from accumops.ops.update import SLOTS
+from accumops.ops.update import CORRECTED, SLOTS
 
 NUMPY = {tf.float16: np.float16, tf.bfloat16: ml_dtypes.bfloat16, tf.float32: np.float32, tf.float64: np.float64}
 # The kernel takes blocks of 8192 values, 256 values at a time.
@@ -441,6 +441,7 @@ def test_shapes_that_only_the_call_knows(rng):
 INVALID = tf.errors.InvalidArgumentError
 VARIABLES = ("variables", "slots", "accumulators", "touched_rows")
 RAW = {
+    "iterations of a rule without": ({"iterations": [1]}, INVALID, "Update by 'sgd' got 1 iterations"),
     "S": ({"slots": ["other"]}, INVALID, "1 slots"),
     "A": ({"accumulators": []}, INVALID, "0 accumulators, 0 latest"),
     "decays": ({"decays": []}, INVALID, "0 decays"),
@@ -516,6 +517,7 @@ def test_malformed_calls_of_the_raw_op_fail_and_change_nothing(case, way):
         "latest": [],
         "scales": 1.0,
         "rate": 1.0,
+        "iterations": [],
         "decay": 0.0,
         "weight": 1.0,
         "overwrite": False,
@@ -551,7 +553,7 @@ def test_sizes_that_xla_knows_late():
         raw.accum_ops_update(
             variables=[variable.handle], slots=[], accumulators=[], touched_rows=[], rate=1.0, decay=0.0, weight=1.0,
             latest=[gradient if late == "latest" else [1.0, 1.0]], scales=scales if late == "scales" else 1.0,
-            overwrite=False, applies=True, only_if=[], rule="sgd", decays=[False],
+            iterations=[], overwrite=False, applies=True, only_if=[], rule="sgd", decays=[False],
         )  # fmt: skip
 
     for late, message in (("latest", r"latest\[0\] is f32\[<=2\]"), ("scales", r"scales is f32\[<=1\]")):
@@ -559,6 +561,46 @@ def test_sizes_that_xla_knows_late():
             with pytest.raises(INVALID, match=message):
                 run(tf.constant(mask), late)
             np.testing.assert_array_equal(variable.numpy(), [1, 2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("rule", CORRECTED)
+def test_the_rate_is_corrected_for_the_bias_of_the_slots(backend, mode, rule):
+    """As in Adam's paper: from slots of zeros, the first step moves each value by the rate, against its gradient."""
+    for iterations in (0, 1, 2, 700, 10**6):
+        variable, *slots, gradient = (tf.Variable(tf.fill([3], each)) for each in (5.0, *[0.0] * SLOTS[rule], 0.25))
+
+        @mode
+        def run(iterations, given=(variable, slots, gradient)):
+            variable, slots, gradient = given
+            slots = [[slot] for slot in slots]
+            ops.update(
+                rule, [variable], slots, accumulators=[gradient], rate=0.5, iterations=iterations,
+                beta_1=0.9, beta_2=0.999,
+            )  # fmt: skip
+
+        run(tf.constant(iterations))
+        power_1, power_2 = (float(np.float32(float(np.float32(b)) ** (iterations + 1))) for b in (0.9, 0.999))
+        m, v = 0.1 * 0.25, 0.001 * 0.25**2
+        wanted = 5 - m / np.sqrt(v) * 0.5 * np.sqrt(1 - power_2) / (1 - power_1)
+        np.testing.assert_allclose(variable.numpy(), [wanted] * 3, rtol=3e-5 if iterations < 3 else 1e-6)
+        if iterations == 0:
+            np.testing.assert_allclose(variable.numpy(), [4.5] * 3, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rule", "iterations", "message"),
+    [
+        ("sgd", 1, "`iterations` is for the rules 'adam' and 'amsgrad', not for 'sgd'"),
+        ("adam", 1.0, "`iterations` must be an integer or a scalar integer tensor"),
+        ("adam", [1, 2], "`iterations` must be an integer or a scalar integer tensor"),
+    ],
+)
+def test_iterations_that_do_not_fit(rule, iterations, message):
+    variable, *slots = (tf.Variable([1.0]) for _ in range(1 + SLOTS[rule]))
+    with pytest.raises(ValueError, match=message):
+        ops.update(rule, [variable], [[slot] for slot in slots], latest=[tf.ones([1])], rate=1.0, iterations=iterations)
+    assert variable.numpy() == 1
 
 
 @pytest.mark.parametrize("name", ["rate", "decay", "weight", "overwrite", "applies", "only_if"])
@@ -576,7 +618,7 @@ def test_a_vector_for_a_scalar_that_only_the_call_shows(name):
             given["only_if"] = [given["only_if"]]
             raw.accum_ops_update(
                 variables=[variable.handle], slots=[], accumulators=[accumulator.handle], touched_rows=[], latest=[],
-                scales=1.0, rule="sgd", decays=[True], **given,
+                scales=1.0, rule="sgd", decays=[True], iterations=[], **given,
             )  # fmt: skip
 
         with pytest.raises(tf.errors.InvalidArgumentError, match="scalar"):

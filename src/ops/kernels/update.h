@@ -17,7 +17,12 @@
 //
 // A step that does not apply writes nothing.
 //
-// Bias correction is part of the rate. Every operation is rounded on its own, in the order that is
+// With kAdam and kAmsgrad the rate includes the correction of the bias that m and v have from their
+// start at zero. Given the number of updates before this one, the step makes it:
+//
+//   rate = rate * sqrt(1 - beta_2^(iterations + 1)) / (1 - beta_1^(iterations + 1))
+//
+// Every operation is rounded on its own, in the order that is
 // written here, never contracted into an FMA: all instruction sets and devices give the same bits.
 // The accumulator is not written. The sign of NaN is NaN, and so is the clamp of one.
 #pragma once
@@ -68,6 +73,11 @@ constexpr int SlotsOf(UpdateRule rule) {
   return 0;
 }
 
+// Whether a rule's slots are biased by their start at zero, which the rate corrects.
+constexpr bool CorrectsBias(UpdateRule rule) {
+  return rule == UpdateRule::kAdam || rule == UpdateRule::kAmsgrad;
+}
+
 struct UpdateItem {
   float* value;
   float* slots[kMaxSlots];   // m, v, w; as many as the rule has
@@ -93,10 +103,12 @@ struct UpdateScalars {
   const float* scales;  // one for all items, or one for each
   bool scale_for_each;
   const float* rate;
-  const float* decay;     // the rate of weight decay: decay times learning rate
-  const float* weight;    // of the latest gradients
-  const bool* overwrite;  // whether accumulators count as zero
-  const bool* applies;    // whether the step is made at all
+  const std::int64_t* iterations;  // updates before this one, or null: the rate is corrected
+  float* corrected_rate;           // device memory for the rate, for CUDA with iterations
+  const float* decay;              // the rate of weight decay: decay times learning rate
+  const float* weight;             // of the latest gradients
+  const bool* overwrite;           // whether accumulators count as zero
+  const bool* applies;             // whether the step is made at all
 };
 
 void UpdateCpu(const UpdateItem* items, std::size_t count, const UpdateSettings& settings,

@@ -1,9 +1,11 @@
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
 #include "blocks.h"
 #include "update.h"
+#include "update_rate.h"
 #include "update_span.h"
 
 namespace accumops {
@@ -39,8 +41,15 @@ UpdateSpan SpanOf(const UpdateItem& item, std::int64_t begin, std::int64_t end, 
 }  // namespace
 
 void UpdateCpu(const UpdateItem* items, std::size_t count, const UpdateSettings& settings,
-               const UpdateScalars& scalars, Executor& executor) {
-  if (!*scalars.applies) return;
+               const UpdateScalars& given, Executor& executor) {
+  if (!*given.applies) return;
+  UpdateScalars scalars = given;
+  float rate = *given.rate;
+  if (given.iterations != nullptr) {
+    rate *= std::sqrt(BiasOf(settings.beta_2, *given.iterations));
+    rate /= BiasOf(settings.beta_1, *given.iterations);
+  }
+  scalars.rate = &rate;
   const UpdateSpanFunctions& functions = CurrentUpdateSpanFunctions();
   std::vector<std::int64_t> sizes(count);
   for (std::size_t i = 0; i < count; ++i) sizes[i] = items[i].size;

@@ -12,6 +12,7 @@
 #include "cuda_common.cuh"
 #include "tensor_table.cuh"
 #include "update.h"
+#include "update_rate.h"
 
 namespace accumops {
 namespace {
@@ -384,8 +385,28 @@ cudaError_t LaunchRule(const UpdateItem* items, std::size_t count, const UpdateS
   return launch(items, count, settings, scalars, stream);
 }
 
+struct RateParams {
+  UpdateSettings settings;
+  UpdateScalars scalars;
+};
+
+// One thread: every block of an update would repeat the powers.
+__global__ void RateKernel(ACCUMOPS_PARAMS(RateParams) params) {
+  const UpdateScalars& scalars = params.scalars;
+  const float bias_1 = BiasOf(params.settings.beta_1, *scalars.iterations);
+  const float bias_2 = BiasOf(params.settings.beta_2, *scalars.iterations);
+  *scalars.corrected_rate = __fdiv_rn(cuda::Multiply(*scalars.rate, __fsqrt_rn(bias_2)), bias_1);
+}
+
 cudaError_t LaunchUpdate(const UpdateItem* items, std::size_t count, const UpdateSettings& settings,
-                         const UpdateScalars& scalars, cudaStream_t stream) {
+                         const UpdateScalars& given, cudaStream_t stream) {
+  UpdateScalars scalars = given;
+  if (given.iterations != nullptr) {
+    const RateParams params = {settings, given};
+    const cudaError_t error = cuda::Launch(RateKernel, 1, 1, params, stream);
+    if (error != cudaSuccess) return error;
+    scalars.rate = given.corrected_rate;
+  }
   switch (settings.rule) {
     case UpdateRule::kSgd:
       return LaunchRule<Sgd>(items, count, settings, scalars, stream);

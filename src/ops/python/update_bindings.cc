@@ -1,6 +1,7 @@
 // update().
 #include <pybind11/numpy.h>
 
+#include <cmath>
 #include <optional>
 #include <string>
 #include <vector>
@@ -61,14 +62,21 @@ std::vector<bool> ToDecays(py::handle object, std::size_t count) {
 // The scalars that a step reads.
 class Scalars {
  public:
-  Scalars(py::handle scales, py::handle rate, py::handle decay, py::handle weight,
-          py::handle overwrite, py::handle applies, std::size_t count)
+  Scalars(py::handle scales, py::handle rate, py::handle iterations, py::handle decay,
+          py::handle weight, py::handle overwrite, py::handle applies, std::size_t count)
       : scale_(NumberOf(scales), "scales", {Element::kFloat32}, "float32"),
         rate_(rate, "rate", {Element::kFloat32}, "float32"),
+        corrects_(!iterations.is_none()),
+        iterations_(corrects_ ? iterations : py::int_(0), "iterations", {Element::kInt64}, "int64"),
         decay_(decay, "decay", {Element::kFloat32}, "float32"),
         weight_(weight, "weight", {Element::kFloat32}, "float32"),
         overwrite_(overwrite, "overwrite"),
         applies_(applies, "applies") {
+    const double updates = iterations_.value;
+    if (!(updates >= 0 && updates < 0x1p53 && updates == std::floor(updates))) {
+      throw py::value_error("iterations must be a whole number from 0 on, got " +
+                            py::repr(iterations).cast<std::string>());
+    }
     if (IsNumber(scales)) return;
     scales_ = ToArray(scales, {"scales"});
     RequireElement(*scales_, {Element::kFloat32}, "float32");
@@ -79,8 +87,8 @@ class Scalars {
   }
 
   void AddTo(Call& call) const {
-    for (const auto* array : {&scales_, &rate_.array, &decay_.array, &weight_.array,
-                              &overwrite_.array, &applies_.array}) {
+    for (const auto* array : {&scales_, &rate_.array, &iterations_.array, &decay_.array,
+                              &weight_.array, &overwrite_.array, &applies_.array}) {
       call.ReadScalar(*array);
     }
   }
@@ -94,14 +102,19 @@ class Scalars {
   // In device memory: the arrays' own, or a copy of the host's numbers.
   template <typename On>
   UpdateScalars OnDevice(On& on) const {
-    const bool all = scales_ && rate_.array && decay_.array && weight_.array && overwrite_.array &&
-                     applies_.array;
-    return From(all ? nullptr
-                    : on.Upload(Numbers(), "scales, rate, decay, weight, overwrite and applies"));
+    const bool all = scales_ && rate_.array && (iterations_.array || !corrects_) && decay_.array &&
+                     weight_.array && overwrite_.array && applies_.array;
+    UpdateScalars result =
+        From(all ? nullptr
+                 : on.Upload(Numbers(),
+                             "scales, rate, iterations, decay, weight, overwrite and applies"));
+    if (corrects_) result.corrected_rate = static_cast<float*>(on.Allocate(sizeof(float)));
+    return result;
   }
 
  private:
   struct Values {
+    std::int64_t iterations;
     float scale, rate, decay, weight;
     bool overwrite, applies;
   };
@@ -116,7 +129,8 @@ class Scalars {
   }
 
   Values Numbers() const {
-    return {static_cast<float>(scale_.value),
+    return {static_cast<std::int64_t>(iterations_.value),
+            static_cast<float>(scale_.value),
             static_cast<float>(rate_.value),
             static_cast<float>(decay_.value),
             static_cast<float>(weight_.value),
@@ -127,8 +141,13 @@ class Scalars {
   UpdateScalars From(const Values* values) const {
     UpdateScalars result = {};
     if (values != nullptr) {
-      result = {&values->scale,     false,           &values->rate, &values->decay, &values->weight,
-                &values->overwrite, &values->applies};
+      result.scales = &values->scale;
+      result.rate = &values->rate;
+      result.iterations = corrects_ ? &values->iterations : nullptr;
+      result.decay = &values->decay;
+      result.weight = &values->weight;
+      result.overwrite = &values->overwrite;
+      result.applies = &values->applies;
     }
     const auto replace = [](const float*& pointer, const std::optional<Array>& array) {
       if (array) pointer = reinterpret_cast<const float*>(array->data);
@@ -137,6 +156,9 @@ class Scalars {
     replace(result.rate, rate_.array);
     replace(result.decay, decay_.array);
     replace(result.weight, weight_.array);
+    if (iterations_.array) {
+      result.iterations = reinterpret_cast<const std::int64_t*>(iterations_.array->data);
+    }
     if (overwrite_.array) result.overwrite = Flags(&*overwrite_.array);
     if (applies_.array) result.applies = Flags(&*applies_.array);
     result.scale_for_each = for_each_;
@@ -146,7 +168,9 @@ class Scalars {
   Scalar scale_;
   std::optional<Array> scales_;
   bool for_each_ = false;
-  Scalar rate_, decay_, weight_;
+  Scalar rate_;
+  bool corrects_;
+  Scalar iterations_, decay_, weight_;
   Flag overwrite_, applies_;
   Values host_ = {};
 };
@@ -261,13 +285,17 @@ class Items {
 };
 
 void Update(py::handle rule, py::handle values, py::handle slots, py::handle accumulators,
-            py::handle latest, py::handle scales, py::handle rate, py::handle decay,
-            py::handle decays, py::handle weight, py::handle overwrite, py::handle applies,
-            py::handle touched_rows, py::handle beta_1, py::handle beta_2, py::handle epsilon,
-            py::handle clip, py::handle threads, std::uintptr_t stream) {
+            py::handle latest, py::handle scales, py::handle rate, py::handle iterations,
+            py::handle decay, py::handle decays, py::handle weight, py::handle overwrite,
+            py::handle applies, py::handle touched_rows, py::handle beta_1, py::handle beta_2,
+            py::handle epsilon, py::handle clip, py::handle threads, std::uintptr_t stream) {
   const UpdateSettings settings = ToSettings(rule, beta_1, beta_2, epsilon, clip);
   const Items arrays(values, slots, accumulators, latest, touched_rows, settings.rule);
-  Scalars scalars(scales, rate, decay, weight, overwrite, applies, arrays.count());
+  if (!iterations.is_none() && !CorrectsBias(settings.rule)) {
+    throw py::value_error("iterations are for 'adam' and 'amsgrad', not for " +
+                          py::repr(rule).cast<std::string>());
+  }
+  Scalars scalars(scales, rate, iterations, decay, weight, overwrite, applies, arrays.count());
   Call call(threads, stream);
   const std::vector<UpdateItem> items = arrays.AddTo(call, ToDecays(decays, arrays.count()));
   scalars.AddTo(call);
@@ -281,7 +309,7 @@ void Update(py::handle rule, py::handle values, py::handle slots, py::handle acc
 }
 
 constexpr char kUpdateDoc[] =
-    R"(update(rule, values, slots=(), *, accumulators=None, latest=None, scales=1.0, rate, decay=0.0, decays=None, weight=1.0, overwrite=False, applies=True, touched_rows=None, beta_1=0.0, beta_2=0.0, epsilon=0.0, clip=0.0, threads=None, stream=0)
+    R"(update(rule, values, slots=(), *, accumulators=None, latest=None, scales=1.0, rate, iterations=None, decay=0.0, decays=None, weight=1.0, overwrite=False, applies=True, touched_rows=None, beta_1=0.0, beta_2=0.0, epsilon=0.0, clip=0.0, threads=None, stream=0)
 --
 
 Makes an optimizer's step in place, for all values in one pass.
@@ -300,6 +328,9 @@ Args:
     latest: The same of gradients that no accumulator holds: float16, bfloat16 (or its bits as
         uint16) or float32. Each of values needs one of the two.
     scales: A number, or an array of float32 with one for each of values, or one for all.
+    iterations: None, or for "adam" and "amsgrad" the number of updates before this one, which
+        corrects the rate for the bias of the slots: a number, or for CUDA arrays a one-element
+        device array of int64.
     rate, decay, weight: A number, or for CUDA arrays a one-element device array of float32. With a
         weight of 0 the latest gradients count as zero, whatever they hold.
     decays: For each of values whether `value -= value * decay` comes first; None for all.
@@ -322,9 +353,10 @@ void BindUpdate(py::module_& module) {
   const py::none none;
   module.def("update", Update, kUpdateDoc, "rule"_a, "values"_a, "slots"_a = py::tuple(),
              py::kw_only(), "accumulators"_a = none, "latest"_a = none, "scales"_a = 1.0, "rate"_a,
-             "decay"_a = 0.0, "decays"_a = none, "weight"_a = 1.0, "overwrite"_a = false,
-             "applies"_a = true, "touched_rows"_a = none, "beta_1"_a = 0.0, "beta_2"_a = 0.0,
-             "epsilon"_a = 0.0, "clip"_a = 0.0, "threads"_a = none, "stream"_a = 0);
+             "iterations"_a = none, "decay"_a = 0.0, "decays"_a = none, "weight"_a = 1.0,
+             "overwrite"_a = false, "applies"_a = true, "touched_rows"_a = none, "beta_1"_a = 0.0,
+             "beta_2"_a = 0.0, "epsilon"_a = 0.0, "clip"_a = 0.0, "threads"_a = none,
+             "stream"_a = 0);
 }
 
 }  // namespace accumops

@@ -16,6 +16,7 @@ struct UpdateAttributes {
   int slots = 0;         // how many slots all variables have together
   int accumulators = 0;  // as many as variables, or none
   bool has_latest = false;
+  bool corrects_rate = false;  // by the number of updates before, an input
   std::vector<std::int64_t> rows_of;
   std::vector<bool> decays;
   UpdateSettings settings = {};
@@ -25,11 +26,12 @@ struct UpdateAttributes {
   absl::Status Read(Context& context) {
     std::string rule;
     std::vector<tensorflow::DataType> latest;
-    int touched = 0;
+    int touched = 0, iterations = 0;
     TF_RETURN_IF_ERROR(context.GetAttr("N", &count));
     TF_RETURN_IF_ERROR(context.GetAttr("S", &slots));
     TF_RETURN_IF_ERROR(context.GetAttr("A", &accumulators));
     TF_RETURN_IF_ERROR(context.GetAttr("R", &touched));
+    TF_RETURN_IF_ERROR(context.GetAttr("I", &iterations));
     TF_RETURN_IF_ERROR(context.GetAttr("rule", &rule));
     TF_RETURN_IF_ERROR(context.GetAttr("latest_types", &latest));
     TF_RETURN_IF_ERROR(context.GetAttr("rows_of", &rows_of));
@@ -42,6 +44,11 @@ struct UpdateAttributes {
     TF_RETURN_IF_ERROR(context.GetAttr("clip", &settings.clip));
     TF_RETURN_IF_ERROR(FindRule(rule));
     has_latest = !latest.empty();
+    corrects_rate = iterations == 1;
+    if (iterations > (CorrectsBias(settings.rule) ? 1 : 0)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("Update by '", rule, "' got ", iterations, " iterations."));
+    }
     return Check(rule, static_cast<int>(latest.size()), touched);
   }
 

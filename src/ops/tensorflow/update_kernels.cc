@@ -33,7 +33,12 @@ struct Cpu {
 #if defined(ACCUMOPS_CUDA)
 struct Gpu {
   static absl::Status Update(OpKernelContext* ctx, const std::vector<UpdateItem>& items,
-                             const UpdateSettings& settings, const UpdateScalars& scalars) {
+                             const UpdateSettings& settings, UpdateScalars scalars) {
+    Tensor rate;
+    if (scalars.iterations != nullptr) {
+      TF_RETURN_IF_ERROR(ctx->allocate_temp(tensorflow::DT_FLOAT, TensorShape({1}), &rate));
+      scalars.corrected_rate = static_cast<float*>(rate.data());
+    }
     return FromCuda(UpdateCuda(items.data(), items.size(), settings, scalars, CudaStream(ctx)));
   }
   static absl::Status SquaredNorms(OpKernelContext* ctx, const std::vector<SquaredNormItem>& items,
@@ -77,6 +82,7 @@ class UpdateInputs {
   OpInputList latest_;
   const Tensor* scales_ = nullptr;
   const Tensor* rate_ = nullptr;
+  const Tensor* iterations_ = nullptr;  // null if the rate is not to be corrected
   const Tensor* decay_ = nullptr;
   const Tensor* weight_ = nullptr;
   const Tensor* overwrite_ = nullptr;
@@ -86,6 +92,9 @@ class UpdateInputs {
 absl::Status UpdateInputs::Read(OpKernelContext* ctx) {
   TF_RETURN_IF_ERROR(ctx->input_list("latest", &latest_));
   TF_RETURN_IF_ERROR(RequireScalar(ctx, "rate", &rate_));
+  if (attributes_.corrects_rate) {
+    TF_RETURN_IF_ERROR(RequireScalar(ctx, "iterations", &iterations_));
+  }
   TF_RETURN_IF_ERROR(RequireScalar(ctx, "decay", &decay_));
   TF_RETURN_IF_ERROR(RequireScalar(ctx, "weight", &weight_));
   TF_RETURN_IF_ERROR(RequireScalar(ctx, "overwrite", &overwrite_));
@@ -142,6 +151,9 @@ UpdateScalars UpdateInputs::Scalars() const {
   scalars.scales = numbers(scales_);
   scalars.scale_for_each = scales_->dims() == 1;
   scalars.rate = numbers(rate_);
+  if (iterations_ != nullptr) {
+    scalars.iterations = static_cast<const std::int64_t*>(iterations_->data());
+  }
   scalars.decay = numbers(decay_);
   scalars.weight = numbers(weight_);
   scalars.overwrite = flag(overwrite_);

@@ -39,7 +39,8 @@ absl::Status UpdateShapes(InferenceContext* c) {
     TF_RETURN_IF_ERROR(check(static_cast<int>(i), latest[i], "A latest gradient"));
   }
   ShapeHandle unused;
-  for (const char* name : {"rate", "decay", "weight", "overwrite", "applies", "only_if"}) {
+  for (const char* name :
+       {"rate", "iterations", "decay", "weight", "overwrite", "applies", "only_if"}) {
     std::vector<ShapeHandle> shapes;
     TF_RETURN_IF_ERROR(c->input(name, &shapes));
     for (const ShapeHandle shape : shapes) TF_RETURN_IF_ERROR(c->WithRank(shape, 0, &unused));
@@ -57,6 +58,7 @@ REGISTER_OP("AccumOps>Update")
     .Input("latest: latest_types")
     .Input("scales: float")
     .Input("rate: float")
+    .Input("iterations: I * int64")
     .Input("decay: float")
     .Input("weight: float")
     .Input("overwrite: bool")
@@ -66,6 +68,7 @@ REGISTER_OP("AccumOps>Update")
     .Attr("S: int >= 0")
     .Attr("A: int >= 0")
     .Attr("R: int >= 0")
+    .Attr("I: int >= 0")
     .Attr("C: int >= 0")
     .Attr("latest_types: list({half, bfloat16, float}) >= 0")
     .Attr("rule: {'sgd', 'momentum', 'nesterov', 'adam', 'amsgrad', 'lion'}")
@@ -89,7 +92,8 @@ accumulators: One for each variable, or none. They are not written.
 touched_rows: Bool variables with a flag for each row of the variables in rows_of: other rows stay as they are.
 latest: Gradients that the accumulators do not hold yet: one for each variable, or none.
 scales: A factor for all gradients, or one for each variable.
-rate: The learning rate, with the bias corrections.
+rate: The learning rate; for Adam with the bias corrections, if there are no iterations.
+iterations: None, or one number of updates before this one, by which Adam's rate is corrected.
 decay: The share of a value that is subtracted from it before the step, where the variable decays.
 weight: A factor for the latest gradients. With 0 they count as zero, whatever they hold.
 overwrite: Whether accumulators count as zero.

@@ -30,6 +30,11 @@ class UpdateXlaOp : public XlaOpKernel {
     for (const char* name : {"rate", "decay", "weight", "overwrite", "applies"}) {
       OP_REQUIRES_OK(ctx, RequireScalar(ctx, name));
     }
+    xla::XlaOp rate = ctx->Input("rate");
+    if (attributes_.corrects_rate) {
+      OP_REQUIRES_OK(ctx, RequireScalar(ctx, "iterations"));
+      rate = Corrected(ctx, rate);
+    }
     OP_REQUIRES_OK(ctx, CheckScales(InputTensorShape(ctx, "scales"), attributes_.count));
     xla::XlaOp updates;
     OP_REQUIRES_OK(ctx, ReadOptionalFlag(ctx, "only_if", &updates));
@@ -41,7 +46,7 @@ class UpdateXlaOp : public XlaOpKernel {
     std::vector<Step> steps;
     for (int i = 0; i < attributes_.count; ++i) {
       Step step;
-      OP_REQUIRES_OK(ctx, MakeStep(ctx, variables, updates, i, &step));
+      OP_REQUIRES_OK(ctx, MakeStep(ctx, variables, updates, rate, i, &step));
       steps.push_back(step);
     }
     for (int i = 0; i < attributes_.count; ++i) {
@@ -63,6 +68,18 @@ class UpdateXlaOp : public XlaOpKernel {
   }
   int LatestInput(int i) const {
     return static_cast<int>(Accumulator(attributes_.accumulators) + attributes_.rows_of.size()) + i;
+  }
+
+  // The rate, corrected for the bias of Adam's slots. The powers are as in update_rate.h.
+  xla::XlaOp Corrected(XlaOpKernelContext* ctx, xla::XlaOp rate) const {
+    const xla::XlaOp step = xla::Add(xla::ConvertElementType(ctx->Input("iterations"), xla::F64),
+                                     xla::ConstantR0<double>(ctx->builder(), 1));
+    const auto bias = [&](float beta) {
+      const xla::XlaOp base = xla::ConstantR0<double>(ctx->builder(), static_cast<double>(beta));
+      return xla::Sub(Constant(ctx, 1), xla::ConvertElementType(xla::Pow(base, step), xla::F32));
+    };
+    const UpdateSettings& settings = attributes_.settings;
+    return xla::Div(xla::Mul(rate, xla::Sqrt(bias(settings.beta_2))), bias(settings.beta_1));
   }
 
   absl::Status Gradient(XlaOpKernelContext* ctx, const XlaVariableList& variables, int i,
@@ -110,7 +127,7 @@ class UpdateXlaOp : public XlaOpKernel {
   }
 
   absl::Status MakeStep(XlaOpKernelContext* ctx, const XlaVariableList& variables,
-                        xla::XlaOp updates, int i, Step* step) const {
+                        xla::XlaOp updates, xla::XlaOp rate, int i, Step* step) const {
     const auto index = static_cast<std::size_t>(i);
     const TensorShape& shape = variables.shape(index);
     xla::XlaOp value, gradient;
@@ -124,7 +141,7 @@ class UpdateXlaOp : public XlaOpKernel {
     if (attributes_.decays[index]) {
       x = xla::Sub(x, xla::Mul(x, ctx->Input("decay")));
     }
-    *step = Apply(ctx, x, gradient, slots);
+    *step = Apply(ctx, x, gradient, slots, rate);
     // Whether each value is written: all alike, or by the flags of its row. XLA writes all of them.
     xla::XlaOp written = xla::Broadcast(updates, shape.dim_sizes());
     for (std::size_t k = 0; k < attributes_.rows_of.size(); ++k) {
@@ -141,9 +158,8 @@ class UpdateXlaOp : public XlaOpKernel {
   }
 
   Step Apply(XlaOpKernelContext* ctx, xla::XlaOp x, xla::XlaOp g,
-             const std::vector<xla::XlaOp>& slots) const {
+             const std::vector<xla::XlaOp>& slots, xla::XlaOp rate) const {
     const UpdateSettings& settings = attributes_.settings;
-    const xla::XlaOp rate = ctx->Input("rate");
     const xla::XlaOp beta_1 = Constant(ctx, settings.beta_1);
     switch (settings.rule) {
       case UpdateRule::kSgd:
