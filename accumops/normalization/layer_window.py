@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from accumops import ops
 from accumops.normalization import replica_moments
+from accumops.normalization.pending_moments import pending_moments
 from accumops.window import replicas
 
 Saved = tuple[Any, Any]
@@ -36,6 +37,8 @@ class LayerWindow:
         self.name = name.replace("/", "_")
         self.released = False
         """Whether the trainer has left the layer."""
+        self.adds_within_functions = False
+        """Whether a call has added moments within a loop, a condition or a function that a pass calls."""
         self._variables: ops.MomentsWindow | None = None
         self._earlier: dict[int, list[ops.BatchMoments]] = {}
         """For each replica, what the layer's calls but the last have had, where each moves the statistics."""
@@ -83,13 +86,17 @@ class LayerWindow:
         ]
 
     def add(self, moments: ops.BatchMoments, *, only_finite: bool = False) -> None:
-        """Adds a batch's moments on the replica that runs. The window stays open.
+        """Adds a batch's moments on the replica that runs, or leaves them to `moments_wait`. The window stays open.
 
         Args:
             moments: The moments.
             only_finite: Whether moments that are not finite count as moments of no values.
         """
+        pending = None if only_finite else pending_moments()
         for window, _ in self.parts():
+            if pending is not None and pending.take(self, moments, window):
+                continue
+            self.adds_within_functions |= pending is not None
             ops.merge_moments(moments, window=window, only_finite=only_finite)
 
     def add_calls(self, calls: Sequence[ops.BatchMoments], *, pooled: bool) -> None:

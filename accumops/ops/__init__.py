@@ -7,7 +7,14 @@ from accumops.ops.batch_norm import batch_norm, batch_norm_inference
 from accumops.ops.clip import clip_units
 from accumops.ops.finite import all_finite
 from accumops.ops.library import LibraryError, build_info, get_backend, set_backend
-from accumops.ops.moments import BatchMoments, MomentsWindow, MovingStatistics, end_windows, merge_moments
+from accumops.ops.moments import (
+    BatchMoments,
+    MomentsWindow,
+    MovingStatistics,
+    add_to_windows,
+    end_windows,
+    merge_moments,
+)
 from accumops.ops.update import squared_norms, update
 
 __all__ = [
@@ -16,6 +23,7 @@ __all__ = [
     "MomentsWindow",
     "MovingStatistics",
     "accumulate",
+    "add_to_windows",
     "all_finite",
     "barrier",
     "batch_norm",

@@ -147,6 +147,13 @@ def merge_moments(
     only_finite: bool = False,
     stream: int = 0,
 ) -> None: ...
+def add_to_windows(
+    batches: Sequence[Sequence[_Array]],
+    windows: Sequence[Sequence[_Array]],
+    *,
+    applies: bool | _Array = True,
+    stream: int = 0,
+) -> None: ...
 def end_windows(
     counters: Sequence[_Array],
     moments: Sequence[_Array],

@@ -10,6 +10,8 @@ from accumops.ops.variables import as_flag, check_variable
 
 Kind = TypeVar("Kind", bound=tuple)
 
+_MOMENTS_DTYPES = (tf.float32, tf.float64)
+
 
 class BatchMoments(NamedTuple):
     """The moments of each channel of a batch: float32, or float64 for float64 data."""
@@ -112,6 +114,66 @@ def merge_moments(
     )
 
 
+def add_to_windows(
+    batches: Sequence[BatchMoments], windows: Sequence[MomentsWindow], *, applies: bool | tf.Tensor = True
+) -> None:
+    """Merges batches' moments into windows, which stay open, all in one op.
+
+    For each window it does what `merge_moments` does without `moving`. `accumops.ops.reference.add_to_windows` is the
+    definition, in plain TensorFlow.
+
+    Args:
+        batches: The moments for each window, as `batch_norm` returns them.
+        windows: The windows' variables, each given once.
+        applies: Whether anything is added: a bool or a scalar bool tensor. If not, nothing is written. A tensor is read
+            where the op runs, so no step waits for a GPU.
+
+    Raises:
+        ValueError: If the lists differ in length, or numbers of channels do not fit.
+        TypeError: If a member of a list is of another type, or something that should be a variable is not.
+
+    Example:
+
+    >>> window = accumops.ops.MomentsWindow(
+    ...     tf.Variable([0, 0, 8], dtype=tf.int64), tf.Variable(tf.zeros([2, 1], tf.float64))
+    ... )
+    >>> y, moments = accumops.ops.batch_norm(tf.constant([[1.0], [3.0]]), None, None)
+    >>> accumops.ops.add_to_windows([moments], [window])
+    >>> window.counters.numpy(), window.moments.numpy()
+    (array([2, 1, 8]), array([[2.],
+           [2.]]))
+    """
+    batches = [_of_type(BatchMoments, f"batches[{i}]", each) for i, each in enumerate(_sequence("batches", batches))]
+    windows = [_check_window(f"windows[{i}]", each) for i, each in enumerate(_sequence("windows", windows))]
+    adds = as_flag("applies", applies)
+    if len(windows) != len(batches):
+        raise ValueError(
+            f"`batches` must have {len(windows)} items, one for each window. Received: {len(batches)} items."
+        )
+    for i, (window, each) in enumerate(zip(windows, batches, strict=True)):
+        _check_shapes(window.moments.shape[1:], **{f"batches[{i}]": each})
+        if each.mean.dtype not in _MOMENTS_DTYPES:
+            raise ValueError(f"`batches[{i}].mean` must be float32 or float64. Received: {each.mean.dtype.name}")
+    for dtype in _MOMENTS_DTYPES:
+        chosen = [i for i, each in enumerate(batches) if each.mean.dtype == dtype]
+        if chosen:
+            _add([batches[i] for i in chosen], [windows[i] for i in chosen], adds)
+
+
+def _add(batches: list[BatchMoments], windows: list[MomentsWindow], applies: tf.Tensor) -> None:
+    variables = [variable for window in windows for variable in window]
+    fused = library.fused_ops(variables)
+    if fused is None:
+        reference.add_to_windows(batches, windows, applies=applies)
+        return
+    fused.accum_ops_add_to_windows(
+        windows=[variable.handle for variable in variables],
+        counts=[batch.count for batch in batches],
+        moments=[each for batch in batches for each in batch[1:]],
+        applies=applies,
+    )
+
+
 def end_windows(
     windows: Sequence[MomentsWindow],
     moving: Sequence[MovingStatistics] | None = None,
@@ -181,7 +243,7 @@ def _end(
 
 
 def _sequence(name: str, value: Sequence[Kind]) -> Sequence[Kind]:
-    if not isinstance(value, list | tuple) or isinstance(value, MomentsWindow | MovingStatistics):
+    if not isinstance(value, list | tuple) or isinstance(value, BatchMoments | MomentsWindow | MovingStatistics):
         raise TypeError(f"`{name}` must be a list. Received: {value!r}")
     return value
 

@@ -394,6 +394,17 @@ def merge_moments(
         window[1].assign(tf.stack([mean, centred]))
 
 
+def add_to_windows(
+    batches: Sequence[Sequence[tf.Tensor]], windows: Sequence[Sequence[tf.Variable]], *, applies: tf.Tensor
+) -> None:
+    """Defines `accumops.ops.add_to_windows`. It takes the same arguments and does not check them."""
+    for batch, window in zip(batches, windows, strict=True):
+        before = [tf.convert_to_tensor(variable) for variable in window]
+        merge_moments(batch, window=window, moving=None)
+        for variable, old in zip(window, before, strict=True):
+            variable.assign(tf.where(applies, variable, old))
+
+
 def end_windows(
     windows: Sequence[Sequence[tf.Variable]],
     moving: Sequence[tuple[tf.Variable, tf.Variable, float]] | None,

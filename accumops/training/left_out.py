@@ -1,5 +1,6 @@
 """Takes back what a pass over a micro-batch has moved in a model, if the micro-batch turns out not to count."""
 
+from collections.abc import Container
 from typing import Any
 
 import tensorflow as tf
@@ -25,10 +26,15 @@ class Undo:
         moved = [*_statistics(model), *_metrics(model)]
         self._before = {id(variable): tf.identity(variable) for variable in moved}
 
-    def unless(self, counts: tf.Tensor) -> None:
-        """Gives the variables their values back if `counts`, a bool scalar, is False."""
+    def unless(self, counts: tf.Tensor, but: Container[int] = ()) -> None:
+        """Gives the variables their values back if `counts`, a bool scalar, is False.
+
+        Args:
+            counts: Whether the pass counts.
+            but: The ids of variables that the pass has not moved.
+        """
         for variable in _statistics(self._model):
-            if id(variable) in self._before:
+            if id(variable) in self._before and id(variable) not in but:
                 variable.assign(tf.where(counts, variable, self._before[id(variable)]))
         for variable in _metrics(self._model):
             # A metric may make its variables when it is called, and starts from zeros.

@@ -23,6 +23,7 @@ from accumops.adapters.keras_losses import following
 from accumops.adapters.keras_metrics import count_scalars, number_of_metrics, scalars_of, stack
 from accumops.adapters.keras_model import loss_tracker
 from accumops.memory.slices import Slices, whole_tensors
+from accumops.normalization.pending_moments import moments_wait
 from accumops.training.layerwise_step import LayerwiseStep, layerwise_step
 from accumops.training.left_out import Undo
 from accumops.training.slicing import Carried, fold_slices
@@ -72,7 +73,7 @@ class TrainingStep:
     def compile_passes(self, compiled: bool) -> None:
         """Has XLA compile each pass by itself, or no longer."""
         self._compiled_pass = (
-            tf.function(self._forward_and_backward, jit_compile=True, reduce_retracing=True, autograph=False)
+            tf.function(self._whole_pass, jit_compile=True, reduce_retracing=True, autograph=False)
             if compiled
             else None
         )
@@ -271,24 +272,26 @@ class TrainingStep:
         optimizer = self._model.optimizer
         nonfinite = optimizer.accumulator.state.nonfinite
         if not nonfinite.acts:
-            return self._pass(data)
+            return self._pass(data, self._compiled_pass or self._whole_pass)
         if self._compiled_pass is not None:
             # Makes variables that metrics make when they are called.
             self._compiled_pass.get_concrete_function(data, *self._samples_of_window)
         undo = Undo(self._model)
-        passed = self._pass(data)
+        with moments_wait() as pending:
+            passed = self._pass(data, self._compiled_pass or self._forward_and_backward)
         share, counts = passed.share, tf.math.is_finite(passed.loss)
         if nonfinite.policy == "skip" and passed.gradients is not None:
             share = nonfinite.share(passed.gradients, passed.share)
             counts = share.counts & (counts | tf.not_equal(share.weight, 0))
-        undo.unless(counts)
+        undo.unless(counts, but=pending.variables)
+        pending.add(counts)
         loss, samples = (tf.where(counts, each, tf.zeros_like(each)) for each in (passed.loss, passed.samples))
         scalars = passed.scalars
         if scalars is not None:
             scalars = tf.where(counts, scalars, tf.zeros_like(scalars))
         return Pass(passed.gradients, share, loss, samples, scalars, counts)
 
-    def _pass(self, data: Any) -> Pass:
+    def _pass(self, data: Any, run: Callable[..., Pass]) -> Pass:
         model = self._model
         if (
             model.mirroring is not None
@@ -297,7 +300,13 @@ class TrainingStep:
         ):
             # Keras's losses of no samples are no scalars. The replica takes part in the window all the same.
             return Pass([tf.zeros_like(each) for each in model.trainable_variables], 0.0, 0.0, 0)
-        return (self._compiled_pass or self._forward_and_backward)(data, *self._samples_of_window)
+        return run(data, *self._samples_of_window)
+
+    def _whole_pass(self, data: Any, *samples_of_window: tf.Tensor) -> Pass:
+        with moments_wait() as pending:
+            passed = self._forward_and_backward(data, *samples_of_window)
+        pending.add()
+        return passed
 
     def _forward_and_backward(self, data: Any, *samples_of_window: tf.Tensor) -> Pass:
         model = self._model

@@ -1,4 +1,4 @@
-"""The cases of `accumops.ops.merge_moments` and `accumops.ops.end_windows`."""
+"""The cases of `accumops.ops.merge_moments`, `accumops.ops.add_to_windows` and `accumops.ops.end_windows`."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -108,6 +108,43 @@ def _step(
     return []
 
 
+def _add_cases(quick: bool) -> Iterator[Case]:
+    for i, windows in enumerate((1, 5) if quick else (1, 5, 60)):
+        for j, dtype in enumerate(("float32", "float64")):
+            for k, applies in enumerate((True, False)):
+                modes = MODES if (i + j + k) % 3 == 0 else MODES[:2]
+                name = f"{windows} windows, {'added to' if applies else 'kept'}"
+                yield Case(f"{dtype}, many windows", name, partial(_add_trial, windows, dtype, applies), modes)
+
+
+def _add_trial(count: int, dtype: str, applies: bool, rng: np.random.Generator) -> Trial:
+    trials = []
+    for i in range(count):
+        added = (128, 0, 1)[i % 3] if applies else 0
+        start = "empty window" if i % 4 == 3 else "window"
+        trials.append(_trial(dtype, _SIZES[i % len(_SIZES)], added, start, "never", rng))
+    expected = [each for trial in trials for each in trial.expected[:2]]
+    if not applies:
+        expected[::2] = [Expected("counters", trial.variables[0]) for trial in trials]
+    return Trial(
+        variables=[each for trial in trials for each in trial.variables[:2]],
+        arguments=[[trial.arguments[0] for trial in trials], tf.constant(applies)],
+        step=_add_step,
+        expected=expected,
+        terms=_ROUNDINGS,
+    )
+
+
+def _add_step(
+    implementation: Implementation, variables: list[tf.Variable], batches: list[list[tf.Tensor]], applies: tf.Tensor
+) -> list[tf.Tensor]:
+    windows = [ops.MomentsWindow(*pair) for pair in zip(variables[::2], variables[1::2], strict=True)]
+    implementation([ops.BatchMoments(*each) for each in batches], windows, applies=applies)
+    for window in windows:  # an empty window may hold anything without influence
+        window.moments.assign(tf.where(window.counters[0] == 0, tf.zeros_like(window.moments), window.moments))
+    return []
+
+
 def _end_cases(quick: bool) -> Iterator[Case]:
     for i, windows in enumerate((1, 5) if quick else (1, 5, 60)):
         for j, moving in enumerate(("float32", "float64", "none")):
@@ -173,6 +210,12 @@ SUBJECTS = (
         fused=lambda *args, **kwargs: ops.merge_moments(*args, **kwargs),
         reference=reference.merge_moments,
         cases=_cases,
+    ),
+    Subject(
+        "add_to_windows",
+        fused=lambda *args, **kwargs: ops.add_to_windows(*args, **kwargs),
+        reference=reference.add_to_windows,
+        cases=_add_cases,
     ),
     Subject(
         "end_windows",

@@ -167,6 +167,33 @@ def merge_if_finite(checker: Checker, channels: int, dtype: str) -> None:
     checker.expect(f"{name}: moments", device.get(window[1]).tolist() == [[2.0] * channels, [7.0] * channels])
 
 
+def add(checker: Checker, dtype: str, *, flag: bool | None) -> None:
+    """Checks that many windows get the bits of one merge after another. Every fourth batch has no values."""
+    device, rng = checker.device, checker.rng
+    name = f"{WINDOWS} windows, {dtype}, applies {flag}"
+    more = checker.some(37, 37, 5)
+    lists: list[list[list[Any]]] = [[], []]
+    batches = []
+    for i in range(WINDOWS):
+        channels = 1 + more * i
+        moments = [rng.normal(0, 1, channels).astype(dtype) for _ in range(3)]
+        moments[2] = np.abs(moments[2]) if i % 4 else np.full(channels, np.nan, dtype)
+        batches.append([device.put(each) for each in (np.array([7 * (i % 4)]), *moments)])
+        held = rng.normal(0, 1, (2, channels))
+        for windows in lists:
+            windows.append([device.put(np.array([10 * (i % 3), 2, 9])), device.put(held)])
+    if flag is not False:
+        for batch, window in zip(batches, lists[0], strict=True):
+            device.kernels.merge_moments(batch, window=window, stream=device.stream())
+    applies = True if flag is None else device.put(np.array([flag]))
+    checker.calls += 1
+    device.kernels.add_to_windows(batches, lists[1], applies=applies, stream=device.stream())
+    for i, windows in enumerate(zip(*lists, strict=True)):
+        (counters, moments), (found, added) = ([device.get(each) for each in window] for window in windows)
+        checker.expect(f"{name}: counters of window {i}", np.array_equal(counters, found))
+        checker.expect(f"{name}: moments of window {i}", np.array_equal(moments, added))
+
+
 def end(checker: Checker, dtype: str, *, moves: bool, flag: bool | None) -> None:
     """Checks windows of many sizes that end together; every third one is empty."""
     device = checker.device
@@ -208,6 +235,8 @@ def check(checker: Checker) -> None:
                 merge(checker, channels, dtype, moving_dtype)
             merge_if_finite(checker, channels, dtype)
     ends = [(dtype, flag) for dtype in TYPES[2:] for flag in (None, True, False)]
+    for dtype, flag in checker.some(ends, ends, [("float32", True), ("float64", False)]):
+        add(checker, dtype, flag=flag)
     for dtype, flag in checker.some(ends, ends, [("float32", False), ("float64", None)]):
         end(checker, dtype, moves=True, flag=flag)
     end(checker, TYPES[2], moves=False, flag=True)

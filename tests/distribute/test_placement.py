@@ -10,20 +10,20 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks" / "gpu")
 
 # The most launches beside plain Keras's forward and backward pass, and scalars that go to the GPU.
 BUDGET = {
-    "accum_steps, micro-batch": (21, 2),
-    "accum_steps, ends the window": (36, 2),
-    "micro_batch_size": (43, 3),
-    "micro_batch_size, clipped": (59, 3),
-    "micro_batch_size, losses scaled": (73, 3),
-    "accum_steps, non-finite: skip, micro-batch": (51, 2),
-    "accum_steps, non-finite: skip, ends the window": (75, 2),
-    "accum_steps, non-finite: drop, micro-batch": (40, 2),
-    "accum_steps, non-finite: drop, ends the window": (68, 2),
-    "a loop of one's own": (23, 4),
-    "accum_steps, norms of variables, micro-batch": (21, 2),
-    "accum_steps, norms of variables, ends the window": (44, 2),
-    "micro_batch_size, norms of variables": (50, 3),
-    "a loop of one's own, norms of variables": (29, 4),
+    "accum_steps, micro-batch": (22, 2),
+    "accum_steps, ends the window": (27, 2),
+    "micro_batch_size": (34, 3),
+    "micro_batch_size, clipped": (50, 3),
+    "micro_batch_size, losses scaled": (64, 3),
+    "accum_steps, non-finite: skip, micro-batch": (48, 2),
+    "accum_steps, non-finite: skip, ends the window": (62, 2),
+    "accum_steps, non-finite: drop, micro-batch": (37, 2),
+    "accum_steps, non-finite: drop, ends the window": (55, 2),
+    "a loop of one's own": (13, 4),
+    "accum_steps, norms of variables, micro-batch": (22, 2),
+    "accum_steps, norms of variables, ends the window": (35, 2),
+    "micro_batch_size, norms of variables": (41, 3),
+    "a loop of one's own, norms of variables": (19, 4),
 }
 
 

@@ -137,8 +137,9 @@ MUTATIONS = [
     Mutation("moments: barrier", MOMENTS, BARRIER, "", 2),
     Mutation("moments: finite", MOMENTS, "!args.only_finite || AllFinite<Batch>(args)", "true"),
     Mutation("moments: flag", MOMENTS, "if (args.applies != nullptr && !*args.applies) return;", ""),
-    Mutation("moments: window", MOMENTS, "MergeOf(args.windows[blockIdx.x])", "MergeOf(args.windows[0])"),
-    Mutation("moments: type", MOMENTS, "merge.moving.dtype == DType::kFloat64", "false"),
+    Mutation("moments: window", MOMENTS, "args.merges[blockIdx.x]", "args.merges[0]"),
+    Mutation("moments: moving type", MOMENTS, "merge.moving.dtype == DType::kFloat64", "false"),
+    Mutation("moments: batch type", MOMENTS, "merge.batch.dtype == DType::kFloat64", "false"),
 ]
 
 

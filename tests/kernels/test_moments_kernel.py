@@ -1,5 +1,5 @@
-"""merge_moments() and end_windows(): windows of ragged batches against all their values together, and when moving
-statistics move."""
+"""merge_moments(), add_to_windows() and end_windows(): windows of ragged batches against all their values together, and
+when moving statistics move."""
 
 import numpy as np
 import pytest
@@ -215,3 +215,25 @@ def test_windows_stay_where_the_flag_says_so(device, moves):
 
 def test_no_windows(device):
     assert device.kernels.end_windows([], []) is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("count", [0, 1, 36, 37, 80])
+def test_many_windows_are_added_to_as_one_after_another(device, count, dtype):
+    def windows():
+        return [
+            Window(device, i + 1, values=10 * (i % 3), calls=2, moments=float(i) if i % 3 else np.nan)
+            for i in range(count)
+        ]
+
+    batches = [batch_of(device, draw(i + 1, [3 * (i % 4)], seed=i)[0], dtype) for i in range(count)]
+    single, together = windows(), windows()
+    for batch, window in zip(batches, single, strict=True):
+        device.kernels.merge_moments(batch, window=window.arrays)
+    before = [window.read() for window in together]
+    for applies, wanted in ((False, before), (True, [window.read() for window in single])):
+        device.kernels.add_to_windows(batches, [window.arrays for window in together], applies=applies)
+        for window, (counters, moments) in zip(together, wanted, strict=True):
+            found = window.read()
+            assert found[0] == counters
+            np.testing.assert_array_equal(found[1], moments)

@@ -479,6 +479,27 @@ def test_what_end_windows_rejects(kernels, case):
     check_raises(lambda: kernels.end_windows(**arguments), written, error, message)
 
 
+ADD_ERRORS = {
+    "no list": (3, [], TypeError, "batches must be a sequence with four arrays for each window, got int"),
+    "no windows": ([batch()], None, TypeError, "windows must be a sequence with two arrays for each window, got None"),
+    "a batch short": ([batch()], [window(), window()], ValueError, "batches has 1 items; it must have 2, one for each"),
+    "a window short": ([batch()], [window()[:1]], ValueError, "window has 1 items; it must have 2"),
+    "no batch": ([None], [window()], ValueError, "two of batch, window and moving, or all, must not be None"),
+    "half a batch": ([batch()[:2]], [window()], ValueError, "batch has 2 items; it must have 4"),
+    "a window of other channels": (
+        [batch(), batch()], [window(), window(4)], ValueError, "window[1] has shape (2, 4); it must have shape (2, 3)",
+    ),
+    "one window for two": ([batch(), batch()], [given_window := window(), given_window], ValueError, "share memory"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ADD_ERRORS.values(), ids=ADD_ERRORS.keys())
+def test_what_add_to_windows_rejects(kernels, case):
+    batches, windows, error, message = case
+    written = [array for each in windows or [] for array in each]
+    check_raises(lambda: kernels.add_to_windows(batches, windows), written, error, message)
+
+
 def clips(**changes):
     """The arguments of a call of clip_units() that is right, for two gradients."""
     shapes = [(3, 2), (4,)]

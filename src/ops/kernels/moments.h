@@ -52,24 +52,15 @@ struct MomentsMerge {
   bool only_finite;
 };
 
-// A window that ends without a batch.
-struct EndedWindow {
-  std::int64_t channels;
-  MomentsWindow window;
-  MovingStatistics moving;
-};
-
-struct WindowsEnd {
-  const EndedWindow* windows;
+// Merges that have no window and no statistics in common.
+struct MomentsMerges {
+  const MomentsMerge* merges;
   std::size_t count;
   const bool* applies;  // null means true; where it is false, nothing is written
 };
 
-void MergeMomentsCpu(const MomentsMerge& args);
-void EndWindowsCpu(const WindowsEnd& args);
-// All pointers are device memory. Returns null, or the text of the CUDA error.
-const char* MergeMomentsCuda(const MomentsMerge& args, CUstream_st* stream);
-// As above; `args.windows` is host memory.
-const char* EndWindowsCuda(const WindowsEnd& args, CUstream_st* stream);
+void MergeMomentsCpu(const MomentsMerges& args);
+// All pointers but `args.merges` are device memory. Returns null, or the text of the CUDA error.
+const char* MergeMomentsCuda(const MomentsMerges& args, CUstream_st* stream);
 
 }  // namespace accumops

@@ -72,23 +72,18 @@ constexpr void MergeChannel(const MomentsMerge& args, const MergePlan& plan, std
   }
 }
 
-constexpr MomentsMerge MergeOf(const EndedWindow& ended) {
-  return {ended.channels,
-          {nullptr, nullptr, nullptr, nullptr, DType::kFloat32},
-          ended.window,
-          ended.moving,
-          false};
-}
-
 // Calls `run` with null pointers to the types of a merge's batch and running statistics.
 template <typename Run>
-auto WithTypesOf(const MomentsMerge& args, Run run) {
+constexpr void WithTypesOf(const MomentsMerge& args, Run run) {
   const bool wide_batch = args.batch.dtype == DType::kFloat64;
   const bool wide_moving = args.moving.dtype == DType::kFloat64;
   float* narrow = nullptr;
   double* wide = nullptr;
-  if (wide_batch) return wide_moving ? run(wide, wide) : run(wide, narrow);
-  return wide_moving ? run(narrow, wide) : run(narrow, narrow);
+  if (wide_batch) {
+    wide_moving ? run(wide, wide) : run(wide, narrow);
+  } else {
+    wide_moving ? run(narrow, wide) : run(narrow, narrow);
+  }
 }
 
 }  // namespace accumops

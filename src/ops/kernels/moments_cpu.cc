@@ -1,8 +1,9 @@
 #include "moments_channel.h"
 
 namespace accumops {
+namespace {
 
-void MergeMomentsCpu(const MomentsMerge& args) {
+void Merge(const MomentsMerge& args) {
   WithTypesOf(args, [&](auto* batch, auto* moving) {
     using Batch = std::remove_pointer_t<decltype(batch)>;
     using Moving = std::remove_pointer_t<decltype(moving)>;
@@ -16,9 +17,11 @@ void MergeMomentsCpu(const MomentsMerge& args) {
   });
 }
 
-void EndWindowsCpu(const WindowsEnd& args) {
+}  // namespace
+
+void MergeMomentsCpu(const MomentsMerges& args) {
   if (args.applies != nullptr && !*args.applies) return;
-  for (std::size_t i = 0; i < args.count; ++i) MergeMomentsCpu(MergeOf(args.windows[i]));
+  for (std::size_t i = 0; i < args.count; ++i) Merge(args.merges[i]);
 }
 
 }  // namespace accumops

@@ -32,49 +32,37 @@ __device__ void Merge(const MomentsMerge& args) {
   if (threadIdx.x == 0) plan.Count(args);
 }
 
-template <typename Batch, typename Moving>
-__global__ void __launch_bounds__(kThreads) MergeMomentsKernel(ACCUMOPS_PARAMS(MomentsMerge) args) {
-  Merge<Batch, Moving>(args);
-}
+struct MergeParams {
+  static constexpr int kCapacity = 36;
 
-struct EndParams {
-  static constexpr int kCapacity = 48;
-
-  EndedWindow windows[kCapacity];
+  MomentsMerge merges[kCapacity];
   const bool* applies;
 };
-static_assert(sizeof(EndParams) <= cuda::kSmallParamBytes, "too large for a kernel parameter");
+static_assert(sizeof(MergeParams) <= cuda::kSmallParamBytes, "too large for a kernel parameter");
 
-__global__ void __launch_bounds__(kThreads) EndWindowsKernel(ACCUMOPS_PARAMS(EndParams) args) {
+__global__ void __launch_bounds__(kThreads) MergeMomentsKernel(ACCUMOPS_PARAMS(MergeParams) args) {
   if (args.applies != nullptr && !*args.applies) return;
-  const MomentsMerge merge = MergeOf(args.windows[blockIdx.x]);
-  if (merge.moving.dtype == DType::kFloat64) {
-    Merge<float, double>(merge);
+  const MomentsMerge& merge = args.merges[blockIdx.x];
+  const bool wide_moving = merge.moving.dtype == DType::kFloat64;
+  if (merge.batch.dtype == DType::kFloat64) {
+    wide_moving ? Merge<double, double>(merge) : Merge<double, float>(merge);
   } else {
-    Merge<float, float>(merge);
+    wide_moving ? Merge<float, double>(merge) : Merge<float, float>(merge);
   }
 }
 
 }  // namespace
 
-const char* MergeMomentsCuda(const MomentsMerge& args, CUstream_st* stream) {
-  return cuda::ErrorText(WithTypesOf(args, [&](auto* batch, auto* moving) {
-    using Batch = std::remove_pointer_t<decltype(batch)>;
-    using Moving = std::remove_pointer_t<decltype(moving)>;
-    return cuda::Launch(MergeMomentsKernel<Batch, Moving>, 1, kThreads, args, stream);
-  }));
-}
-
-const char* EndWindowsCuda(const WindowsEnd& args, CUstream_st* stream) {
-  EndParams params = {};
+const char* MergeMomentsCuda(const MomentsMerges& args, CUstream_st* stream) {
+  MergeParams params = {};
   params.applies = args.applies;
   return cuda::ErrorText(cuda::ForEachTable(
-      args.count, EndParams::kCapacity, [](std::size_t) { return std::int64_t{1}; },
+      args.count, MergeParams::kCapacity, [](std::size_t) { return std::int64_t{1}; },
       [&](std::size_t i, const cuda::TablePart& part) {
-        params.windows[part.entry] = args.windows[i];
+        params.merges[part.entry] = args.merges[i];
       },
       [&](int entries, std::int64_t) {
-        return cuda::Launch(EndWindowsKernel, entries, kThreads, params, stream);
+        return cuda::Launch(MergeMomentsKernel, entries, kThreads, params, stream);
       }));
 }
 

@@ -1,4 +1,4 @@
-// merge_moments() and end_windows().
+// merge_moments(), add_to_windows() and end_windows().
 #include <string>
 #include <vector>
 
@@ -88,8 +88,47 @@ void MergeMoments(py::handle batch, py::handle window, py::handle moving, py::ha
   const Merge merge(batch, window, moving);
   Call call(py::int_(1), stream);
   const MomentsMerge args = merge.AddTo(call, ToNumber(momentum, "momentum"), only_finite);
-  call.Run([&](Executor&) { MergeMomentsCpu(args); },
-           [&](auto& on) { return MergeMomentsCuda(args, on.stream()); });
+  call.Run([&](Executor&) { MergeMomentsCpu({&args, 1, nullptr}); },
+           [&](auto& on) { return MergeMomentsCuda({&args, 1, nullptr}, on.stream()); });
+}
+
+// Runs merges together, if a flag of the call says so.
+void RunTogether(const Call& call, const std::vector<MomentsMerge>& merges, const Flag& applies) {
+  if (merges.empty()) return;
+  call.Run([&](Executor&) { MergeMomentsCpu({merges.data(), merges.size(), &applies.value}); },
+           [&](auto& on) -> const char* {
+             if (!applies.array && !applies.value) return nullptr;
+             return MergeMomentsCuda({merges.data(), merges.size(), Flags(Pointer(applies.array))},
+                                     on.stream());
+           });
+}
+
+std::vector<py::object> ToList(py::handle object, const char* argument, const char* contents) {
+  if (!PySequence_Check(object.ptr()) || PyUnicode_Check(object.ptr())) {
+    WrongType(argument, contents, object);
+  }
+  const auto items = py::reinterpret_steal<py::tuple>(PySequence_Tuple(object.ptr()));
+  if (!items) throw py::error_already_set();
+  std::vector<py::object> list;
+  for (const py::handle item : items) list.push_back(py::reinterpret_borrow<py::object>(item));
+  return list;
+}
+
+void AddToWindows(py::handle batches, py::handle windows, py::handle applies,
+                  std::uintptr_t stream) {
+  const auto added = ToList(batches, "batches", "a sequence with four arrays for each window");
+  const auto open = ToList(windows, "windows", "a sequence with two arrays for each window");
+  RequireLength("batches", added.size(), open.size(), ", one for each of windows");
+  const Flag flag(applies, "applies");
+  Call call(py::int_(1), stream);
+  std::vector<Merge> arrays;
+  std::vector<MomentsMerge> merges;
+  for (std::size_t i = 0; i < open.size(); ++i) {
+    arrays.emplace_back(added[i], open[i], py::none());
+  }
+  for (const Merge& each : arrays) merges.push_back(each.AddTo(call, 0, false));
+  call.ReadScalar(flag.array);
+  RunTogether(call, merges, flag);
 }
 
 // The arrays of windows that end.
@@ -120,8 +159,8 @@ class Ending {
   }
 
   // Checks all arrays and adds them to the call.
-  std::vector<EndedWindow> AddTo(Call& call) const {
-    std::vector<EndedWindow> windows;
+  std::vector<MomentsMerge> AddTo(Call& call) const {
+    std::vector<MomentsMerge> windows;
     for (std::size_t i = 0; i < counters_.size(); ++i) {
       const Array &counters = counters_[i], &moments = moments_[i];
       RequireElement(counters, {Element::kInt64}, "int64");
@@ -134,10 +173,10 @@ class Ending {
       call.Write(counters);
       call.Write(moments);
       auto* const values = reinterpret_cast<double*>(moments.data);
-      EndedWindow window = {
-          moments.shape[1],
-          {reinterpret_cast<std::int64_t*>(counters.data), values, values + moments.shape[1]},
-          {nullptr, nullptr, DType::kFloat32, 0}};
+      MomentsMerge window = {};
+      window.channels = moments.shape[1];
+      window.window = {reinterpret_cast<std::int64_t*>(counters.data), values,
+                       values + moments.shape[1]};
       if (!means_.empty()) {
         for (const Array* array : {&means_[i], &variances_[i]}) {
           window.moving.dtype = ChannelsType(*array, means_[i]);
@@ -166,16 +205,7 @@ void EndWindows(py::handle counters, py::handle moments, py::handle moving_means
                 std::uintptr_t stream) {
   const Ending ending(counters, moments, moving_means, moving_variances, momenta, applies);
   Call call(py::int_(1), stream);
-  const std::vector<EndedWindow> windows = ending.AddTo(call);
-  if (windows.empty()) return;
-  const Flag& flag = ending.applies();
-  call.Run([&](Executor&) { EndWindowsCpu({windows.data(), windows.size(), &flag.value}); },
-           [&](auto& on) -> const char* {
-             if (!flag.array && !flag.value) return nullptr;
-             return EndWindowsCuda(
-                 {windows.data(), windows.size(), flag.array ? Flags(&*flag.array) : nullptr},
-                 on.stream());
-           });
+  RunTogether(call, ending.AddTo(call), ending.applies());
 }
 
 constexpr char kMergeMomentsDoc[] =
@@ -200,6 +230,22 @@ Args:
     momentum: A number.
     only_finite: Whether a batch with a mean or variance that is not finite counts as one without
         values: a bool.
+    stream: As in accumulate().
+
+Raises:
+    TypeError, ValueError, RuntimeError: As accumulate().)";
+
+constexpr char kAddToWindowsDoc[] =
+    R"(add_to_windows(batches, windows, *, applies=True, stream=0)
+--
+
+Merges batches' moments with those of windows, in place: merge_moments() for each, without `moving`.
+
+Args:
+    batches: For each window the four arrays of merge_moments().
+    windows: The two arrays of each window, each given once.
+    applies: Whether anything is added. A bool, or for CUDA arrays a one-element device array of
+        bool.
     stream: As in accumulate().
 
 Raises:
@@ -234,6 +280,8 @@ void BindMoments(py::module_& module) {
   module.def("merge_moments", MergeMoments, kMergeMomentsDoc, "batch"_a, py::kw_only(),
              "window"_a = none, "moving"_a = none, "momentum"_a = 0.99,
              py::arg("only_finite").noconvert() = false, "stream"_a = 0);
+  module.def("add_to_windows", AddToWindows, kAddToWindowsDoc, "batches"_a, "windows"_a,
+             py::kw_only(), "applies"_a = true, "stream"_a = 0);
   module.def("end_windows", EndWindows, kEndWindowsDoc, "counters"_a, "moments"_a, py::kw_only(),
              "moving_means"_a = none, "moving_variances"_a = none, "momenta"_a = py::tuple(),
              "applies"_a = true, "stream"_a = 0);

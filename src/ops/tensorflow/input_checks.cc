@@ -157,8 +157,8 @@ absl::Status CheckMoments(const Variables& variables, const MomentsAttributes& a
   return attributes.moving == 0 ? absl::OkStatus() : CheckMoving(variables, moving, *channels);
 }
 
-absl::Status CheckEndedWindows(const Variables& variables, int windows, bool moving,
-                               std::vector<std::int64_t>* channels) {
+absl::Status CheckWindows(const Variables& variables, int windows, bool moving,
+                          std::vector<std::int64_t>* channels) {
   const auto count = static_cast<std::size_t>(windows);
   for (std::size_t i = 0; i < count; ++i) {
     const TensorShape& moments = variables.shape(2 * i + 1);

@@ -54,10 +54,10 @@ absl::Status CheckScales(const TensorShape& scales, int count);
 absl::Status CheckMoments(const Variables& variables, const MomentsAttributes& attributes,
                           const std::vector<TensorShape>& moments, std::int64_t* channels);
 
-// AccumOps>EndWindows, whose variables are those of all windows and then, if `moving`, those of all
-// moving statistics. Adds each window's number of channels to `channels`.
-absl::Status CheckEndedWindows(const Variables& variables, int windows, bool moving,
-                               std::vector<std::int64_t>* channels);
+// AccumOps>AddToWindows and AccumOps>EndWindows, whose variables are those of all windows and then,
+// if `moving`, those of all moving statistics. Adds each window's number of channels to `channels`.
+absl::Status CheckWindows(const Variables& variables, int windows, bool moving,
+                          std::vector<std::int64_t>* channels);
 absl::Status CheckMomenta(const EndWindowsAttributes& attributes, const TensorShape& momenta);
 
 // AccumOps>ClipUnits: gradient i and its weights. Finds rows and units.

@@ -1,4 +1,5 @@
-// The attributes of AccumOps>MergeMoments and AccumOps>EndWindows, as their kernels read them.
+// The attributes of AccumOps>MergeMoments, AccumOps>AddToWindows and AccumOps>EndWindows, as their
+// kernels read them.
 #pragma once
 
 #include "absl/strings/str_cat.h"
@@ -26,6 +27,21 @@ struct MomentsAttributes {
         absl::StrCat("A merge needs two or all of a window's 2 variables, 2 moving statistics, and "
                      "a batch's count and 3 moments, not ",
                      window, ", ", moving, ", ", batches, " and ", parts, "."));
+  }
+};
+
+struct AddToWindowsAttributes {
+  int windows = 0;
+
+  absl::Status Read(const tensorflow::OpKernelConstruction& construction) {
+    int parts, moments;
+    TF_RETURN_IF_ERROR(construction.GetAttr("window_parts", &parts));
+    TF_RETURN_IF_ERROR(construction.GetAttr("batches", &windows));
+    TF_RETURN_IF_ERROR(construction.GetAttr("batch_parts", &moments));
+    if (parts == 2 * windows && moments == 3 * windows) return absl::OkStatus();
+    return absl::InvalidArgumentError(
+        absl::StrCat("Each window needs 2 variables, a count and 3 moments, not ", parts, ", ",
+                     windows, " and ", moments, " in all."));
   }
 };
 

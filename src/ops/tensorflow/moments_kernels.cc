@@ -1,7 +1,8 @@
-// AccumOps>MergeMoments and AccumOps>EndWindows on the CPU and, where the library has CUDA kernels,
-// on GPUs: they check the inputs and call a launcher.
+// AccumOps>MergeMoments, AccumOps>AddToWindows and AccumOps>EndWindows on the CPU and, where the
+// library has CUDA kernels, on GPUs: they check the inputs and call a launcher.
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "input_checks.h"
 #include "kernel_support.h"
 #include "moments.h"
@@ -14,12 +15,8 @@ namespace {
 
 // The launchers of a device.
 struct Cpu {
-  static absl::Status Merge(OpKernelContext*, const MomentsMerge& args) {
+  static absl::Status Merge(OpKernelContext*, const MomentsMerges& args) {
     MergeMomentsCpu(args);
-    return absl::OkStatus();
-  }
-  static absl::Status End(OpKernelContext*, const WindowsEnd& args) {
-    EndWindowsCpu(args);
     return absl::OkStatus();
   }
   static constexpr CopyBytes kCopy = CopyOnHost;
@@ -27,11 +24,8 @@ struct Cpu {
 
 #if defined(ACCUMOPS_CUDA)
 struct Gpu {
-  static absl::Status Merge(OpKernelContext* ctx, const MomentsMerge& args) {
+  static absl::Status Merge(OpKernelContext* ctx, const MomentsMerges& args) {
     return FromCuda(MergeMomentsCuda(args, CudaStream(ctx)));
-  }
-  static absl::Status End(OpKernelContext* ctx, const WindowsEnd& args) {
-    return FromCuda(EndWindowsCuda(args, CudaStream(ctx)));
   }
   static constexpr CopyBytes kCopy = CopyOnDevice;
 };
@@ -46,6 +40,12 @@ MomentsWindow WindowAt(const VariableList& variables, std::size_t i, std::int64_
 MovingStatistics MovingAt(const VariableList& variables, std::size_t i, double momentum) {
   return {variables.tensor(i).data(), variables.tensor(i + 1).data(),
           ToDType(variables.tensor(i).dtype()), momentum};
+}
+
+// The moments from input i of a list on.
+BatchMoments BatchAt(const Tensor& count, const OpInputList& moments, int i) {
+  return {count.scalar<std::int64_t>().data(), moments[i].data(), moments[i + 1].data(),
+          moments[i + 2].data(), ToDType(moments[i].dtype())};
 }
 
 template <typename Launchers>
@@ -71,8 +71,7 @@ class MergeMomentsOp : public ParallelKernel {
     if (attributes_.batches != 0) {
       const Tensor* count = nullptr;  // the one item of its list
       OP_REQUIRES_OK(ctx, RequireScalar(ctx, "count", &count));
-      args.batch = {count->scalar<std::int64_t>().data(), moments[0].data(), moments[1].data(),
-                    moments[2].data(), ToDType(moments[0].dtype())};
+      args.batch = BatchAt(*count, moments, 0);
       args.only_finite = attributes_.only_finite;
     }
     OP_REQUIRES_OK(ctx, variables.MakeWritable(ctx, Launchers::kCopy, variables.size()));
@@ -81,11 +80,53 @@ class MergeMomentsOp : public ParallelKernel {
       args.moving = MovingAt(variables, static_cast<std::size_t>(attributes_.window),
                              momentum->scalar<double>()());
     }
-    OP_REQUIRES_OK(ctx, Launchers::Merge(ctx, args));
+    OP_REQUIRES_OK(ctx, Launchers::Merge(ctx, {&args, 1, nullptr}));
   }
 
  private:
   MomentsAttributes attributes_;
+};
+
+template <typename Launchers>
+class AddToWindowsOp : public ParallelKernel {
+ public:
+  explicit AddToWindowsOp(OpKernelConstruction* construction) : ParallelKernel(construction) {
+    OP_REQUIRES_OK(construction, attributes_.Read(*construction));
+  }
+
+  void Compute(OpKernelContext* ctx) final {
+    OpInputList counts, moments;
+    OP_REQUIRES_OK(ctx, ctx->input_list("counts", &counts));
+    OP_REQUIRES_OK(ctx, ctx->input_list("moments", &moments));
+    const Tensor* applies = nullptr;
+    OP_REQUIRES_OK(ctx, RequireScalar(ctx, "applies", &applies));
+    VariableList variables;
+    OP_REQUIRES_OK(ctx, variables.Add(ctx, "windows"));
+    OP_REQUIRES_OK(ctx, variables.Lock());
+    std::vector<std::int64_t> channels;
+    OP_REQUIRES_OK(ctx, CheckWindows(variables, attributes_.windows, /*moving=*/false, &channels));
+    for (int i = 0; i < attributes_.windows; ++i) {
+      OP_REQUIRES_OK(ctx, CheckScalar(absl::StrCat("counts[", i, "]").c_str(), counts[i].shape()));
+      for (int k = 3 * i; k < 3 * i + 3; ++k) {
+        OP_REQUIRES_OK(ctx,
+                       CheckChannels(absl::StrCat("moments[", k, "]").c_str(), moments[k].shape(),
+                                     channels[static_cast<std::size_t>(i)]));
+      }
+    }
+    OP_REQUIRES_OK(ctx, variables.MakeWritable(ctx, Launchers::kCopy, variables.size()));
+    std::vector<MomentsMerge> merges(channels.size());
+    for (std::size_t i = 0; i < merges.size(); ++i) {
+      const int batch = static_cast<int>(i);
+      merges[i].channels = channels[i];
+      merges[i].batch = BatchAt(counts[batch], moments, 3 * batch);
+      merges[i].window = WindowAt(variables, 2 * i, channels[i]);
+    }
+    OP_REQUIRES_OK(
+        ctx, Launchers::Merge(ctx, {merges.data(), merges.size(), applies->scalar<bool>().data()}));
+  }
+
+ private:
+  AddToWindowsAttributes attributes_;
 };
 
 template <typename Launchers>
@@ -101,24 +142,24 @@ class EndWindowsOp : public ParallelKernel {
     OP_REQUIRES_OK(ctx, variables.Add(ctx, "moving"));
     OP_REQUIRES_OK(ctx, variables.Lock());
     std::vector<std::int64_t> channels;
-    OP_REQUIRES_OK(
-        ctx, CheckEndedWindows(variables, attributes_.windows, attributes_.moving, &channels));
+    OP_REQUIRES_OK(ctx,
+                   CheckWindows(variables, attributes_.windows, attributes_.moving, &channels));
     const Tensor *momenta, *applies;
     OP_REQUIRES_OK(ctx, ctx->input("momenta", &momenta));
     OP_REQUIRES_OK(ctx, CheckMomenta(attributes_, momenta->shape()));
     OP_REQUIRES_OK(ctx, RequireScalar(ctx, "applies", &applies));
     OP_REQUIRES_OK(ctx, variables.MakeWritable(ctx, Launchers::kCopy, variables.size()));
-    std::vector<EndedWindow> windows;
-    for (std::size_t i = 0; i < channels.size(); ++i) {
-      MovingStatistics moving = {nullptr, nullptr, DType::kFloat32, 0};
+    std::vector<MomentsMerge> ends(channels.size());
+    for (std::size_t i = 0; i < ends.size(); ++i) {
+      ends[i].channels = channels[i];
+      ends[i].window = WindowAt(variables, 2 * i, channels[i]);
       if (attributes_.moving) {
-        moving = MovingAt(variables, 2 * (channels.size() + i),
-                          momenta->vec<double>()(static_cast<Eigen::Index>(i)));
+        ends[i].moving = MovingAt(variables, 2 * (channels.size() + i),
+                                  momenta->vec<double>()(static_cast<Eigen::Index>(i)));
       }
-      windows.push_back({channels[i], WindowAt(variables, 2 * i, channels[i]), moving});
     }
     OP_REQUIRES_OK(
-        ctx, Launchers::End(ctx, {windows.data(), windows.size(), applies->scalar<bool>().data()}));
+        ctx, Launchers::Merge(ctx, {ends.data(), ends.size(), applies->scalar<bool>().data()}));
   }
 
  private:
@@ -127,12 +168,16 @@ class EndWindowsOp : public ParallelKernel {
 
 REGISTER_KERNEL_BUILDER(Name("AccumOps>MergeMoments").Device(tensorflow::DEVICE_CPU),
                         MergeMomentsOp<Cpu>);
+REGISTER_KERNEL_BUILDER(Name("AccumOps>AddToWindows").Device(tensorflow::DEVICE_CPU),
+                        AddToWindowsOp<Cpu>);
 REGISTER_KERNEL_BUILDER(Name("AccumOps>EndWindows").Device(tensorflow::DEVICE_CPU),
                         EndWindowsOp<Cpu>);
 #if defined(ACCUMOPS_CUDA)
 REGISTER_KERNEL_BUILDER(
     Name("AccumOps>MergeMoments").Device(tensorflow::DEVICE_GPU).HostMemory("momentum"),
     MergeMomentsOp<Gpu>);
+REGISTER_KERNEL_BUILDER(Name("AccumOps>AddToWindows").Device(tensorflow::DEVICE_GPU),
+                        AddToWindowsOp<Gpu>);
 REGISTER_KERNEL_BUILDER(
     Name("AccumOps>EndWindows").Device(tensorflow::DEVICE_GPU).HostMemory("momenta"),
     EndWindowsOp<Gpu>);

@@ -1,5 +1,5 @@
-// AccumOps>MergeMoments and AccumOps>EndWindows: their signatures, and the shapes that can be
-// checked when a graph is built.
+// AccumOps>MergeMoments, AccumOps>AddToWindows and AccumOps>EndWindows: their signatures, and the
+// shapes that can be checked when a graph is built.
 #include "shape_support.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
@@ -23,6 +23,18 @@ absl::Status MergeMomentsShapes(InferenceContext* c) {
   for (const ShapeHandle& shape : shapes) TF_RETURN_IF_ERROR(c->WithRank(shape, 0, &unused));
   TF_RETURN_IF_ERROR(c->input("momentum", &shapes));
   return c->WithRank(shapes[0], 0, &unused);
+}
+
+absl::Status AddToWindowsShapes(InferenceContext* c) {
+  TF_RETURN_IF_ERROR(RequireOneVariableEach(c, {"windows"}));
+  std::vector<ShapeHandle> counts, moments, applies;
+  ShapeHandle unused;
+  TF_RETURN_IF_ERROR(c->input("counts", &counts));
+  for (const ShapeHandle& shape : counts) TF_RETURN_IF_ERROR(c->WithRank(shape, 0, &unused));
+  TF_RETURN_IF_ERROR(c->input("moments", &moments));
+  for (const ShapeHandle& shape : moments) TF_RETURN_IF_ERROR(c->WithRank(shape, 1, &unused));
+  TF_RETURN_IF_ERROR(c->input("applies", &applies));
+  return c->WithRank(applies[0], 0, &unused);
 }
 
 absl::Status EndWindowsShapes(InferenceContext* c) {
@@ -59,6 +71,26 @@ count: None, or a batch's number of values of a channel. Without a batch, and wi
 moments: None, or a batch's mean, the rest that rounding took from it, and its variance.
 momentum: The share of their old values that running statistics keep.
 only_finite: Whether a batch with a mean or variance that is not finite counts as one without values.
+)doc");
+
+REGISTER_OP("AccumOps>AddToWindows")
+    .Input("windows: window_parts * resource")
+    .Input("counts: batches * int64")
+    .Input("moments: batch_parts * U")
+    .Input("applies: bool")
+    .Attr("window_parts: int >= 0")
+    .Attr("batches: int >= 0")
+    .Attr("batch_parts: int >= 0")
+    .Attr("U: {float, double} = DT_FLOAT")
+    .SetIsStateful()
+    .SetShapeFn(AddToWindowsShapes)
+    .Doc(R"doc(
+Merges batches' moments with those of windows, as AccumOps>MergeMoments does where a window stays open.
+
+windows: The two variables of each window.
+counts: For each window a batch's number of values of a channel.
+moments: For each window the batch's mean, the rest that rounding took from it, and its variance.
+applies: Whether anything is added. If not, nothing is written.
 )doc");
 
 REGISTER_OP("AccumOps>EndWindows")

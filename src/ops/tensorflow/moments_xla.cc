@@ -1,5 +1,5 @@
-// AccumOps>MergeMoments and AccumOps>EndWindows lowered to XLA, for functions with
-// jit_compile=True.
+// AccumOps>MergeMoments, AccumOps>AddToWindows and AccumOps>EndWindows lowered to XLA, for
+// functions with jit_compile=True.
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -57,6 +57,31 @@ struct Held {
   XlaOp values, calls, limit;
   XlaOp mean, centred;  // vectors with a value for each channel
 };
+
+// The window with a batch: `added` values of a channel, and input `moments` and the two after it.
+Held Merged(XlaOpKernelContext* ctx, const Held& held, XlaOp added, int moments) {
+  xla::XlaBuilder* builder = ctx->builder();
+  const XlaOp none = xla::Zero(builder, xla::S64);
+  Held merged = held;
+  merged.values = held.values + added;
+  const XlaOp share = xla::Select(xla::Gt(merged.values, none), Wide(added) / Wide(merged.values),
+                                  xla::Zero(builder, xla::F64));
+  const XlaOp delta = Wide(ctx->Input(moments)) + Wide(ctx->Input(moments + 1)) - held.mean;
+  // A batch without values has no moments: what stands for them may be NaN.
+  const XlaOp some = xla::Broadcast(xla::Gt(added, none), {held.channels});
+  merged.centred = xla::Select(some,
+                               held.centred + Wide(ctx->Input(moments + 2)) * Wide(added) +
+                                   delta * delta * (Wide(held.values) * share),
+                               held.centred);
+  merged.mean = xla::Select(some, held.mean + delta * share, held.mean);
+  return merged;
+}
+
+absl::Status AssignMoments(const XlaVariableList& variables, std::size_t i, const Held& held) {
+  const auto row = [&](XlaOp values) { return xla::Reshape(values, {1, held.channels}); };
+  return variables.Assign(
+      i, xla::ConcatInDim(held.mean.builder(), {row(held.mean), row(held.centred)}, 0));
+}
 
 absl::Status AssignCounters(const XlaVariableList& variables, std::size_t i, XlaOp values,
                             XlaOp calls, XlaOp limit) {
@@ -117,18 +142,7 @@ class MergeMomentsXlaOp : public XlaOpKernel {
             xla::And(AllFinite(ctx->Input(moments)), AllFinite(ctx->Input(moments + 2))), added,
             none);
       }
-      merged.values = held.values + added;
-      const XlaOp share =
-          xla::Select(xla::Gt(merged.values, none), Wide(added) / Wide(merged.values),
-                      xla::Zero(builder, xla::F64));
-      const XlaOp delta = Wide(ctx->Input(moments)) + Wide(ctx->Input(moments + 1)) - held.mean;
-      // A batch without values has no moments: what stands for them may be NaN.
-      const XlaOp some = xla::Broadcast(xla::Gt(added, none), {channels});
-      merged.centred = xla::Select(some,
-                                   held.centred + Wide(ctx->Input(moments + 2)) * Wide(added) +
-                                       delta * delta * (Wide(held.values) * share),
-                                   held.centred);
-      merged.mean = xla::Select(some, held.mean + delta * share, held.mean);
+      merged = Merged(ctx, held, added, moments);
     }
 
     XlaOp ends = xla::ConstantR0<bool>(builder, attributes_.moving != 0);
@@ -140,15 +154,55 @@ class MergeMomentsXlaOp : public XlaOpKernel {
     if (attributes_.window != 0) {
       OP_REQUIRES_OK(ctx, AssignCounters(variables, 0, xla::Select(ends, none, merged.values),
                                          xla::Select(ends, none, calls), held.limit));
-      const auto row = [&](XlaOp values) { return xla::Reshape(values, {1, channels}); };
-      OP_REQUIRES_OK(ctx,
-                     variables.Assign(
-                         1, xla::ConcatInDim(builder, {row(merged.mean), row(merged.centred)}, 0)));
+      OP_REQUIRES_OK(ctx, AssignMoments(variables, 1, merged));
     }
   }
 
  private:
   MomentsAttributes attributes_;
+};
+
+class AddToWindowsXlaOp : public XlaOpKernel {
+ public:
+  explicit AddToWindowsXlaOp(OpKernelConstruction* construction) : XlaOpKernel(construction) {
+    OP_REQUIRES_OK(construction, attributes_.Read(*construction));
+  }
+
+  void Compile(XlaOpKernelContext* ctx) override {
+    XlaVariableList variables(ctx);
+    OP_REQUIRES_OK(ctx, variables.Add({"windows"}));
+    std::vector<std::int64_t> channels;
+    OP_REQUIRES_OK(ctx, CheckWindows(variables, attributes_.windows, /*moving=*/false, &channels));
+    OP_REQUIRES_OK(ctx, RequireScalar(ctx, "applies"));
+    const int counts = 2 * attributes_.windows;  // the first input of each list
+    const int moments = counts + attributes_.windows;
+    for (int i = 0; i < attributes_.windows; ++i) {
+      const std::string count = absl::StrCat("counts[", i, "]");
+      OP_REQUIRES_OK(ctx, CheckScalar(count.c_str(), InputTensorShape(ctx, counts + i, count)));
+      for (int k = 3 * i; k < 3 * i + 3; ++k) {
+        const std::string name = absl::StrCat("moments[", k, "]");
+        OP_REQUIRES_OK(ctx, CheckChannels(name.c_str(), InputTensorShape(ctx, moments + k, name),
+                                          channels[static_cast<std::size_t>(i)]));
+      }
+    }
+    const XlaOp applies = ctx->Input("applies");
+    const XlaOp one = xla::One(ctx->builder(), xla::S64);
+    for (std::size_t i = 0; i < channels.size(); ++i) {
+      const int batch = static_cast<int>(i);
+      Held held(ctx->builder(), channels[i]);
+      const XlaOp none = held.values;
+      OP_REQUIRES_OK(ctx, held.Read(variables, 2 * i));
+      // Where nothing applies, an empty batch is added, which is no call.
+      const XlaOp added = xla::Select(applies, ctx->Input(counts + batch), none);
+      const Held merged = Merged(ctx, held, added, moments + 3 * batch);
+      const XlaOp calls = held.calls + xla::Select(applies, one, none);
+      OP_REQUIRES_OK(ctx, AssignCounters(variables, 2 * i, merged.values, calls, held.limit));
+      OP_REQUIRES_OK(ctx, AssignMoments(variables, 2 * i + 1, merged));
+    }
+  }
+
+ private:
+  AddToWindowsAttributes attributes_;
 };
 
 class EndWindowsXlaOp : public XlaOpKernel {
@@ -161,8 +215,8 @@ class EndWindowsXlaOp : public XlaOpKernel {
     XlaVariableList variables(ctx);
     OP_REQUIRES_OK(ctx, variables.Add({"windows", "moving"}));
     std::vector<std::int64_t> channels;
-    OP_REQUIRES_OK(
-        ctx, CheckEndedWindows(variables, attributes_.windows, attributes_.moving, &channels));
+    OP_REQUIRES_OK(ctx,
+                   CheckWindows(variables, attributes_.windows, attributes_.moving, &channels));
     OP_REQUIRES_OK(ctx, CheckMomenta(attributes_, InputTensorShape(ctx, "momenta")));
     OP_REQUIRES_OK(ctx, RequireScalar(ctx, "applies"));
     const XlaOp ends = ctx->Input("applies");
@@ -190,6 +244,10 @@ REGISTER_KERNEL_BUILDER(Name("AccumOps>MergeMoments").Device(tensorflow::DEVICE_
                         MergeMomentsXlaOp);
 REGISTER_KERNEL_BUILDER(Name("AccumOps>MergeMoments").Device(tensorflow::DEVICE_GPU_XLA_JIT),
                         MergeMomentsXlaOp);
+REGISTER_KERNEL_BUILDER(Name("AccumOps>AddToWindows").Device(tensorflow::DEVICE_CPU_XLA_JIT),
+                        AddToWindowsXlaOp);
+REGISTER_KERNEL_BUILDER(Name("AccumOps>AddToWindows").Device(tensorflow::DEVICE_GPU_XLA_JIT),
+                        AddToWindowsXlaOp);
 REGISTER_KERNEL_BUILDER(Name("AccumOps>EndWindows").Device(tensorflow::DEVICE_CPU_XLA_JIT),
                         EndWindowsXlaOp);
 REGISTER_KERNEL_BUILDER(Name("AccumOps>EndWindows").Device(tensorflow::DEVICE_GPU_XLA_JIT),
