@@ -151,6 +151,7 @@ def test_synchronized_micro_batches_of_a_step_are_an_error():
             model.compile("sgd", loss="mse")
 
 
+@pytest.mark.exhaustive
 def test_synchronized_windows_with_empty_replicas():
     x, y, _ = (each[: BATCH + 1] for each in data())
     with mirrored(2).scope():

@@ -90,6 +90,7 @@ def test_a_plain_model_with_the_optimizer():
     assert largest_difference(model, plain) <= 1e-5
 
 
+@pytest.mark.exhaustive
 def test_adaptive_clipping_and_a_partial_window():
     x, y, _ = (each[: BATCH * 2 + 24] for each in data())
 

@@ -38,6 +38,7 @@ def norms_by_hand(windows):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.some_by_default(1)
 def test_norms_and_samples_are_those_of_all_replicas(mode, tmp_path):
     arguments, batch_size, windows, micro_batches = MODES[mode]
     with mirrored(2).scope():

@@ -49,12 +49,15 @@ def run_workers(scenarios, directory, expected=(0, 0)):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """A function that returns both workers' results of a scenario. One pair of workers runs all scenarios.
+def results(request, tmp_path_factory):
+    """A function that returns both workers' results of a scenario. One pair of workers runs all that are asked for.
 
     So these tests should run in one process: `--dist loadfile`.
     """
-    found = run_workers([*TRAININGS, "backed_up", "disagreeing"], tmp_path_factory.mktemp("workers"))
+    cases = [item.callspec.params for item in request.session.items if getattr(item, "callspec", None) is not None]
+    asked = {case.get("scenario") for case in cases}
+    trainings = [scenario for scenario in TRAININGS if scenario in asked]
+    found = run_workers([*trainings, "backed_up", "disagreeing"], tmp_path_factory.mktemp("workers"))
 
     def of(scenario):
         both = [results[scenario] for results in found]

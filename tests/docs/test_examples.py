@@ -111,6 +111,7 @@ def test_momentum_contrast():
     assert accuracy > 0.8
 
 
+@pytest.mark.exhaustive
 def test_multi_worker_on_one_host():
     """Two workers are tests/distribute/test_workers.py's."""
     [(replicas, updates, accuracy)] = numbers("# replicas, # updates, accuracy #", run("multi_worker.py"))

@@ -294,6 +294,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.some_by_default(1)
+@pytest.mark.exhaustive
 def test_optimizers(name):
     """In float32, of which the fused update is. Adam divides by gradients, so that rounding counts."""
     make, fused = OPTIMIZERS[name]

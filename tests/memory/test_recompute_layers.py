@@ -310,6 +310,7 @@ def test_a_subclassed_model_recomputes_its_layers():
             accumops.recompute_layers(models[0], **arguments)
 
 
+@pytest.mark.exhaustive
 def test_with_accumulating_batch_normalization_in_other_layers():
     def net():
         return accumops.replace_batchnorm_layers(deep(3))

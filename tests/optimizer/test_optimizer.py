@@ -588,6 +588,7 @@ def test_settings_are_the_inner_optimizers():
     assert b.numpy()[0] == 1
 
 
+@pytest.mark.exhaustive
 def test_loss_scaling_of_the_inner_optimizer_under_mixed_float16(rng):
     """`compile` puts a LossScaleOptimizer around, which switches the inner optimizer's own scaling off."""
     x, y = data(rng, updates=5)

@@ -23,7 +23,7 @@ def library(tmp_path_factory):
 @pytest.mark.parametrize(
     ("optimizer", "stride"),
     [
-        ("adam", 50),  # the last of them where the window closes
+        ("adam", 80),  # the last of them where the window closes
         *(
             pytest.param(optimizer, 1, marks=pytest.mark.exhaustive)
             for optimizer in ("adam", "clipped", "averaged", "scaled", "adagrad")

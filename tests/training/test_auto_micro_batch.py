@@ -126,6 +126,7 @@ def test_trains_as_with_a_number(planned, optimizer, run):
 
 @pytest.mark.parametrize(("step", "call"), cross([0, 2], [1, 2], default=lambda *each: each in ((0, 1), (2, 2))))
 @pytest.mark.some_by_default(1)
+@pytest.mark.exhaustive
 def test_a_step_without_memory_is_made_again(planned, capfd, step, call):
     """The state after it is that of training with the smaller micro-batch from this step on, to the bit."""
     model, other = compiled("auto"), compiled(8)

@@ -153,6 +153,7 @@ def test_a_weighted_function_of_a_whole_batch_is_refused_as_by_keras(data):
             logs_of(model, x, y, sample_weight=np.ones(43))
 
 
+@pytest.mark.exhaustive
 def test_steps_without_fit_and_saved_models(data, tmp_path):
     """Metrics are made in the first step, here in a function that AutoGraph converts; a saved model keeps them."""
     x, y = data

@@ -66,6 +66,7 @@ RUNS = {"eager": {"run_eagerly": True}, "xla": {"jit_compile": True}}
     ("mode", "run"), cross(MODES, RUNS, default=lambda *each: each in turns(MODES, ["xla", "eager"]))
 )
 @pytest.mark.some_by_default(1)
+@pytest.mark.exhaustive
 def test_in_other_runs_and_with_two_outputs(rng, mode, run):
     x, y = data(rng)
 

@@ -316,6 +316,7 @@ def test_lengths_that_the_graph_does_not_know():
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 @pytest.mark.some_by_default(1)
+@pytest.mark.exhaustive
 def test_mixed_precision_is_as_near_as_one_batch(policy):
     def net(dtype):
         keras.utils.set_random_seed(0)
