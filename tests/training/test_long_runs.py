@@ -19,7 +19,6 @@ def run(directory, *arguments):
     return processes.run(pathlib.Path(resumed.__file__), directory, *arguments)
 
 
-@pytest.mark.exhaustive
 def test_killed_in_the_middle_of_a_window_and_restarted(tmp_path):
     """The same bits as without the kill."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
