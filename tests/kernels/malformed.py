@@ -15,6 +15,10 @@ def floats(*shape, dtype=np.float32):
     return np.ones(shape, dtype)
 
 
+def flags(size):
+    return np.ones(size, np.bool_)
+
+
 def unaligned(dtype=np.float32, size=3):
     return np.frombuffer(bytearray(size * np.dtype(dtype).itemsize + 1), dtype, size, offset=1)
 
