@@ -17,6 +17,13 @@ MODES = ("eager", "graph", "xla")
 # By default these backends and modes run one in so many of a test's cases, and the first one besides. The first one is
 # left out where XLA would compile the reference.
 SOME_OF_MANY = {("fused", "xla"): 12, ("reference", "xla"): 48, ("reference", "graph"): 4}
+# These start first, so that no process has one of them left when the others are done.
+LONGEST = {
+    "test_the_kernels",
+    "test_each_allocation_of_a_window",
+    "test_a_window_takes_the_memory_of_one_micro_batch",
+    "test_found_for_real",
+}
 
 
 @pytest.fixture(params=BACKENDS)
@@ -78,6 +85,7 @@ def pytest_collection_modifyitems(items):
     mark_some_of_many(items)
     mark_some_by_default(items)
     skip_without_a_gpu(items)
+    items.sort(key=lambda item: getattr(item, "originalname", None) not in LONGEST)
 
 
 def mark_some_of_many(items):
