@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import accumops
+
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tools"))
 harden = importlib.import_module("harden")
@@ -32,6 +34,34 @@ def test_a_part_writes_a_line(part, tmp_path):
     counts = [value for name, value in lines[part].items() if name not in ("seconds", "cpu", "commit")]
     assert any(isinstance(count, int) and count > 0 for count in counts)
     assert len(record.read_text().splitlines()) == len(lines) + 2
+
+
+CALLS = """
+import sys
+sys.path.insert(0, {directory!r})
+import malformed_kernels, malformed_ops
+from accumops.ops import library
+
+state, module = malformed_ops.State(), library.load()[0]
+names = {{name.removeprefix("accum_ops_") for name in dir(module) if name.startswith("accum_ops_")}}
+names = {{name for name in names if "eager_fallback" not in name}}
+assert names == set(malformed_ops.CALLS), names ^ set(malformed_ops.CALLS)
+for op, calls in malformed_ops.CALLS.items():
+    for call in calls:
+        malformed_ops.run(state, op, call, "eager")
+kernels, arena = malformed_kernels.load_kernels(), malformed_kernels.Arena()
+for name, arguments in malformed_kernels.CALLS.items():
+    arena.restart()
+    positional, keywords = arguments(arena)
+    getattr(kernels, name)(*positional, **keywords)
+"""
+
+
+@pytest.mark.skipif(accumops.ops.library.load()[0] is None, reason="the fused ops do not load")
+def test_what_is_damaged_are_right_calls_of_every_op():
+    script = CALLS.format(directory=str(ROOT / "tests" / "harden"))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_a_part_finds_is_an_error(tmp_path, monkeypatch, capfd):

@@ -13,6 +13,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ _NO_LAUNCH = _FREE | {
 }  # fmt: skip
 # Ops of this project whose kernel is more than one launch.
 _LAUNCHES = {"AccumOps>BatchNorm": 3, "AccumOps>BatchNormGrad": 3, "AccumOps>SquaredNorms": 2}
+_WINDOWS_OF_A_LAUNCH = 36  # of moments_cuda.cu
 _METADATA = {"Shape", "ShapeN", "Size", "Rank"}
 _CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
 _CONDITIONS = {"If", "StatelessIf"}
@@ -125,6 +127,10 @@ def _place_operation(op: tf.Operation, inputs: list[str], result: Placed, path: 
 def _launches_of(op: tf.Operation) -> int:
     if op.type == "AccumOps>Accumulate" and op.get_attr("squared_norms"):
         return 2  # the second one sums what the chunks have found
+    if op.type == "AccumOps>Update":
+        return 1 + op.get_attr("I")  # the first one corrects the rate
+    if op.type in ("AccumOps>AddToWindows", "AccumOps>EndWindows"):
+        return math.ceil(op.get_attr("window_parts") / 2 / _WINDOWS_OF_A_LAUNCH)
     return _LAUNCHES.get(op.type, 1)
 
 

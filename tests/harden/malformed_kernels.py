@@ -98,6 +98,7 @@ CALLS = {
             "latest": [a.floats(3, dtype=np.float16), a.floats(4, 2)],
             "scales": a.floats(2),
             "rate": 0.1,
+            "iterations": 3,
             "decay": 0.01,
             "decays": [True, False],
             "weight": 1.0,
@@ -153,6 +154,21 @@ CALLS = {
             "moving": [a.floats(3), a.floats(3)],
             "momentum": 0.9,
         },
+    ),
+    "add_to_windows": lambda a: (
+        [
+            [[a.array((1,), np.int64, values=5), *channels(a, "mrv").values()]],
+            [[a.array((3,), np.int64, values=[0, 0, 3]), a.array((2, 3), np.float64, values=0)]],
+        ],
+        {"applies": True},
+    ),
+    "end_windows": lambda a: (
+        [[a.array((3,), np.int64, values=[5, 1, 3])], [a.array((2, 3), np.float64, values=0)]],
+        {"moving_means": [a.floats(3)], "moving_variances": [a.floats(3)], "momenta": [0.9], "applies": True},
+    ),
+    "clip_units": lambda a: (
+        [[a.floats(2, 3), a.floats(4)], [a.floats(2, 3), a.floats(4)], [a.floats(2, 3), a.floats(4)]],
+        {"clip_factor": 0.1, "epsilon": 1e-3, "threads": None},
     ),
     "triad": lambda a: (
         [a.floats(40), a.floats(40), a.floats(40)],

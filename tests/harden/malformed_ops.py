@@ -38,6 +38,7 @@ MODES = {"eager": (100_000, 0.45), "graph": (5_000, 0.35), "xla": (500, 0.2)}
 VALUES = {
     "a": np.ones((2, 3), np.float32),
     "b": np.ones((2, 3), np.float32),
+    "b2": np.ones((2, 3), np.float32),
     "c": np.ones(4, np.float32),
     "table": np.ones((5, 3), np.float32),
     "scalar": np.float32(1),
@@ -133,6 +134,7 @@ CALLS = {
             "latest": [ones(2, 3)],
             "scales": tf.constant(1.0),
             "rate": tf.constant(0.1),
+            "iterations": [],
             "decay": tf.constant(0.0),
             "weight": tf.constant(1.0),
             "overwrite": tf.constant(False),
@@ -151,6 +153,7 @@ CALLS = {
             "latest": [ones(2, 3), ones(4, dtype=tf.bfloat16)],
             "scales": ones(2),
             "rate": tf.constant(0.1),
+            "iterations": [],
             "decay": tf.constant(0.0),
             "weight": tf.constant(1.0),
             "overwrite": tf.constant(False),
@@ -161,8 +164,36 @@ CALLS = {
             "decays": [True, False],
             "clip": 0.5,
         },
+        {
+            "variables": [Handle("a")],
+            "slots": [Handle("b"), Handle("b2")],
+            "accumulators": [],
+            "touched_rows": [],
+            "latest": [ones(2, 3)],
+            "scales": tf.constant(1.0),
+            "rate": tf.constant(0.1),
+            "iterations": [tf.constant(3, tf.int64)],
+            "decay": tf.constant(0.0),
+            "weight": tf.constant(1.0),
+            "overwrite": tf.constant(False),
+            "applies": tf.constant(True),
+            "only_if": [],
+            "rule": "adam",
+            "rows_of": [],
+            "decays": [True],
+            "beta_1": 0.9,
+            "beta_2": 0.99,
+        },
     ),
     "squared_norms": ({"values": [ones(2, 3), ones(4, dtype=tf.float64)]},),
+    "clip_units": (
+        {
+            "gradients": [ones(2, 3), ones(4)],
+            "weights": [ones(2, 3), ones(4)],
+            "clip_factor": 0.1,
+            "epsilon": 1e-3,
+        },
+    ),
     "barrier": ({"tensors": [ones(2, 3)], "after": [ones(4)]},),
     "batch_norm": (
         {
@@ -207,6 +238,22 @@ CALLS = {
             "count": [tf.constant(5, tf.int64)],
             "moments": [ones(3), ones(3), ones(3)],
             "momentum": tf.constant(0.9, tf.float64),
+        },
+    ),
+    "add_to_windows": (
+        {
+            "windows": [Handle("counters"), Handle("sums")],
+            "counts": [tf.constant(5, tf.int64)],
+            "moments": [ones(3), ones(3), ones(3)],
+            "applies": tf.constant(True),
+        },
+    ),
+    "end_windows": (
+        {
+            "windows": [Handle("counters"), Handle("sums")],
+            "moving": [Handle("mean"), Handle("variance")],
+            "momenta": tf.constant([0.9], tf.float64),
+            "applies": tf.constant(True),
         },
     ),
 }

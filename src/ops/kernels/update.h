@@ -17,8 +17,8 @@
 //
 // A step that does not apply writes nothing.
 //
-// With kAdam and kAmsgrad the rate includes the correction of the bias that m and v have from their
-// start at zero. Given the number of updates before this one, the step makes it:
+// Adam's m and v are biased, since they start at zero. With kAdam and kAmsgrad the rate corrects
+// that. Given the number of updates before this one, the step computes the corrected rate:
 //
 //   rate = rate * sqrt(1 - beta_2^(iterations + 1)) / (1 - beta_1^(iterations + 1))
 //
@@ -103,10 +103,10 @@ struct UpdateScalars {
   const float* scales;  // one for all items, or one for each
   bool scale_for_each;
   const float* rate;
-  const std::int64_t* iterations;  // updates before this one, or null: the rate is corrected
+  const std::int64_t* iterations;  // updates before this one; null if `rate` is corrected
   float* corrected_rate;           // device memory for the rate, for CUDA with iterations
   const float* decay;              // the rate of weight decay: decay times learning rate
-  const float* weight;             // of the latest gradients
+  const float* weight;             // the factor of the latest gradients
   const bool* overwrite;           // whether accumulators count as zero
   const bool* applies;             // whether the step is made at all
 };
