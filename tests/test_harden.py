@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 import accumops
@@ -60,7 +61,7 @@ for name, arguments in malformed_kernels.CALLS.items():
 @pytest.mark.skipif(accumops.ops.library.load()[0] is None, reason="the fused ops do not load")
 def test_what_is_damaged_are_right_calls_of_every_op():
     script = CALLS.format(directory=str(ROOT / "tests" / "harden"))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    done = processes.run(script)
     assert done.returncode == 0, done.stderr
 
 

@@ -179,7 +179,7 @@ class AbsoluteError(keras.losses.Loss):
     ("mode", "eager"),
     cross(MODES, [False, True], default=lambda mode, eager: not eager or mode == "accum_steps"),
 )
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_losses_of_single_outputs(mode, eager):
     """In training and evaluation: batches have 17, 17 and 1 samples, so one replica gets nothing of the last."""
     x, y, _ = (each[:35] for each in data())

@@ -46,7 +46,7 @@ def gradients_of(model, x, y, weights):
         default=lambda scaling, backend: (scaling, backend) != ("LossScaleOptimizer", "reference"),
     ),
 )
-@pytest.mark.some_by_default(2)
+@pytest.mark.some_by_default(1)
 def test_the_optimizer_in_a_loop(backend, scaling):
     wanted, _ = full_batches("AdamW")
     accumops.set_backend(backend)

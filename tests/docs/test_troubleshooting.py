@@ -38,15 +38,20 @@ def pattern_of(quote):
     return ".*".join(re.escape(part.strip()) for part in quote.split(_GAP))
 
 
-MESSAGES = {text for node in nodes() if (text := text_of(node)) is not None and len(text) > 10}
+@pytest.fixture(scope="module")
+def messages():
+    """The strings of the sources."""
+    return {text for node in nodes() if (text := text_of(node)) is not None and len(text) > 10}
+
+
 QUOTES = list(quoted())
 
 
 @pytest.mark.parametrize("quote", QUOTES)
-def test_quoted_messages_are_in_the_sources(quote):
+def test_quoted_messages_are_in_the_sources(quote, messages):
     assert max(len(part.strip()) for part in quote.split(_GAP)) >= 8
     pattern = re.compile(pattern_of(quote), re.DOTALL)
-    assert any(pattern.search(message) for message in MESSAGES)
+    assert any(pattern.search(message) for message in messages)
 
 
 def test_each_message_is_quoted_once():
