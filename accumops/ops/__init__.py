@@ -15,6 +15,7 @@ from accumops.ops.moments import (
     end_windows,
     merge_moments,
 )
+from accumops.ops.noise import NoiseStatistics, add_noise_group, end_noise_window
 from accumops.ops.update import squared_norms, update
 
 __all__ = [
@@ -22,7 +23,9 @@ __all__ = [
     "LibraryError",
     "MomentsWindow",
     "MovingStatistics",
+    "NoiseStatistics",
     "accumulate",
+    "add_noise_group",
     "add_to_windows",
     "all_finite",
     "barrier",
@@ -30,6 +33,7 @@ __all__ = [
     "batch_norm_inference",
     "build_info",
     "clip_units",
+    "end_noise_window",
     "end_windows",
     "get_backend",
     "merge_moments",

@@ -147,6 +147,25 @@ def merge_moments(
     only_finite: bool = False,
     stream: int = 0,
 ) -> None: ...
+def add_noise_group(
+    window: _Array,
+    norms: _Array,
+    *,
+    share: SupportsFloat | SupportsIndex | _Array,
+    starts: bool | _Array = False,
+    stream: int = 0,
+) -> None: ...
+def end_noise_window(
+    window: _Array,
+    statistics: Sequence[_Array],
+    *,
+    shares: SupportsFloat | SupportsIndex | _Array,
+    steps: SupportsIndex,
+    decay: SupportsFloat | SupportsIndex,
+    scale: SupportsFloat | SupportsIndex | _Array = 1.0,
+    applies: bool | _Array = True,
+    stream: int = 0,
+) -> None: ...
 def add_to_windows(
     batches: Sequence[Sequence[_Array]],
     windows: Sequence[Sequence[_Array]],

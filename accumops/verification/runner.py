@@ -11,10 +11,16 @@ import numpy as np
 import tensorflow as tf
 
 from accumops.ops import get_backend, library, set_backend
-from accumops.verification import accumulate, batch_norm, moments, update
+from accumops.verification import accumulate, batch_norm, moments, noise, update
 from accumops.verification.case import Case, Expected, Implementation, Subject, Trial
 
-SUBJECTS: tuple[Subject, ...] = (accumulate.SUBJECT, *batch_norm.SUBJECTS, *moments.SUBJECTS, *update.SUBJECTS)
+SUBJECTS: tuple[Subject, ...] = (
+    accumulate.SUBJECT,
+    *batch_norm.SUBJECTS,
+    *moments.SUBJECTS,
+    *noise.SUBJECTS,
+    *update.SUBJECTS,
+)
 
 
 class NothingToVerify(RuntimeError):

@@ -16,29 +16,25 @@ Under a strategy each replica's micro-batches are groups of their own. The sums 
 window ends, where they are read once more.
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
+from accumops import ops
+from accumops.window import replicas
 from accumops.window.noise_schedule import FollowedSteps, NoiseScaleSchedule
 from accumops.window.squared_norms import SquaredNorms
 from accumops.window.state_variables import PER_REPLICA, new_variable
 
 
-@dataclasses.dataclass(frozen=True)
-class Groups:
-    """What is known of a window where it ends; float64 scalars."""
+class Groups(NamedTuple):
+    """What is known of a window where it ends."""
 
-    squares: tf.Tensor
-    """The sum over its micro-batches of the share times the squared norm of the gradient."""
-    count: tf.Tensor
-    """The number of its micro-batches that have a share."""
+    window: tf.Tensor
+    """Its sums, as `ops.add_noise_group` adds them."""
     shares: tf.Tensor
-    """The sum of their shares."""
-    sums: tf.Tensor
-    """The squared norm of the sums of weighted gradients."""
+    """The sum of its micro-batches' shares, a scalar."""
 
 
 class Seen(NamedTuple):
@@ -69,12 +65,11 @@ class GradientNoise(tf.Module):
         """The positions of the variables that count: those with dense gradients."""
         self.built = False
 
-    def build(self, beside: keras.Variable, step: keras.Variable, *, mirrored: bool) -> None:
+    def build(self, beside: keras.Variable, *, mirrored: bool) -> None:
         """Creates the variables.
 
         Args:
             beside: A variable on whose device they are to live.
-            step: The count of micro-batches in the open window, beside which windows are counted.
             mirrored: Whether replicas of a strategy have a window each.
         """
         same, summed = (PER_REPLICA["same"], PER_REPLICA["summed"]) if mirrored else ({}, {})
@@ -86,13 +81,10 @@ class GradientNoise(tf.Module):
         def new_count(name: str, dtype: str, initializer: Any) -> keras.Variable:
             return new_variable(name, (), dtype, initializer, beside=beside, **same)
 
-        # The squares, count and sums of the open window, as in `Groups`, and the shares of all micro-batches so far.
         self._window = new("window", (4,), **summed)
-        # Averages over windows of the trace, of the square and of 1, by which the other two are to be divided.
         self._averages = new("averages", (3,), **same)
         self._norm = new("norm", (), **same)
-        # How many windows have ended, and their micro-batches.
-        self._ended = new_variable("noise_ended", (2,), "int64", beside=step, **same)
+        self._ended = new_variable("noise_ended", (2,), "int64", beside=beside, **same)
         if self._schedule is not None:
             self.followed = FollowedSteps(self._schedule, new_count)
         self.built = True
@@ -108,8 +100,6 @@ class GradientNoise(tf.Module):
         followed = [] if self.followed is None else [self.followed.steps, self.followed.waited]
         return [self._window, self._averages, self._norm, self._ended, *followed]
 
-    # A micro-batch
-
     def add(self, norms: SquaredNorms, share: tf.Tensor, starts: tf.Tensor | bool) -> None:
         """Notes a micro-batch that has been added to the window.
 
@@ -119,15 +109,7 @@ class GradientNoise(tf.Module):
             starts: Whether it is the first of its window.
         """
         self.positions.update(norms.positions)
-        share = tf.cast(share, tf.float64)
-        gradients, sums = tf.unstack(tf.reduce_sum(norms.report, 1))
-        # A share of 0 counts as nothing, whatever the gradient is.
-        squares = tf.math.multiply_no_nan(gradients, share)
-        new = tf.stack([squares, tf.cast(share != 0, tf.float64), sums, share])
-        replaced = tf.stack([starts, starts, True, False])
-        self._window.assign(tf.where(replaced, tf.zeros_like(new), tf.convert_to_tensor(self._window)) + new)
-
-    # The end of the window
+        ops.add_noise_group(replicas.own(self._window), norms.report, share=share, starts=starts)
 
     def part(self) -> tf.Tensor:
         """What this replica knows of the open window, to be summed over replicas."""
@@ -141,14 +123,14 @@ class GradientNoise(tf.Module):
             part: The sum of `part()` over replicas, if there are any.
             sums: The squared norm of the sums of gradients over replicas, if there are any.
         """
-        squares, count, own, _ = tf.unstack(self.part() if part is None else part)
-        return Groups(squares, count, tf.cast(shares, tf.float64), own if sums is None else sums)
+        window = self.part() if part is None else part
+        if sums is not None:
+            squares, count, _, all_shares = tf.unstack(window)
+            window = tf.stack([squares, count, sums, all_shares])
+        return Groups(window, shares)
 
     def end(self, groups: Groups, applies: tf.Tensor | bool, scale: float | tf.Tensor | None, steps: tf.Tensor) -> None:
         """Takes a window that ends into the averages.
-
-        Windows of one micro-batch tell nothing of the noise, and windows that make no update, or whose gradient is not
-        finite, tell nothing at all.
 
         Args:
             groups: What is known of it.
@@ -156,23 +138,13 @@ class GradientNoise(tf.Module):
             scale: The factor that its gradients have, as those of a scaled loss; None if they have none.
             steps: How many micro-batches it has, on each replica.
         """
-        unscaled = tf.constant(1.0, tf.float64) if scale is None else tf.cast(scale, tf.float64) ** -2
-        mean = unscaled * tf.math.divide_no_nan(groups.sums, groups.shares**2)
-        trace = tf.math.divide_no_nan(unscaled * groups.squares - groups.shares * mean, groups.count - 1)
-        square = mean - tf.math.divide_no_nan(trace, groups.shares)
-        makes_update = tf.math.is_finite(mean) & applies
-        tells = makes_update & tf.math.is_finite(trace) & (groups.count > 1)
-        before = tf.convert_to_tensor(self._averages)
-        found = tf.stack([trace, square, tf.ones_like(trace)])
-        self._averages.assign(tf.where(tells, self.decay * before + (1 - self.decay) * found, before))
-        with tf.device(self._ended.value.device):  # else Keras takes it to a GPU and back
-            self._ended.assign_add(tf.stack([tf.constant(1, tf.int64), tf.cast(steps, tf.int64)]))
-        self._norm.assign(tf.where(makes_update, tf.sqrt(mean), tf.constant(float("nan"), tf.float64)))
+        given = {"shares": groups.shares, "steps": steps, "decay": self.decay, "scale": 1.0 if scale is None else scale}
+        for each in replicas.components(self._averages, self._norm, self._ended):
+            ops.end_noise_window(groups.window, ops.NoiseStatistics(*each), **given, applies=applies)
         if self.followed is not None:
-            step = tf.math.divide_no_nan(groups.shares, tf.cast(steps, tf.float64))
+            shares = tf.cast(groups.shares, tf.float64)
+            step = tf.math.divide_no_nan(shares, tf.cast(steps, tf.float64))
             self.followed.follow(self.scale, step * tf.cast(self.followed.steps, tf.float64))
-
-    # What is known
 
     def seen(self) -> Seen:
         """Returns what has been seen so far."""

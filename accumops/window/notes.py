@@ -94,7 +94,7 @@ class Notes(tf.Module):
     def _build_noise(self, noise: GradientNoise) -> None:
         strategy = self._untracked.strategy
         with tf.init_scope(), contextlib.nullcontext() if strategy is None else strategy.scope():
-            noise.build(self._untracked.beside, self._untracked.counters.step, mirrored=strategy is not None)
+            noise.build(self._untracked.beside, mirrored=strategy is not None)
         if noise.followed is not None:
             self._untracked.counters.follow(noise.followed.steps)
 

@@ -95,6 +95,7 @@ def wrapped(
     scaled: bool = False,
     nonfinite: str = "propagate",
     norms: bool = False,
+    noise: bool = False,
     **mode: int,
 ) -> Iterator[tuple[str, Any]]:
     """The functions that `fit` calls."""
@@ -103,6 +104,8 @@ def wrapped(
     wrapper.compile(keras.optimizers.LossScaleOptimizer(adam) if scaled else adam, LOSS, jit_compile=False)
     if norms:
         wrapper.optimizer.accumulator.track_norms()
+    if noise:
+        wrapper.optimizer.accumulator.track_noise()
     dataset = batches(wrapper.model)
     wrapper.fit(dataset, steps_per_epoch=1, verbose=0)
     options = {
@@ -110,6 +113,7 @@ def wrapped(
         "losses scaled": scaled,
         f"non-finite: {nonfinite}": nonfinite != "propagate",
         "norms of variables": norms,
+        "noise scale": noise,
     }
     for ends, function in functions_of(wrapper, dataset):
         way = "micro_batch_size" if ends is None else "accum_steps"
@@ -171,6 +175,8 @@ def steps(model: Model) -> Iterator[tuple[str, Any]]:
     yield from wrapped(model, accum_steps=4, norms=True)
     yield from wrapped(model, micro_batch_size=4, norms=True)
     yield from loop(model, norms=True)
+    yield from wrapped(model, accum_steps=4, noise=True)
+    yield from wrapped(model, micro_batch_size=4, noise=True)
 
 
 def main() -> None:

@@ -8,11 +8,17 @@ import time
 
 import check_accumulate
 import check_batch_norm
+import check_noise
 import check_update
 from backend import Cuda, open_device
 from checker import Checker
 
-CHECKS = {"accumulate": check_accumulate.check, "update": check_update.check, "batch_norm": check_batch_norm.check}
+CHECKS = {
+    "accumulate": check_accumulate.check,
+    "update": check_update.check,
+    "batch_norm": check_batch_norm.check,
+    "noise": check_noise.check,
+}
 
 
 def main() -> None:

@@ -24,6 +24,9 @@ BUDGET = {
     "accum_steps, norms of variables, ends the window": (36, 2),
     "micro_batch_size, norms of variables": (42, 3),
     "a loop of one's own, norms of variables": (20, 4),
+    "accum_steps, noise scale, micro-batch": (24, 2),
+    "accum_steps, noise scale, ends the window": (33, 2),
+    "micro_batch_size, noise scale": (38, 3),
 }
 
 

@@ -162,6 +162,21 @@ CALLS = {
         ],
         {"applies": True},
     ),
+    "add_noise_group": lambda a: (
+        [a.array((4,), np.float64, values=0), a.array((2, 3), np.float64, values=1)],
+        {"share": 1.0, "starts": True},
+    ),
+    "end_noise_window": lambda a: (
+        [
+            a.array((4,), np.float64, values=1),
+            [
+                a.array((3,), np.float64, values=0),
+                a.array((1,), np.float64, values=0),
+                a.array((2,), np.int64, values=0),
+            ],
+        ],
+        {"shares": 1.0, "steps": 3, "decay": 0.9, "scale": 1.0, "applies": True},
+    ),
     "end_windows": lambda a: (
         [[a.array((3,), np.int64, values=[5, 1, 3])], [a.array((2, 3), np.float64, values=0)]],
         {"moving_means": [a.floats(3)], "moving_variances": [a.floats(3)], "momenta": [0.9], "applies": True},

@@ -48,6 +48,10 @@ VALUES = {
     "integers": np.ones(3, np.int64),
     "counters": np.array([0, 0, 3], np.int64),
     "sums": np.zeros((2, 3), np.float64),
+    "noise_window": np.zeros(4),
+    "noise_averages": np.zeros(3),
+    "noise_norm": np.zeros(()),
+    "noise_ended": np.zeros(2, np.int64),
     "mean": np.zeros(3, np.float32),
     "variance": np.ones(3, np.float32),
     "flags": np.array([True, False]),
@@ -246,6 +250,25 @@ CALLS = {
             "counts": [tf.constant(5, tf.int64)],
             "moments": [ones(3), ones(3), ones(3)],
             "applies": tf.constant(True),
+        },
+    ),
+    "add_noise_group": (
+        {
+            "window": [Handle("noise_window")],
+            "norms": tf.ones([2, 3], tf.float64),
+            "share": tf.constant(1.0),
+            "starts": tf.constant(True),
+        },
+    ),
+    "end_noise_window": (
+        {
+            "statistics": [Handle("noise_averages"), Handle("noise_norm"), Handle("noise_ended")],
+            "window": tf.ones([4], tf.float64),
+            "shares": tf.constant(1.0),
+            "scale": tf.constant(1.0, tf.float64),
+            "applies": tf.constant(True),
+            "steps": tf.constant(3, tf.int64),
+            "decay": tf.constant(0.9, tf.float64),
         },
     ),
     "end_windows": (

@@ -38,6 +38,7 @@ ROWS, NORMS, UPDATE = "accumulate_rows_cuda.cu", "squared_norm_cuda.cu", "update
 DENSE, NORMALIZE, GRADIENT = "accumulate_cuda.cu", "batch_norm_cuda.cu", "batch_norm_gradient_cuda.cu"
 CLIP = "clip_units_cuda.cu"
 TILING, TABLE, MOMENTS = "batch_norm_tiling.cuh", "tensor_table.cuh", "moments_cuda.cu"
+NOISE = "noise_cuda.cu"
 
 MUTATIONS = [
     Mutation("accumulate: tail", DENSE, "if (i < size) {", "if (i <= size) {"),
@@ -140,6 +141,19 @@ MUTATIONS = [
     Mutation("moments: window", MOMENTS, "args.merges[blockIdx.x]", "args.merges[0]"),
     Mutation("moments: moving type", MOMENTS, "merge.moving.dtype == DType::kFloat64", "false"),
     Mutation("moments: batch type", MOMENTS, "merge.batch.dtype == DType::kFloat64", "false"),
+    Mutation("noise: barrier", NOISE, BARRIER, ""),
+    Mutation("noise: sums", NOISE, "params.norms[params.count + i]", "params.norms[i]"),
+    Mutation("noise: threads", NOISE, "if (threadIdx.x != 0) return;", ""),
+    Mutation("noise: starts", NOISE, "*params.starts}", "false}"),
+    Mutation(
+        "noise: type of a share",
+        NOISE,
+        "cuda::ReadScale(params.share)",
+        "*static_cast<const float*>(params.share.data)",
+    ),
+    Mutation("noise: end", NOISE, "ending.scale = *params.scale;", ""),
+    Mutation("noise: applies", NOISE, "ending.applies = *params.applies;", "ending.applies = true;"),
+    Mutation("noise: one micro-batch", "noise.h", "&& count > 1", ""),
 ]
 
 

@@ -66,10 +66,12 @@ def test_every_result_is_within_its_bound(small_grid):
     assert {result.layout for result in results if result.op == "update"} == set(SLOTS)
     assert {result.op for result in results} == {
         "accumulate",
+        "add_noise_group",
         "add_to_windows",
         "batch_norm",
         "batch_norm_inference",
         "clip_units",
+        "end_noise_window",
         "end_windows",
         "merge_moments",
         "update",

@@ -14,5 +14,6 @@ void BindSquaredNorms(py::module_& module);
 void BindBatchNorm(py::module_& module);
 void BindClipUnits(py::module_& module);
 void BindMoments(py::module_& module);
+void BindNoise(py::module_& module);
 
 }  // namespace accumops

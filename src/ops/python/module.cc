@@ -208,6 +208,7 @@ PYBIND11_MODULE(_kernels, module) {
   BindClipUnits(module);
   BindBatchNorm(module);
   BindMoments(module);
+  BindNoise(module);
   module.def("instruction_sets", InstructionSets, kInstructionSetsDoc);
   module.def("instruction_set", InstructionSet, kInstructionSetDoc);
   module.def("use_instruction_set", ChooseInstructionSet, kUseInstructionSetDoc, "name"_a);

@@ -6,6 +6,7 @@
 #include "accumulate.h"
 #include "kernel_support.h"
 #include "moments.h"
+#include "noise.h"
 
 namespace accumops {
 namespace {
@@ -49,6 +50,12 @@ absl::Status CheckMoving(const Variables& variables, std::size_t first, std::int
                                      TensorShape({channels})));
   }
   return absl::OkStatus();
+}
+
+absl::Status CheckCount(const char* what, std::size_t count, std::size_t expected) {
+  if (count == expected) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat(what, " must be ", expected, " variables in all, not ", count, "."));
 }
 
 }  // namespace
@@ -176,6 +183,29 @@ absl::Status CheckMomenta(const EndWindowsAttributes& attributes, const TensorSh
   return absl::InvalidArgumentError(absl::StrCat("momenta has shape ", momenta.DebugString(),
                                                  "; it must have one for each of ", expected,
                                                  " pairs of moving statistics."));
+}
+
+absl::Status CheckNoiseGroup(const Variables& variables, std::size_t count,
+                             const TensorShape& norms) {
+  TF_RETURN_IF_ERROR(CheckCount("A window", count, 1));
+  if (norms.dims() != 2 || norms.dim_size(0) != 2) {
+    return absl::InvalidArgumentError(absl::StrCat("norms has shape ", norms.DebugString(),
+                                                   "; it must be [2, number of gradients]."));
+  }
+  return CheckVariable(variables, 0, tensorflow::DT_DOUBLE, TensorShape({NoiseWindow::kSize}));
+}
+
+absl::Status CheckNoiseEnd(const Variables& variables, std::size_t count,
+                           const TensorShape& window) {
+  TF_RETURN_IF_ERROR(CheckCount("The statistics", count, 3));
+  if (window != TensorShape({NoiseWindow::kSize})) {
+    return absl::InvalidArgumentError(absl::StrCat("window has shape ", window.DebugString(),
+                                                   "; it must be [", NoiseWindow::kSize, "]."));
+  }
+  TF_RETURN_IF_ERROR(CheckVariable(variables, 0, tensorflow::DT_DOUBLE,
+                                   TensorShape({NoiseStatistics::kAverages})));
+  TF_RETURN_IF_ERROR(CheckVariable(variables, 1, tensorflow::DT_DOUBLE, TensorShape({})));
+  return CheckVariable(variables, 2, tensorflow::DT_INT64, TensorShape({NoiseStatistics::kEnded}));
 }
 
 absl::Status CheckClipped(int i, const TensorShape& gradient, const TensorShape& weights,

@@ -60,6 +60,13 @@ absl::Status CheckWindows(const Variables& variables, int windows, bool moving,
                           std::vector<std::int64_t>* channels);
 absl::Status CheckMomenta(const EndWindowsAttributes& attributes, const TensorShape& momenta);
 
+// AccumOps>AddNoiseGroup, whose variable is the window, and AccumOps>EndNoiseWindow, whose
+// variables are the statistics.
+absl::Status CheckNoiseGroup(const Variables& variables, std::size_t count,
+                             const TensorShape& norms);
+absl::Status CheckNoiseEnd(const Variables& variables, std::size_t count,
+                           const TensorShape& window);
+
 // AccumOps>ClipUnits: gradient i and its weights. Finds rows and units.
 absl::Status CheckClipped(int i, const TensorShape& gradient, const TensorShape& weights,
                           std::int64_t* rows, std::int64_t* units);

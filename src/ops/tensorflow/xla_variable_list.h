@@ -25,6 +25,8 @@ class XlaVariableList final : public Variables {
   const TensorShape& shape(std::size_t i) const override { return entries_[i].variable->shape(); }
   std::string Describe(std::size_t i) const override;
 
+  std::size_t size() const { return entries_.size(); }
+
   absl::Status Read(std::size_t i, xla::XlaOp* value) const;
   // Gives variable `i` a value of its own type and shape.
   absl::Status Assign(std::size_t i, xla::XlaOp value) const;
