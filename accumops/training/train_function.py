@@ -1,4 +1,4 @@
-"""The functions that `fit` calls once a step, where XLA does not compile the step.
+"""The functions that `fit` calls once a step, or once for several, where XLA does not compile the step.
 
 A call of a `tf.function` takes microseconds for each variable that it uses, and so does a condition. The end of a
 window uses all variables of the update. So there are three functions of one step:
@@ -11,6 +11,8 @@ None       this is not known                                 the update, by flag
 The host counts along how many micro-batches the window still needs, and reads nothing. If something else uses the
 window, that count is stale: the function then refuses to run, before it has fetched any data, and the counters are
 read again.
+
+With `steps_per_execution` one function has a loop over steps of the last kind.
 """
 
 import functools
@@ -40,6 +42,10 @@ class TrainedModel(Protocol):
     micro_batch_size: int | None
     trainable_variables: list[keras.Variable]
     distribute_strategy: tf.distribute.Strategy | None
+    steps_per_execution: int
+
+    def get_metrics_result(self) -> Logs:
+        """Returns the metrics, by name."""
 
     def train_step(self, data: Any) -> Logs:
         """Trains on a batch."""
@@ -69,10 +75,32 @@ def train_function(model: TrainedModel, for_other_iterators: Callable[[Any], Log
         with tf.control_dependencies(tensors), model.window_ends(ends):
             return _run(model.train_step, strategy, data)
 
+    def steps(iterator: Any) -> Logs:
+        def run(number: tf.Tensor, batch: tf.experimental.Optional) -> tuple[tf.Tensor, tf.experimental.Optional]:
+            data, tensors = _together(batch.get_value())
+            with tf.control_dependencies(tensors), model.window_ends(None):
+                _run(model.train_step, None, data)
+            # A batch is fetched when it is needed, and none beyond the last step.
+            more = number + 1 < model.steps_per_execution
+            return number + 1, tf.cond(more, iterator.get_next_as_optional, lambda: batch)
+
+        # Here the data's end is an error, as for one step.
+        first = tf.experimental.Optional.from_value(iterator.get_next())
+        tf.while_loop(
+            lambda number, batch: (number < model.steps_per_execution) & batch.has_value(),
+            run,
+            [tf.constant(0), first],
+            parallel_iterations=1,
+        )
+        return model.get_metrics_result()
+
+    several = model.steps_per_execution > 1
     functions = {
         ends: _FunctionOfIterators(functools.partial(step, ends), fixed=strategy is None)
         for ends in (None, False, True)
     }
+    if several:
+        functions = {None: _FunctionOfIterators(steps, fixed=True)}
     missing: int | None = None  # how many micro-batches the window needs, if nothing else has used it since
 
     def function(iterator: Any) -> Logs:
@@ -83,7 +111,7 @@ def train_function(model: TrainedModel, for_other_iterators: Callable[[Any], Log
         if model.model.built and not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
         accumulator = model.optimizer.accumulator
-        if known is None and model.micro_batch_size is None:
+        if known is None and model.micro_batch_size is None and not several:
             known = accumulator.missing()
         try:
             try:

@@ -63,8 +63,8 @@ def end(checker: Checker, window: list[float], *, applies: bool, placed: bool) -
 def check(checker: Checker) -> None:
     """Runs all checks of this file."""
     for i, count in enumerate(checker.some(COUNTS, COUNTS, [0, 129])):
-        for share in (0.5, 0.0):
-            add(checker, count, share, starts=bool(i % 2), placed=bool(share))
+        for share, placed in ((0.5, True), (0.7, False), (0.0, False)):
+            add(checker, count, share, starts=bool(i % 2), placed=placed)
     for window in ([90.0, 2.0, 80.0, 7.0], [90.0, 1.0, 80.0, 7.0], [np.inf, 3.0, 80.0, 7.0], [90.0, 3.0, np.nan, 7.0]):
         for applies in (True, False):
             end(checker, window, applies=applies, placed=applies)

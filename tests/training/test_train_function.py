@@ -319,20 +319,117 @@ def test_features_of_all_kinds(rng, drop):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+class Logged(GradientAccumulateModel):
+    """Its logs are not the metrics after the step."""
+
+    def train_step(self, data):
+        super().train_step(data)
+        return {"samples": tf.shape(data[0])[0]}
+
+
 def test_where_keras_function_stays(monkeypatch):
-    """XLA compiles a whole step that loops over micro-batches, and several steps are one call."""
+    """XLA compiles a whole step that loops over micro-batches, and several steps have logs of their own."""
     made = []
     monkeypatch.setattr("accumops.training.model.train_function", lambda *args: made.append(1) or train_function(*args))
     by_steps, by_size = {"accum_steps": 2}, {"micro_batch_size": 2}
-    for mode, arguments, own in (
-        (by_size, {"jit_compile": True}, 0),
-        (by_steps, {"steps_per_execution": 2}, 0),
-        (by_steps, {"jit_compile": True}, 1),
-        (by_steps, {"jit_compile": False}, 2),
+    for kind, mode, arguments, own in (
+        (GradientAccumulateModel, by_size, {"jit_compile": True}, 0),
+        (Logged, by_size, {"steps_per_execution": 2}, 0),
+        (GradientAccumulateModel, by_size, {"steps_per_execution": 2, "jit_compile": True}, 0),
+        (GradientAccumulateModel, by_size, {"steps_per_execution": 2}, 1),
+        (GradientAccumulateModel, by_steps, {"steps_per_execution": 2}, 2),
+        (GradientAccumulateModel, by_steps, {"jit_compile": True}, 3),
+        (GradientAccumulateModel, by_steps, {"jit_compile": False}, 4),
+        (Logged, by_steps, {}, 5),
     ):
-        trained = GradientAccumulateModel(network(), **mode)
+        trained = kind(network(), **mode)
         trained.compile("sgd", "mse", **{"jit_compile": False, **arguments})
         trained.make_train_function()
         assert trained.make_train_function() is trained.train_function
         assert trained.jit_compile == arguments.get("jit_compile", False)
         assert len(made) == own
+
+
+MODES = {"accum_steps": {"accum_steps": 3}, "micro_batch_size": {"micro_batch_size": 3}}
+
+
+def fitted(mode, x, y, *, steps, jit_compile=False, optimizer="adamw", **arguments):
+    """What is left of two epochs, in which `steps` run in one call: weights, optimizer, logs."""
+    trained = GradientAccumulateModel(network(), **MODES[mode])
+    trained.compile(optimizer, "mse", metrics=["mae"], steps_per_execution=steps, jit_compile=jit_compile)
+    history = trained.fit(x, y, epochs=2, shuffle=False, verbose=0, **arguments).history
+    return [*trained.get_weights(), *(each.numpy() for each in trained.optimizer.variables)], history
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("steps", "optimizer", "jit_compile"),
+    [
+        (4, "adamw", False),  # the last call has 2 steps
+        pytest.param(5, "adamw", False, marks=pytest.mark.exhaustive),
+        pytest.param(100, "adamw", False, marks=pytest.mark.exhaustive),
+        pytest.param(4, "adagrad", False, marks=pytest.mark.exhaustive),  # its update is not one op
+        pytest.param(4, "adamw", True, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_several_steps_in_one_call(rng, mode, steps, optimizer, jit_compile):
+    """The same as one by one. The data ends in the middle of a call and of a window, and its last batch is smaller."""
+    x, y = batches(rng, count=9)
+    x, y = x[:-3], y[:-3]
+    batch_size = 7  # ten batches, the last one of 6
+    how = {"batch_size": batch_size, "optimizer": optimizer, "jit_compile": jit_compile}
+    weights, logs = fitted(mode, x, y, steps=1, **how)
+    found, found_logs = fitted(mode, x, y, steps=steps, **how)
+    for a, b in zip(found, weights, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7)
+    assert found_logs.keys() == logs.keys()
+    for name, values in logs.items():
+        np.testing.assert_allclose(found_logs[name], values, rtol=2e-5)
+
+
+def test_several_steps_take_no_batch_too_many(rng):
+    """A call leaves the iterator at the next batch, and the last call has what is left."""
+    x, y = batches(rng, count=9)
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
+    trained = GradientAccumulateModel(network(), micro_batch_size=3)
+    trained.compile("sgd", "mse", steps_per_execution=3, jit_compile=False)
+    train, iterator = trained.make_train_function(), iter(data)
+    train(iterator)
+    next(iterator)
+    updates = [3]
+    for _ in range(2):
+        assert np.isfinite(train(iterator)["loss"])
+        updates.append(int(trained.optimizer.iterations))
+    assert updates == [3, 6, 8]
+    with pytest.raises(StopIteration):
+        train(iterator)
+    assert int(trained.optimizer.iterations) == 8
+
+
+def test_an_error_among_several_steps(rng):
+    """The steps before it stay, and the next call goes on."""
+    x, y = batches(rng, count=6)
+    numbers = tf.data.Dataset.range(6).map(
+        lambda i: tf.debugging.check_numerics(tf.where(i == 1, np.nan, 1.0), "a hole")
+    )
+    data = tf.data.Dataset.zip((tf.data.Dataset.from_tensor_slices((x, y)).batch(8), numbers)).map(lambda xy, _: xy)
+    trained = GradientAccumulateModel(network(), micro_batch_size=3, check_loss=False)
+    trained.compile("sgd", "mse", steps_per_execution=2, jit_compile=False)
+    train, iterator = trained.make_train_function(), iter(data)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="a hole"):
+        train(iterator)
+    assert trained.optimizer.iterations.numpy() == 1
+    train(iterator)
+    assert trained.optimizer.iterations.numpy() == 3
+
+
+def test_several_steps_where_functions_run_eagerly(rng):
+    x, y = batches(rng, count=3)
+    tf.config.run_functions_eagerly(True)
+    try:
+        found, _ = fitted("micro_batch_size", x, y, steps=2, batch_size=8)
+    finally:
+        tf.config.run_functions_eagerly(False)
+    wanted, _ = fitted("micro_batch_size", x, y, steps=2, batch_size=8)
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
