@@ -24,15 +24,18 @@ def split(x: tf.Tensor, y: tf.Tensor, micro_batch: int) -> list[tuple[tf.Tensor,
 
 
 def train_steps(model: Any, x: Any, y: tf.Tensor, batch_size: int) -> Callable[[], object]:
-    """Returns a function that takes a compiled model once through the data, as `fit` does, but without callbacks."""
+    """Returns a function that takes a compiled model once through the data, as `fit` does, but without callbacks.
+
+    A call of several steps may be more than the data: it takes the model through it several times.
+    """
     model.make_train_function()
     with tf.device("CPU:0"):  # datasets stay on the CPU, whichever device the steps run on
         data = tf.data.Dataset.from_tensor_slices((x, y)).batch(batch_size, drop_remainder=True)
         batches = iter(data.cache().repeat())
-    steps = len(y) // batch_size
+    calls = max(len(y) // batch_size // model.steps_per_execution, 1)
 
     def window() -> None:
-        for _ in range(steps):
+        for _ in range(calls):
             model.train_function(batches)
 
     return window

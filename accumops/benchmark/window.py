@@ -21,6 +21,7 @@ from accumops.verification import backend
 
 ROUNDS = 30
 STEPS, MICRO = 4, 16
+TOGETHER = 8  # windows in one call, of small models
 MODELS = tuple(PROBLEMS)
 FLOOR = "forward and backward"
 _BANDWIDTH_SAMPLES = 5  # taken before each model
@@ -117,11 +118,17 @@ def contenders(problem: Problem, device: str, *, steps: int, micro: int) -> list
         return training.train_steps(model, x, y, micro)
 
     def ours(
-        batch_size: int, jit_compile: bool = False, noise: bool = False, replaced: bool = False, **arguments: Any
+        batch_size: int,
+        jit_compile: bool = False,
+        noise: bool = False,
+        replaced: bool = False,
+        together: int = 1,
+        **arguments: Any,
     ) -> Callable[[], object]:
         net = replace_batchnorm_layers(new_model()) if replaced else new_model()
         model = GradientAccumulateModel(net, **arguments)
-        model.compile(adam(), training.loss_function(), jit_compile=jit_compile)
+        in_one_call = together * (steps * micro // batch_size) if together > 1 else 1
+        model.compile(adam(), training.loss_function(), jit_compile=jit_compile, steps_per_execution=in_one_call)
         if noise:
             model.optimizer.accumulator.track_noise()
         return training.train_steps(model, x, y, batch_size)
@@ -175,6 +182,10 @@ def contenders(problem: Problem, device: str, *, steps: int, micro: int) -> list
         contender("accumops, optimizer in Keras's fit", optimizer_in_fit),
         contender("accumops, optimizer in a custom loop", custom_loop),
     ]
+    if problem.windows > 1:  # a small model
+        for name, way in (("accum_steps", accum_steps), ("micro_batch_size", micro_batch_size)):
+            together = functools.partial(way, together=TOGETHER)
+            made.append(Contender(f"accumops, {name}, {TOGETHER} windows a call", together, times=TOGETHER))
     if problem.large_table:
         made += [
             contender("accumops, accum_steps, lazy_sparse", functools.partial(accum_steps, lazy_sparse=True)),
