@@ -143,11 +143,11 @@ bool AccumulateRun(float* accumulator, const Gradient* gradient, float scale, Sp
   }
   float sums[kSquareSums];
   __builtin_memcpy(sums, of_gradient, sizeof sums);
-  norms.gradient += TotalOfRun(sums, gradient, 1);
+  norms.gradient += TotalOf(sums, gradient, kSquaresRun, 1);
   __builtin_memcpy(sums, of_accumulator, sizeof sums);
   // Streamed values are in no cache; the same products are made once more.
-  norms.accumulator +=
-      kStreaming ? TotalOfRun(sums, gradient, scale) : TotalOfRun(sums, accumulator, 1);
+  norms.accumulator += kStreaming ? TotalOf(sums, gradient, kSquaresRun, scale)
+                                  : TotalOf(sums, accumulator, kSquaresRun, 1);
   return Clean(record);
 }
 #endif

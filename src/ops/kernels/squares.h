@@ -22,20 +22,20 @@ constexpr std::int64_t kSquaresRun = 512;
 constexpr double kLeastSquares = 1e-28;
 constexpr double kMostSquares = 1e38;
 
-// As SquaresOfRun, for values whose squares leave the range of float32.
+// The sum of squares of scale * values, in float64.
 template <typename T>
-double WideSquaresOfRun(const T* values, float scale) {
+double WideSquares(const T* values, std::int64_t size, float scale) {
   double total = 0;
-  for (std::int64_t i = 0; i < kSquaresRun; ++i) {
+  for (std::int64_t i = 0; i < size; ++i) {
     const double value = static_cast<double>(scale * Widen(values[i]));
     total += value * value;
   }
   return total;
 }
 
-// The sum of squares of a run of scale * values, from the sums that were made of it.
+// The sum of squares of scale * values, from the sums that were made of them.
 template <typename T>
-double TotalOfRun(const float (&sums)[kSquareSums], const T* values, float scale) {
+double TotalOf(const float (&sums)[kSquareSums], const T* values, std::int64_t size, float scale) {
   double parts[kSquareSums];
   for (std::int64_t k = 0; k < kSquareSums; ++k) parts[k] = static_cast<double>(sums[k]);
   for (std::int64_t width = kSquareSums / 2; width > 0; width /= 2) {
@@ -43,31 +43,25 @@ double TotalOfRun(const float (&sums)[kSquareSums], const T* values, float scale
   }
   // False for a NaN, too.
   const bool in_range = parts[0] >= kLeastSquares && parts[0] <= kMostSquares;
-  return in_range ? parts[0] : WideSquaresOfRun(values, scale);
-}
-
-template <typename T>
-double SquaresOfRun(const T* values, float scale) {
-  float sums[kSquareSums] = {};
-  for (std::int64_t i = 0; i < kSquaresRun; i += kSquareSums) {
-    for (std::int64_t k = 0; k < kSquareSums; ++k) {
-      const float value = scale * Widen(values[i + k]);
-      sums[k] += value * value;
-    }
-  }
-  return TotalOfRun(sums, values, scale);
+  return in_range ? parts[0] : WideSquares(values, size, scale);
 }
 
 // The sum of squares of scale * values, of a run or less. Float64 values are not scaled.
 template <typename T>
 double Squares(const T* values, std::int64_t size, float scale) {
-  if (size == kSquaresRun) return SquaresOfRun(values, scale);
+  const std::int64_t whole = size / kSquareSums * kSquareSums;
   double total = 0;
-  for (std::int64_t i = 0; i < size; ++i) {
-    const double value = static_cast<double>(scale * Widen(values[i]));
-    total += value * value;
+  if (whole > 0) {
+    float sums[kSquareSums] = {};
+    for (std::int64_t i = 0; i < whole; i += kSquareSums) {
+      for (std::int64_t k = 0; k < kSquareSums; ++k) {
+        const float value = scale * Widen(values[i + k]);
+        sums[k] += value * value;
+      }
+    }
+    total = TotalOf(sums, values, whole, scale);
   }
-  return total;
+  return total + WideSquares(values + whole, size - whole, scale);
 }
 inline double Squares(const double* values, std::int64_t size, float) {
   double total = 0;
