@@ -12,7 +12,8 @@ The host counts along how many micro-batches the window still needs, and reads n
 window, that count is stale: the function then refuses to run, before it has fetched any data, and the counters are
 read again.
 
-With `steps_per_execution` one function has a loop over steps of the last kind.
+With `steps_per_execution` one function has a loop over steps of the last kind. The first call makes them one by one: so
+what a step makes, such as the variables of metrics, is there when the loop is traced.
 """
 
 import functools
@@ -27,6 +28,7 @@ import tensorflow as tf
 from accumops.adapters.tensorflow import bound_call
 from accumops.optimizer.optimizer import GradientAccumulateOptimizer
 from accumops.window import replicas
+from accumops.window.recorded_operations import Recording
 
 Logs = dict[str, Any]
 
@@ -75,14 +77,16 @@ def train_function(model: TrainedModel, for_other_iterators: Callable[[Any], Log
         with tf.control_dependencies(tensors), model.window_ends(ends):
             return _run(model.train_step, strategy, data)
 
-    def steps(iterator: Any) -> Logs:
+    def loop(iterator: Any) -> Logs:
         def run(number: tf.Tensor, batch: tf.experimental.Optional) -> tuple[tf.Tensor, tf.experimental.Optional]:
             data, tensors = _together(batch.get_value())
-            with tf.control_dependencies(tensors), model.window_ends(None):
+            with tf.control_dependencies(tensors), model.window_ends(None), Recording() as step:
                 _run(model.train_step, None, data)
-            # A batch is fetched when it is needed, and none beyond the last step.
-            more = number + 1 < model.steps_per_execution
-            return number + 1, tf.cond(more, iterator.get_next_as_optional, lambda: batch)
+            # A batch is fetched behind the step, which an error in the data must not stop halfway, and none is fetched
+            # behind the last one.
+            with tf.control_dependencies(step.effects):
+                more = number + 1 < model.steps_per_execution
+                return number + 1, tf.cond(more, iterator.get_next_as_optional, lambda: batch)
 
         # Here the data's end is an error, as for one step.
         first = tf.experimental.Optional.from_value(iterator.get_next())
@@ -94,13 +98,13 @@ def train_function(model: TrainedModel, for_other_iterators: Callable[[Any], Log
         )
         return model.get_metrics_result()
 
-    several = model.steps_per_execution > 1
-    functions = {
+    functions: dict[bool | None, Callable[[Any], Any]] = {
         ends: _FunctionOfIterators(functools.partial(step, ends), fixed=strategy is None)
         for ends in (None, False, True)
     }
+    several = model.steps_per_execution > 1
     if several:
-        functions = {None: _FunctionOfIterators(steps, fixed=True)}
+        functions = {None: _Several(functions[None], _FunctionOfIterators(loop, fixed=True), model.steps_per_execution)}
     missing: int | None = None  # how many micro-batches the window needs, if nothing else has used it since
 
     def function(iterator: Any) -> Logs:
@@ -168,6 +172,32 @@ class _FunctionOfIterators:
             return concrete(iterator)
         self._calls[iterator] = call
         return call()
+
+
+class _Several:
+    """Makes several steps a call: the first call one by one, and all others in one function.
+
+    Args:
+        one: Makes a step.
+        all_: Makes all of them.
+        count: How many there are.
+    """
+
+    def __init__(self, one: Callable[[Any], Any], all_: Callable[[Any], Any], count: int) -> None:
+        self._one, self._all, self._count = one, all_, count
+        self._is_first = True
+
+    def __call__(self, iterator: Any) -> Any:
+        if not self._is_first:
+            return self._all(iterator)
+        logs = self._one(iterator)
+        self._is_first = False
+        for _ in range(self._count - 1):
+            try:
+                logs = self._one(iterator)
+            except tf.errors.OutOfRangeError:
+                break
+        return logs
 
 
 def function_of_workers(

@@ -353,9 +353,9 @@ def test_where_keras_function_stays(monkeypatch):
 MODES = {"accum_steps": {"accum_steps": 3}, "micro_batch_size": {"micro_batch_size": 3}}
 
 
-def fitted(mode, x, y, *, steps, jit_compile=False, optimizer="adamw", **arguments):
+def fitted(mode, x, y, *, steps, jit_compile=False, optimizer="adamw", nonfinite="propagate", **arguments):
     """What is left of two epochs, in which `steps` run in one call: weights, optimizer, logs."""
-    trained = GradientAccumulateModel(network(), **MODES[mode])
+    trained = GradientAccumulateModel(network(), **MODES[mode], nonfinite=nonfinite)
     trained.compile(optimizer, "mse", metrics=["mae"], steps_per_execution=steps, jit_compile=jit_compile)
     history = trained.fit(x, y, epochs=2, shuffle=False, verbose=0, **arguments).history
     return [*trained.get_weights(), *(each.numpy() for each in trained.optimizer.variables)], history
@@ -385,6 +385,18 @@ def test_several_steps_in_one_call(rng, mode, steps, optimizer, jit_compile):
     assert found_logs.keys() == logs.keys()
     for name, values in logs.items():
         np.testing.assert_allclose(found_logs[name], values, rtol=2e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_that_does_not_count_among_several(rng, mode):
+    """In the first call, whose trace makes the variables of metrics."""
+    x, y = batches(rng, count=6)
+    x[10] = np.nan
+    weights, logs = fitted(mode, x, y, steps=1, batch_size=8, nonfinite="skip")
+    found, found_logs = fitted(mode, x, y, steps=3, batch_size=8, nonfinite="skip")
+    for a, b in zip(found, weights, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert found_logs == logs
 
 
 def test_several_steps_take_no_batch_too_many(rng):
