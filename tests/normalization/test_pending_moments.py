@@ -61,6 +61,7 @@ def added_together(model):
 HOW = {"accum_steps": ({"accum_steps": 3}, 3), "micro_batch_size": ({"micro_batch_size": 8}, 1)}
 
 
+@pytest.mark.some_by_default(2)
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("shared", [False, True], ids=["two layers", "one of them called twice"])
 def test_as_if_each_layer_added_its_own(how, shared, monkeypatch):
@@ -80,6 +81,7 @@ def test_one_op_for_all_layers(shared, windows):
     assert added_together(trained(network(shared), X, 3, accum_steps=3)) == windows
 
 
+@pytest.mark.some_by_default(2)
 @pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("conditional", [False, True], ids=["in the model's graph", "in a condition"])
 @pytest.mark.parametrize("how", HOW)

@@ -69,7 +69,7 @@ def test_ragged_micro_batches_are_the_pooled_batch(backend, mode, rng, dtype, to
 
 
 @pytest.mark.parametrize("dtype", [tf.float32, tf.float64, tf.float16, tf.bfloat16])
-@pytest.mark.some_by_default(8)
+@pytest.mark.some_by_default(5)
 def test_moving_statistics_move_at_the_limit(backend, mode, rng, dtype):
     batches = [rng.normal(i, 1.0, (size, 5)).astype(np.float32) for i, size in enumerate((4, 7, 3))]
     window, moving = make_window(5, limit=3), make_moving(5, dtype=dtype)

@@ -98,7 +98,7 @@ RULES = cross(
 
 
 @pytest.mark.parametrize(("backend", "mode", "rule"), RULES, indirect=["backend", "mode"])
-@pytest.mark.some_by_default(8)
+@pytest.mark.some_by_default(6)
 def test_steps_as_the_rule_says(backend, mode, rng, rule):
     problem = Problem(rng, rule)
     problem.run(mode, scales=0.25, rate=0.01)
@@ -122,7 +122,7 @@ def test_steps_as_the_rule_says(backend, mode, rng, rule):
     ids=label,
     indirect=["backend", "mode"],
 )
-@pytest.mark.some_by_default(11)
+@pytest.mark.some_by_default(8)
 def test_latest_gradient_goes_straight_in(backend, mode, rng, rule, latest_dtype):
     problem = Problem(rng, rule, latest_dtype=latest_dtype)
     problem.run(mode, latest=True, scales=0.25, rate=0.01, weight=3.0)
@@ -154,7 +154,7 @@ def test_decay_clip_and_scales_of_their_own(backend, mode, rng):
 
 
 @pytest.mark.parametrize(("backend", "mode", "rule"), RULES, indirect=["backend", "mode"])
-@pytest.mark.some_by_default(8)
+@pytest.mark.some_by_default(5)
 def test_a_step_that_does_not_apply_writes_nothing(backend, mode, rng, rule):
     problem = Problem(rng, rule)
     applies = tf.Variable(False)
@@ -168,7 +168,7 @@ def test_a_step_that_does_not_apply_writes_nothing(backend, mode, rng, rule):
 
 
 @pytest.mark.parametrize(("backend", "mode", "rule"), RULES, indirect=["backend", "mode"])
-@pytest.mark.some_by_default(8)
+@pytest.mark.some_by_default(5)
 def test_a_flag_says_whether_anything_is_done(backend, mode, rng, rule):
     problem = Problem(rng, rule)
     only_if = tf.Variable(False)

@@ -221,6 +221,7 @@ class TestGradientNorm:
             problem, model, tmp_path, OPTIMIZERS[optimizer](), batch_size=64 if mode == "micro_batch_size" else MICRO
         )
 
+    @pytest.mark.exhaustive
     @pytest.mark.parametrize("backend", ["reference"], indirect=True)
     def test_the_reference(self, rng, tmp_path, backend):
         problem = Problem(rng, SAMPLES)

@@ -350,7 +350,7 @@ def test_where_keras_function_stays(monkeypatch):
         assert len(made) == own
 
 
-MODES = {"accum_steps": {"accum_steps": 3}, "micro_batch_size": {"micro_batch_size": 3}}
+MODES = {"micro_batch_size": {"micro_batch_size": 3}, "accum_steps": {"accum_steps": 3}}
 
 
 def fitted(mode, x, y, *, steps, jit_compile=False, optimizer="adamw", nonfinite="propagate", **arguments):
@@ -361,6 +361,7 @@ def fitted(mode, x, y, *, steps, jit_compile=False, optimizer="adamw", nonfinite
     return [*trained.get_weights(), *(each.numpy() for each in trained.optimizer.variables)], history
 
 
+@pytest.mark.some_by_default(1)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     ("steps", "optimizer", "jit_compile"),
@@ -387,6 +388,7 @@ def test_several_steps_in_one_call(rng, mode, steps, optimizer, jit_compile):
         np.testing.assert_allclose(found_logs[name], values, rtol=2e-5)
 
 
+@pytest.mark.some_by_default(1)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_step_that_does_not_count_among_several(rng, mode):
     """In the first call, which makes the variables of metrics, and in a later one."""
@@ -436,6 +438,7 @@ def test_an_error_among_several_steps(rng):
     assert trained.optimizer.iterations.numpy() == 5
 
 
+@pytest.mark.exhaustive
 def test_several_steps_where_functions_run_eagerly(rng):
     x, y = batches(rng, count=3)
     tf.config.run_functions_eagerly(True)
