@@ -197,6 +197,43 @@ def test_many_windows_end_at_once(device, count, dtype):
         ending.check(ended=True, moved=True)
 
 
+class Momenta:
+    """A sequence that keeps none of its items alive."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        if i >= self.count:
+            raise IndexError(i)
+        return Number(i / self.count)
+
+
+class Number:
+    """A number whose memory other objects have as soon as nobody holds it."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __del__(self):
+        self.value = "gone"
+
+    def __float__(self):
+        return self.value
+
+
+@pytest.mark.parametrize("momenta", [Momenta, lambda count: np.arange(count) / count], ids=["a sequence", "an array"])
+def test_momenta_may_be_any_sequence(device, momenta):
+    ending = Ending(device, 9)
+    ending.momenta = momenta(9)
+    ending.run()
+    ending.momenta = [i / 9 for i in range(9)]
+    ending.check(ended=True, moved=True)
+
+
 def test_windows_that_are_dropped_move_nothing(device):
     ending = Ending(device, 50)
     ending.run(moves=False)

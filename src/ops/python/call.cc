@@ -66,6 +66,17 @@ void RequireLength(const char* argument, std::size_t length, std::size_t expecte
                         " items; it must have " + std::to_string(expected) + because);
 }
 
+std::vector<py::object> ToObjects(py::handle object, const char* argument, const char* expected) {
+  if (!PySequence_Check(object.ptr()) || PyUnicode_Check(object.ptr())) {
+    WrongType(argument, expected, object);
+  }
+  const auto items = py::reinterpret_steal<py::tuple>(PySequence_Tuple(object.ptr()));
+  if (!items) throw py::error_already_set();
+  std::vector<py::object> list;
+  for (const py::handle item : items) list.push_back(py::reinterpret_borrow<py::object>(item));
+  return list;
+}
+
 Scalar::Scalar(py::handle object, const char* argument, std::initializer_list<Element> allowed,
                const char* description) {
   if (!HasCudaInterface(object)) {

@@ -44,6 +44,10 @@ double ToMagnitude(py::handle object, const char* argument);
 void RequireLength(const char* argument, std::size_t length, std::size_t expected,
                    const char* because);
 
+// The items of a sequence that is no text. They are kept alive: those of an array or a range are
+// made when they are read.
+std::vector<py::object> ToObjects(py::handle object, const char* argument, const char* expected);
+
 // A scalar of a call: a number, or for CUDA arrays one element of device memory.
 struct Scalar {
   double value = 0;

@@ -103,21 +103,10 @@ void RunTogether(const Call& call, const std::vector<MomentsMerge>& merges, cons
            });
 }
 
-std::vector<py::object> ToList(py::handle object, const char* argument, const char* contents) {
-  if (!PySequence_Check(object.ptr()) || PyUnicode_Check(object.ptr())) {
-    WrongType(argument, contents, object);
-  }
-  const auto items = py::reinterpret_steal<py::tuple>(PySequence_Tuple(object.ptr()));
-  if (!items) throw py::error_already_set();
-  std::vector<py::object> list;
-  for (const py::handle item : items) list.push_back(py::reinterpret_borrow<py::object>(item));
-  return list;
-}
-
 void AddToWindows(py::handle batches, py::handle windows, py::handle applies,
                   std::uintptr_t stream) {
-  const auto added = ToList(batches, "batches", "a sequence with four arrays for each window");
-  const auto open = ToList(windows, "windows", "a sequence with two arrays for each window");
+  const auto added = ToObjects(batches, "batches", "a sequence with four arrays for each window");
+  const auto open = ToObjects(windows, "windows", "a sequence with two arrays for each window");
   RequireLength("batches", added.size(), open.size(), ", one for each of windows");
   const Flag flag(applies, "applies");
   Call call(py::int_(1), stream);
@@ -149,10 +138,7 @@ class Ending {
     RequireLength("moving_means", means_.size(), counters_.size(), ", one for each of counters");
     RequireLength("moving_variances", variances_.size(), counters_.size(),
                   ", one for each of counters");
-    if (!py::isinstance<py::sequence>(momenta)) {
-      WrongType("momenta", "a sequence of numbers", momenta);
-    }
-    for (const py::handle momentum : py::reinterpret_borrow<py::sequence>(momenta)) {
+    for (const py::object& momentum : ToObjects(momenta, "momenta", "a sequence of numbers")) {
       momenta_.push_back(ToNumber(momentum, "momenta", "numbers"));
     }
     RequireLength("momenta", momenta_.size(), counters_.size(), ", one for each of counters");

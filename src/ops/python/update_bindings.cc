@@ -47,8 +47,7 @@ std::vector<bool> ToDecays(py::handle object, std::size_t count) {
   const Py_ssize_t length = PySequence_Size(object.ptr());  // which may be far too many to copy
   if (length < 0) throw py::error_already_set();
   RequireLength("decays", static_cast<std::size_t>(length), count, ", one for each of values");
-  const auto items = py::reinterpret_steal<py::tuple>(PySequence_Tuple(object.ptr()));
-  if (!items) throw py::error_already_set();
+  const auto items = ToObjects(object, "decays", "None or a sequence of bool");
   RequireLength("decays", items.size(), count, ", one for each of values");
   std::vector<bool> decays;
   for (std::size_t i = 0; i < count; ++i) {
@@ -242,11 +241,7 @@ class Items {
   }
 
   void ReadSlots(py::handle slots, UpdateRule rule) {
-    if (!PySequence_Check(slots.ptr()) || PyUnicode_Check(slots.ptr())) {
-      WrongType("slots", "a sequence with a list of arrays for each slot", slots);
-    }
-    const auto lists = py::reinterpret_steal<py::tuple>(PySequence_Tuple(slots.ptr()));
-    if (!lists) throw py::error_already_set();
+    const auto lists = ToObjects(slots, "slots", "a sequence with a list of arrays for each slot");
     RequireLength("slots", lists.size(), static_cast<std::size_t>(SlotsOf(rule)),
                   ", a list of arrays for each slot of the rule");
     for (std::size_t s = 0; s < lists.size(); ++s) {
