@@ -6,7 +6,7 @@ from typing import NamedTuple, TypeVar
 import tensorflow as tf
 
 from accumops.ops import library, reference
-from accumops.ops.variables import as_flag, check_variable
+from accumops.ops.variables import as_flag, check_variable, host_constant
 
 Kind = TypeVar("Kind", bound=tuple)
 
@@ -109,7 +109,7 @@ def merge_moments(
         moving=[] if moving is None else [moving.mean.handle, moving.variance.handle],
         count=[] if batch is None else [batch.count],
         moments=[] if batch is None else list(batch[1:]),
-        momentum=tf.constant(0.0 if moving is None else moving.momentum, tf.float64),
+        momentum=host_constant(0.0 if moving is None else moving.momentum, tf.float64),
         only_finite=only_finite,
     )
 
@@ -237,7 +237,7 @@ def _end(
     fused.accum_ops_end_windows(
         windows=[variable.handle for variable in variables],
         moving=[variable.handle for variable in statistics],
-        momenta=tf.constant([each.momentum for each in moving or ()], tf.float64),
+        momenta=host_constant([each.momentum for each in moving or ()], tf.float64),
         applies=applies,
     )
 

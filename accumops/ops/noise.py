@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from accumops.arguments import check_decay
 from accumops.ops import library, reference
-from accumops.ops.variables import as_flag, check_variable
+from accumops.ops.variables import as_flag, check_variable, host_constant
 
 _SHARES = (tf.float32, tf.float64)
 
@@ -27,8 +27,9 @@ def add_noise_group(
 ) -> None:
     """Adds what a micro-batch tells of the gradient's noise to what is known of its window, in place.
 
-    The variance of gradients shows in how much larger the micro-batches' gradients are than the window's, so the
-    squared norms that `accumulate` reports are all that is needed. `accumops.ops.reference.add_noise_group` is the
+    A group is what one gradient is of: a micro-batch, or under a strategy one replica's. The variance of gradients
+    shows in how much larger the groups' gradients are than the window's, so the squared norms that `accumulate` reports
+    are all that is needed. `accumops.ops.reference.add_noise_group` is the
     definition, in plain TensorFlow.
 
     Args:
@@ -134,7 +135,7 @@ def end_noise_window(
         reference.end_noise_window(window, NoiseStatistics(*variables), decay=decay, **arguments)
     else:
         handles = [variable.handle for variable in variables]
-        decay = tf.constant(decay, tf.float64)  # an attribute would be a float32
+        decay = host_constant(decay, tf.float64)  # an attribute would be a float32
         fused.accum_ops_end_noise_window(statistics=handles, window=window, decay=decay, **arguments)
 
 

@@ -1,9 +1,12 @@
-"""What the ops take: the TensorFlow variable inside a Keras variable, and flags."""
+"""What the ops take: the TensorFlow variable inside a Keras variable, flags, and constants on the host."""
 
+import contextlib
 from typing import Any
 
 import keras
 import tensorflow as tf
+
+from accumops.adapters.tensorflow import xla_compiles_this
 
 
 def tf_variable(variable: tf.Variable | keras.Variable) -> tf.Variable:
@@ -25,3 +28,10 @@ def as_flag(name: str, value: bool | tf.Tensor) -> tf.Tensor:
     if tensor.dtype != tf.bool or tensor.shape.rank not in (0, None):
         raise ValueError(f"`{name}` must be a bool or a scalar bool tensor. Received: {value!r}")
     return tensor
+
+
+def host_constant(value: Any, dtype: tf.DType) -> tf.Tensor:
+    """Returns a constant in the memory of the host, where a GPU's op reads it."""
+    # XLA has constants of its own.
+    with contextlib.nullcontext() if xla_compiles_this() else tf.device("/CPU:0"):
+        return tf.constant(value, dtype)

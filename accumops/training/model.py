@@ -223,7 +223,7 @@ class GradientAccumulateModel(ConfiguredWrapper):
                 must be a mean over samples: the maximum or median of a batch cannot be had from its micro-batches.
             weighted_metrics: Metrics that sample weights apply to.
             run_eagerly: Whether nothing is traced.
-            steps_per_execution: Steps in one call, which spares small models the time of calls.
+            steps_per_execution: How many steps one call makes. Small models train faster with several.
             jit_compile: Whether XLA compiles steps.
             auto_scale_loss: Whether a `mixed_float16` model gets a `LossScaleOptimizer` inside that wrapper. It drops
                 windows that are not finite, and its scale backs off. Keras's SwapEMAWeights does not look through it.
@@ -324,7 +324,7 @@ class GradientAccumulateModel(ConfiguredWrapper):
             finally:
                 self.jit_compile = jit_compile
             made = getattr(self, "train_function")  # noqa: B009 - Keras's, of a type that is not known
-            # What a subclass's `train_step` returns may be something else than the metrics after the last step.
+            # A subclass's `train_step` may return other logs than the metrics after the last step.
             own_step = getattr(self.train_step, "__func__", None) is GradientAccumulateModel.train_step
             plain = not self.run_eagerly and (passes or not jit_compile) and (own_step or self.steps_per_execution == 1)
             if replicas.spans_processes(self.distribute_strategy):

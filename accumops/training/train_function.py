@@ -12,8 +12,8 @@ The host counts along how many micro-batches the window still needs, and reads n
 window, that count is stale: the function then refuses to run, before it has fetched any data, and the counters are
 read again.
 
-With `steps_per_execution` one function has a loop over steps of the last kind. The first call makes them one by one: so
-what a step makes, such as the variables of metrics, is there when the loop is traced.
+With `steps_per_execution` one function loops over steps of kind None. The first call makes its steps one by one. So
+variables that a step makes, such as those of metrics, exist when the loop is traced.
 """
 
 import functools
@@ -79,23 +79,23 @@ def train_function(model: TrainedModel, for_other_iterators: Callable[[Any], Log
 
     def loop(iterator: Any) -> Logs:
         def run(number: tf.Tensor, batch: tf.experimental.Optional) -> tuple[tf.Tensor, tf.experimental.Optional]:
-            data, tensors = _together(batch.get_value())
+            with tf.device("/CPU:0"):
+                data = batch.get_value()
+            data, tensors = _together(data)
             with tf.control_dependencies(tensors), model.window_ends(None), Recording() as step:
                 _run(model.train_step, None, data)
-            # A batch is fetched behind the step, which an error in the data must not stop halfway, and none is fetched
-            # behind the last one.
-            with tf.control_dependencies(step.effects):
+            # The next batch is fetched after the step. So an error in the data cannot stop the step halfway. After the
+            # last step no batch is fetched.
+            with tf.control_dependencies(step.effects), tf.device("/CPU:0"):
                 more = number + 1 < model.steps_per_execution
-                return number + 1, tf.cond(more, iterator.get_next_as_optional, lambda: batch)
+                none = tf.experimental.Optional.empty(batch.element_spec)
+                return number + 1, tf.cond(more, iterator.get_next_as_optional, lambda: none)
 
         # Here the data's end is an error, as for one step.
-        first = tf.experimental.Optional.from_value(iterator.get_next())
-        tf.while_loop(
-            lambda number, batch: (number < model.steps_per_execution) & batch.has_value(),
-            run,
-            [tf.constant(0), first],
-            parallel_iterations=1,
-        )
+        with tf.device("/CPU:0"):  # as a dataset's batches are, wherever the step runs
+            first = tf.experimental.Optional.from_value(iterator.get_next())
+        # A condition of two parts would be computed on a GPU, which the host would wait for.
+        tf.while_loop(lambda _, batch: batch.has_value(), run, [tf.constant(0), first], parallel_iterations=1)
         return model.get_metrics_result()
 
     functions: dict[bool | None, Callable[[Any], Any]] = {
@@ -104,7 +104,10 @@ def train_function(model: TrainedModel, for_other_iterators: Callable[[Any], Log
     }
     several = model.steps_per_execution > 1
     if several:
-        functions = {None: _Several(functions[None], _FunctionOfIterators(loop, fixed=True), model.steps_per_execution)}
+        # TensorFlow counts the traces of functions of the same code, of all models together, and warns of many. A
+        # partial has no code.
+        together = _FunctionOfIterators(functools.partial(loop), fixed=True)
+        functions = {None: _Several(functions[None], together, model.steps_per_execution)}
     missing: int | None = None  # how many micro-batches the window needs, if nothing else has used it since
 
     def function(iterator: Any) -> Logs:

@@ -168,6 +168,15 @@ def check_in_replica(strategy: tf.distribute.Strategy, what: str) -> None:
         )
 
 
+def check_in_graph(what: str) -> None:
+    """Raises in eager execution, where TensorFlow mixes up collective operations of several dtypes and shapes."""
+    if tf.executing_eagerly():
+        raise ValueError(
+            f"Under {type(tf.distribute.get_strategy()).__name__} {what}, ends in graphs only: leave out "
+            "`run_eagerly=True`, or run the step in a `tf.function`."
+        )
+
+
 def across_replicas(strategy: tf.distribute.Strategy, function: Callable[[], Any]) -> None:
     """Calls a function once, outside of the replicas. Where all replicas call this, they wait for it together.
 

@@ -355,6 +355,8 @@ class WindowState(tf.Module):
         asked = [self.nonfinite.in_window] if self.nonfinite.acts else []
         # The noise of a gradient needs the sums over all replicas.
         noise = self.notes.noise if sums else None
+        if noise is not None or asked:
+            replicas.check_in_graph(f"a window of {self._owner} that notes the noise of gradients, or has `nonfinite`")
         parts = [tf.convert_to_tensor(each) for each in (self.weight, *asked)] + (values if sums else [])
         weight, *reduced = replicas.sum_over_replicas([*parts, *([] if noise is None else [noise.part()])])
         verdict = self.nonfinite.verdict(weight, reduced.pop(0) if asked else None)

@@ -96,38 +96,45 @@ def wrapped(
     nonfinite: str = "propagate",
     norms: bool = False,
     noise: bool = False,
+    together: int = 1,
     **mode: int,
 ) -> Iterator[tuple[str, Any]]:
     """The functions that `fit` calls."""
     wrapper = accumops.GradientAccumulateModel(model(), nonfinite=nonfinite, **mode)
     adam = keras.optimizers.Adam(global_clipnorm=clip)
-    wrapper.compile(keras.optimizers.LossScaleOptimizer(adam) if scaled else adam, LOSS, jit_compile=False)
+    wrapper.compile(
+        keras.optimizers.LossScaleOptimizer(adam) if scaled else adam,
+        LOSS,
+        jit_compile=False,
+        steps_per_execution=together,
+    )
     if norms:
         wrapper.optimizer.accumulator.track_norms()
     if noise:
         wrapper.optimizer.accumulator.track_noise()
     dataset = batches(wrapper.model)
-    wrapper.fit(dataset, steps_per_epoch=1, verbose=0)
+    wrapper.fit(dataset, steps_per_epoch=together, verbose=0)
     options = {
         "clipped": clip,
         "losses scaled": scaled,
         f"non-finite: {nonfinite}": nonfinite != "propagate",
         "norms of variables": norms,
         "noise scale": noise,
+        "several steps": together > 1,
     }
     for ends, function in functions_of(wrapper, dataset):
-        way = "micro_batch_size" if ends is None else "accum_steps"
+        way = next(iter(mode))
         name = ", ".join([way, *(option for option, is_on in options.items() if is_on)])
         yield f"{name}{'' if ends is None else ', ends the window' if ends else ', micro-batch'}", function
 
 
 def functions_of(wrapper: Any, dataset: tf.data.Dataset) -> Iterator[tuple[bool | None, Any]]:
     """The function of a step, for each way in which it may end a window."""
-    made: dict[bool | None, Any] = {}
+    made: dict[Any, Any] = {}
 
     class Noted(train_function._FunctionOfIterators):
         def __init__(self, run: Any, *, fixed: bool) -> None:
-            made[run.args[0]] = run
+            made[run.args[0] if run.args else "loop"] = run
             super().__init__(run, fixed=fixed)
 
     original = train_function._FunctionOfIterators
@@ -136,8 +143,9 @@ def functions_of(wrapper: Any, dataset: tf.data.Dataset) -> Iterator[tuple[bool 
         train_function.train_function(wrapper, lambda iterator: {})
     finally:
         train_function._FunctionOfIterators = original  # type: ignore[misc]
-    for ends in (None,) if wrapper.micro_batch_size else (False, True):
-        function = tf.function(made[ends], autograph=False)
+    several = wrapper.steps_per_execution > 1
+    for ends in (None,) if wrapper.micro_batch_size or several else (False, True):
+        function = tf.function(made["loop" if several else ends], autograph=False)
         yield ends, function.get_concrete_function(iter(dataset))
 
 
@@ -177,6 +185,8 @@ def steps(model: Model) -> Iterator[tuple[str, Any]]:
     yield from loop(model, norms=True)
     yield from wrapped(model, accum_steps=4, noise=True)
     yield from wrapped(model, micro_batch_size=4, noise=True)
+    yield from wrapped(model, accum_steps=4, together=3)
+    yield from wrapped(model, micro_batch_size=4, together=3)
 
 
 def main() -> None:

@@ -260,6 +260,13 @@ def errors():
             model.compile("sgd", "mse", steps_per_execution=2)
         model.fit(np.ones((8, 5)), np.ones((8, 3)), verbose=0)
 
+    def noise_eagerly():
+        with strategy.scope():
+            eager = accumops.GradientAccumulateModel(network(), accum_steps=1)
+            eager.compile("sgd", "mse", run_eagerly=True)
+        eager.optimizer.accumulator.track_noise()
+        eager.fit(np.ones((8, 5)), np.ones((8, 3)), verbose=0)
+
     central = tf.distribute.experimental.CentralStorageStrategy(["CPU:0", "CPU:1"])
     return {
         "CentralStorageStrategy": (lambda: under(central), "does not work under CentralStorage"),
@@ -276,6 +283,7 @@ def errors():
         ),
         "jit_compile": (lambda: model.compile("sgd", "mse", jit_compile=True), "`jit_compile=True` does not work"),
         "steps_per_execution": (several_steps, "`steps_per_execution` must be 1"),
+        "run_eagerly": (noise_eagerly, "notes the noise of gradients, or has `nonfinite`, ends in graphs only"),
         "micro_batch_size": (
             lambda: model_of(strategy, micro_batch_size=17).fit(np.ones((32, 5)), np.ones((32, 3)), batch_size=32),
             "micro_batch_size=17 is larger than what each of 2 replicas gets of 32 samples, 16",
@@ -291,7 +299,7 @@ def model_of(strategy, **arguments):
 
 
 NAMES = """CentralStorageStrategy variable optimizer lazy_sparse LossScaleOptimizer unbuilt outside close keep_sparse
-jit_compile steps_per_execution micro_batch_size"""
+jit_compile steps_per_execution run_eagerly micro_batch_size"""
 
 
 @pytest.mark.parametrize("name", NAMES.split())

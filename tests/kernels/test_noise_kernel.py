@@ -48,6 +48,13 @@ def test_windows_that_tell_nothing(device, window, norm):
     assert ended.tolist() == [1, 2]
 
 
+def test_steps_may_be_any_whole_number(device):
+    for steps in (3, np.int64(4), True):
+        kept = statistics(device)
+        device.kernels.end_noise_window(device.put(np.ones(4)), kept, shares=1.0, steps=steps, decay=0.5)
+        assert device.get(kept[2]).tolist() == [1, int(steps)]
+
+
 def test_a_window_without_an_update(device):
     kept = statistics(device, (1.0, 2.0, 3.0))
     window = device.put(np.array([9.0, 2, 4, 1]))

@@ -309,14 +309,16 @@ def test_features_of_all_kinds(rng, drop):
             return self.dense(tf.concat([inputs["numbers"], words, bags], axis=1))
 
     results = []
-    for eager in (False, True):
+    for eager, steps in ((True, 1), (False, 1), (False, 3)):
         keras.utils.set_random_seed(1)
         trained = GradientAccumulateModel(Net(), accum_steps=2)
-        trained.compile(keras.optimizers.SGD(0.01), "mse", run_eagerly=eager, jit_compile=False)
+        sgd = keras.optimizers.SGD(0.01)
+        trained.compile(sgd, "mse", run_eagerly=eager, steps_per_execution=steps, jit_compile=False)
         trained.fit(data, epochs=2, verbose=0)
         results.append(trained.get_weights())
-    for a, b in zip(*results, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    for wanted, *found in zip(*results, strict=True):
+        for each in found:
+            np.testing.assert_allclose(each, wanted, rtol=1e-5, atol=1e-6)
 
 
 class Logged(GradientAccumulateModel):
@@ -449,3 +451,12 @@ def test_several_steps_where_functions_run_eagerly(rng):
     wanted, _ = fitted("micro_batch_size", x, y, steps=2, batch_size=8)
     for a, b in zip(found, wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.exhaustive
+def test_several_steps_of_many_models_warn_of_no_retracing(rng, caplog):
+    """TensorFlow counts the traces of all functions that have the same code together."""
+    x, y = batches(rng, count=4)
+    for _ in range(8):
+        fitted("micro_batch_size", x, y, steps=2, batch_size=8)
+    assert "retracing" not in caplog.text

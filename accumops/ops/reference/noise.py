@@ -1,4 +1,4 @@
-"""The definitions of what is done with a window's noise."""
+"""The definitions of the ops for the noise scale."""
 
 import math
 from collections.abc import Sequence

@@ -85,7 +85,9 @@ constexpr double EndWindow(const double* window, const NoiseEnding& ending,
     }
   }
   statistics.ended[0] += 1;
-  statistics.ended[1] += ending.steps;
+  // As unsigned numbers: any sum is defined.
+  statistics.ended[1] = static_cast<std::int64_t>(static_cast<std::uint64_t>(statistics.ended[1]) +
+                                                  static_cast<std::uint64_t>(ending.steps));
   return makes_update ? mean : kNan;
 }
 

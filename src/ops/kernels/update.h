@@ -41,7 +41,7 @@ namespace accumops {
 //   src/ops/kernels     update_span.cc, update_cuda.cu
 //   src/ops/python      update_bindings.cc (the docstring)
 //   src/ops/tensorflow  update_attributes.h (if it has new settings), update_op.cc, update_xla.cc
-//   accumops            ops/update.py, ops/reference.py, adapters/keras_optimizer.py,
+//   accumops            ops/update.py, ops/reference/update.py, adapters/keras_optimizer.py,
 //                       verification/update.py
 enum class UpdateRule : std::uint8_t { kSgd, kMomentum, kNesterov, kAdam, kAmsgrad, kLion };
 

@@ -64,8 +64,10 @@ void EndNoiseWindow(py::handle window, py::handle statistics, py::handle shares,
                      "float32 or float64");
   const Scalar factor(scale, "scale", {Element::kFloat64}, "float64");
   const Flag updates(applies, "applies");
-  if (!py::isinstance<py::int_>(steps)) WrongType("steps", "a whole number", steps);
-  const std::int64_t count = PyLong_AsLongLong(steps.ptr());
+  if (!PyIndex_Check(steps.ptr())) WrongType("steps", "a whole number", steps);
+  const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(steps.ptr()));
+  if (!number) throw py::error_already_set();
+  const std::int64_t count = PyLong_AsLongLong(number.ptr());
   if (count == -1 && PyErr_Occurred()) throw py::error_already_set();
   NoiseEnding ending = {total.value, factor.value, updates.value, count, ToNumber(decay, "decay")};
   Require(sums, Element::kFloat64, {NoiseWindow::kSize}, ": the sums of a window");

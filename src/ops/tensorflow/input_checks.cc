@@ -52,10 +52,10 @@ absl::Status CheckMoving(const Variables& variables, std::size_t first, std::int
   return absl::OkStatus();
 }
 
-absl::Status CheckCount(const char* what, std::size_t count, std::size_t expected) {
-  if (count == expected) return absl::OkStatus();
+absl::Status CheckCount(const char* what, std::size_t count, const char* expected, bool right) {
+  if (right) return absl::OkStatus();
   return absl::InvalidArgumentError(
-      absl::StrCat(what, " must be ", expected, " variables in all, not ", count, "."));
+      absl::StrCat(what, " must be ", expected, ", not ", count, "."));
 }
 
 }  // namespace
@@ -187,7 +187,7 @@ absl::Status CheckMomenta(const EndWindowsAttributes& attributes, const TensorSh
 
 absl::Status CheckNoiseGroup(const Variables& variables, std::size_t count,
                              const TensorShape& norms) {
-  TF_RETURN_IF_ERROR(CheckCount("A window", count, 1));
+  TF_RETURN_IF_ERROR(CheckCount("window", count, "one variable", count == 1));
   if (norms.dims() != 2 || norms.dim_size(0) != 2) {
     return absl::InvalidArgumentError(absl::StrCat("norms has shape ", norms.DebugString(),
                                                    "; it must be [2, number of gradients]."));
@@ -197,7 +197,7 @@ absl::Status CheckNoiseGroup(const Variables& variables, std::size_t count,
 
 absl::Status CheckNoiseEnd(const Variables& variables, std::size_t count,
                            const TensorShape& window) {
-  TF_RETURN_IF_ERROR(CheckCount("The statistics", count, 3));
+  TF_RETURN_IF_ERROR(CheckCount("statistics", count, "three variables", count == 3));
   if (window != TensorShape({NoiseWindow::kSize})) {
     return absl::InvalidArgumentError(absl::StrCat("window has shape ", window.DebugString(),
                                                    "; it must be [", NoiseWindow::kSize, "]."));

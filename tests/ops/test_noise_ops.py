@@ -171,7 +171,7 @@ class Raw:
         self.module, _ = library.load()
         if self.module is None:
             pytest.skip("the compiled ops do not load")
-        self.window, self.statistics = new_window(), new_statistics()
+        self.window, self.other, self.statistics = new_window(), new_window(), new_statistics()
 
     def add(self, **changes):
         given = {"window": [self.window.handle], "norms": NORMS, "share": tf.ones([]), "starts": tf.constant(True)}
@@ -195,32 +195,50 @@ class Raw:
 
 
 DAMAGE = {
-    "no window": lambda a: a.add(window=[]),
-    "two windows": lambda a: a.add(window=[a.window.handle, new_window().handle]),
-    "a short window": lambda a: a.add(window=[variable([1.0, 2.0], tf.float64)]),
-    "a window of float32": lambda a: a.add(window=[variable([1.0] * 4, tf.float32)]),
-    "a table for a window": lambda a: a.add(window=[table()]),
-    "an uninitialized window": lambda a: a.add(window=[uninitialized(tf.float64, [4])]),
-    "norms of one row": lambda a: a.add(norms=NORMS[:1]),
-    "norms of three rows": lambda a: a.add(norms=tf.zeros([3, 2], tf.float64)),
-    "two shares": lambda a: a.add(share=tf.ones([2])),
-    "two flags": lambda a: a.add(starts=tf.constant([True, False])),
-    "two statistics": lambda a: a.end(statistics=a.handles[:2]),
-    "a statistic twice": lambda a: a.end(statistics=[a.handles[0], a.handles[1], a.handles[1]]),
-    "statistics in another order": lambda a: a.end(statistics=a.handles[::-1]),
-    "a window of five": lambda a: a.end(window=tf.zeros([5], tf.float64)),
-    "two totals": lambda a: a.end(shares=tf.ones([2])),
-    "two scales": lambda a: a.end(scale=tf.ones([2], tf.float64)),
-    "two numbers of steps": lambda a: a.end(steps=tf.constant([1, 2], tf.int64)),
-    "two decays": lambda a: a.end(decay=tf.constant([0.5, 0.5], tf.float64)),
+    "no window": (r"window must be one variable, not 0", lambda a: a.add(window=[])),
+    "two windows": (r"window must be one variable, not 2", lambda a: a.add(window=[a.window.handle, a.other.handle])),
+    "a short window": (
+        r"is double of shape \[2\]; it must be double of shape \[4\]",
+        lambda a: a.add(window=[variable([1.0, 2.0], tf.float64)]),
+    ),
+    "a window of float32": (
+        r"is float of shape \[4\]; it must be double of shape \[4\]",
+        lambda a: a.add(window=[variable([1.0] * 4, tf.float32)]),
+    ),
+    "a table for a window": ("resource|uninitialized", lambda a: a.add(window=[table()])),
+    "an uninitialized window": (r"uninitialized", lambda a: a.add(window=[uninitialized(tf.float64, [4])])),
+    "norms of one row": (
+        r"norms has shape \[1,3\]; it must be \[2, number of gradients\]",
+        lambda a: a.add(norms=NORMS[:1]),
+    ),
+    "norms of three rows": (
+        r"norms has shape \[3,2\]; it must be \[2, number of gradients\]",
+        lambda a: a.add(norms=tf.zeros([3, 2], tf.float64)),
+    ),
+    "two shares": (r"scalar|rank 0", lambda a: a.add(share=tf.ones([2]))),
+    "two flags": (r"scalar|rank 0", lambda a: a.add(starts=tf.constant([True, False]))),
+    "two statistics": (r"statistics must be three variables, not 2", lambda a: a.end(statistics=a.handles[:2])),
+    "a statistic twice": (
+        r"are the same variable; give it once",
+        lambda a: a.end(statistics=[a.handles[0], a.handles[1], a.handles[1]]),
+    ),
+    "statistics in another order": (r"it must be double of shape \[3\]", lambda a: a.end(statistics=a.handles[::-1])),
+    "a window of five": (
+        r"window has shape \[5\]; it must be \[4\]",
+        lambda a: a.end(window=tf.zeros([5], tf.float64)),
+    ),
+    "two totals": (r"scalar|rank 0", lambda a: a.end(shares=tf.ones([2]))),
+    "two scales": (r"scalar|rank 0", lambda a: a.end(scale=tf.ones([2], tf.float64))),
+    "two numbers of steps": (r"scalar|rank 0", lambda a: a.end(steps=tf.constant([1, 2], tf.int64))),
+    "two decays": (r"scalar|rank 0", lambda a: a.end(decay=tf.constant([0.5, 0.5], tf.float64))),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_the_raw_ops_check_their_inputs(mode, damage):
+@pytest.mark.parametrize(("message", "damage"), DAMAGE.values(), ids=DAMAGE)
+def test_the_raw_ops_check_their_inputs(mode, message, damage):
     raw = Raw()
-    with pytest.raises((INVALID, PRECONDITION, ValueError, TypeError, LookupError)):
-        mode(lambda: DAMAGE[damage](raw))()
+    with pytest.raises((INVALID, PRECONDITION, ValueError, TypeError), match=message):
+        mode(lambda: damage(raw))()
     assert raw.window.numpy().tolist() == [0, 0, 0, 0]
     assert [each.numpy().tolist() for each in raw.statistics] == [[0, 0, 0], 0, [0, 0]]
     raw.add()  # no lock was left behind
@@ -230,21 +248,21 @@ def test_the_raw_ops_check_their_inputs(mode, damage):
 
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize(
-    ("op", "name", "wrong"),
+    ("op", "name", "wrong", "message"),
     [
-        ("add", "norms", tf.zeros([3, 2], tf.float64)),
-        ("add", "share", tf.ones([2])),
-        ("end", "window", tf.zeros([5], tf.float64)),
-        ("end", "decay", tf.ones([2], tf.float64)),
+        ("add", "norms", tf.zeros([3, 2], tf.float64), "norms has shape"),
+        ("add", "share", tf.ones([2]), "share must be a scalar"),
+        ("end", "window", tf.zeros([5], tf.float64), "window has shape"),
+        ("end", "decay", tf.ones([2], tf.float64), "decay must be a scalar"),
     ],
 )
-def test_shapes_that_only_the_call_shows(op, name, wrong, jit_compile):
+def test_shapes_that_only_the_call_shows(op, name, wrong, message, jit_compile):
     raw = Raw()
     signature = [tf.TensorSpec(None, wrong.dtype)]
     run = tf.function(
         lambda given: getattr(raw, op)(**{name: given}), input_signature=signature, jit_compile=jit_compile
     )
-    with pytest.raises(INVALID):
+    with pytest.raises(INVALID, match=message):
         run(wrong)
     assert raw.window.numpy().tolist() == [0, 0, 0, 0]
     assert raw.statistics.ended.numpy().tolist() == [0, 0]
