@@ -77,37 +77,34 @@ def train_function(model: TrainedModel, for_other_iterators: Callable[[Any], Log
         with tf.control_dependencies(tensors), model.window_ends(ends):
             return _run(model.train_step, strategy, data)
 
+    several = model.steps_per_execution > 1
+    if several:
+        with tf.init_scope(), tf.device("/CPU:0"):
+            done = tf.Variable(0, name="steps_of_a_call")  # an int32, which is on the host
+
     def loop(iterator: Any) -> Logs:
-        def run(number: tf.Tensor, batch: tf.experimental.Optional) -> tuple[tf.Tensor, tf.experimental.Optional]:
-            with tf.device("/CPU:0"):
-                data = batch.get_value()
-            data, tensors = _together(data)
+        def run(number: tf.Tensor) -> list[tf.Tensor]:
+            data, tensors = _together(iterator.get_next())
             with tf.control_dependencies(tensors), model.window_ends(None), Recording() as step:
                 _run(model.train_step, None, data)
-            # The next batch is fetched after the step. So an error in the data cannot stop the step halfway. After the
-            # last step no batch is fetched.
-            with tf.control_dependencies(step.effects), tf.device("/CPU:0"):
-                more = number + 1 < model.steps_per_execution
-                none = tf.experimental.Optional.empty(batch.element_spec)
-                return number + 1, tf.cond(more, iterator.get_next_as_optional, lambda: none)
+            # A step ends before the next batch is fetched. So the data's end, or an error in it, stops no step halfway.
+            with tf.control_dependencies(step.effects), tf.control_dependencies([done.assign(number + 1)]):
+                return [number + 1]
 
-        # Here the data's end is an error, as for one step.
-        with tf.device("/CPU:0"):  # as a dataset's batches are, wherever the step runs
-            first = tf.experimental.Optional.from_value(iterator.get_next())
-        # A condition of two parts would be computed on a GPU, which the host would wait for.
-        tf.while_loop(lambda _, batch: batch.has_value(), run, [tf.constant(0), first], parallel_iterations=1)
+        with tf.control_dependencies([done.assign(0)]):
+            first = tf.zeros([], tf.int32)
+        tf.while_loop(lambda number: number < model.steps_per_execution, run, [first], parallel_iterations=1)
         return model.get_metrics_result()
 
     functions: dict[bool | None, Callable[[Any], Any]] = {
         ends: _FunctionOfIterators(functools.partial(step, ends), fixed=strategy is None)
         for ends in (None, False, True)
     }
-    several = model.steps_per_execution > 1
     if several:
         # TensorFlow counts the traces of functions of the same code, of all models together, and warns of many. A
         # partial has no code.
         together = _FunctionOfIterators(functools.partial(loop), fixed=True)
-        functions = {None: _Several(functions[None], together, model.steps_per_execution)}
+        functions = {None: _Several(functions[None], together, model, done)}
     missing: int | None = None  # how many micro-batches the window needs, if nothing else has used it since
 
     def function(iterator: Any) -> Logs:
@@ -182,20 +179,31 @@ class _Several:
 
     Args:
         one: Makes a step.
-        all_: Makes all of them.
-        count: How many there are.
+        all_: Makes all of them; at the data's end it fails.
+        model: The model.
+        done: How many of them it has made.
     """
 
-    def __init__(self, one: Callable[[Any], Any], all_: Callable[[Any], Any], count: int) -> None:
-        self._one, self._all, self._count = one, all_, count
+    def __init__(
+        self, one: Callable[[Any], Any], all_: Callable[[Any], Any], model: TrainedModel, done: tf.Variable
+    ) -> None:
+        self._one, self._all, self._model, self._done = one, all_, model, done
         self._is_first = True
 
     def __call__(self, iterator: Any) -> Any:
-        if not self._is_first:
+        if self._is_first:
+            return self._one_by_one(iterator)
+        try:
             return self._all(iterator)
+        except tf.errors.OutOfRangeError:
+            if int(self._done) == 0:
+                raise
+            return self._model.get_metrics_result()
+
+    def _one_by_one(self, iterator: Any) -> Any:
         logs = self._one(iterator)
         self._is_first = False
-        for _ in range(self._count - 1):
+        for _ in range(self._model.steps_per_execution - 1):
             try:
                 logs = self._one(iterator)
             except tf.errors.OutOfRangeError:

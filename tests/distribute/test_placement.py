@@ -27,8 +27,8 @@ BUDGET = {
     "accum_steps, noise scale, micro-batch": (24, 2),
     "accum_steps, noise scale, ends the window": (33, 2),
     "micro_batch_size, noise scale": (38, 3),
-    "accum_steps, several steps": (32, 4),
-    "micro_batch_size, several steps": (37, 5),
+    "accum_steps, several steps": (31, 2),
+    "micro_batch_size, several steps": (36, 3),
 }
 
 
