@@ -108,7 +108,7 @@ def end_noise_window(
 
     >>> averages, norm = tf.Variable(tf.zeros([3], tf.float64)), tf.Variable(0.0, dtype=tf.float64)
     >>> statistics = accumops.ops.NoiseStatistics(averages, norm, tf.Variable([0, 0], dtype=tf.int64))
-    >>> window = tf.constant([26, 2, 32, 2], tf.float64)  # of the gradients [3, 4] and [1, 0]
+    >>> window = tf.constant([26, 2, 32, 2], tf.float64)  # after the gradients [3, 4] and [1, 0]
     >>> accumops.ops.end_noise_window(window, statistics, shares=2.0, steps=2, decay=0.0)
     >>> averages.numpy(), norm.numpy().round(3)
     (array([10.,  3.,  1.]), np.float64(2.828))

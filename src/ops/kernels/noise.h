@@ -23,11 +23,11 @@ struct NoiseWindow {
 
 // What is known from the windows that have ended.
 struct NoiseStatistics {
-  static constexpr int kAverages = 3;  // of the trace, of the square, and of 1
-  static constexpr int kEnded = 2;     // windows and their micro-batches
+  static constexpr int kAverages = 3;  // the averages of the trace, of the square, and of 1
+  static constexpr int kEnded = 2;     // the numbers of windows and of their micro-batches
 
   double* averages;
-  double* norm;  // of the last window's gradient; NaN if it made no update
+  double* norm;  // the norm of the last window's gradient, or NaN if that window made no update
   std::int64_t* ended;
 };
 

@@ -105,9 +105,7 @@ struct Cpu {
   }
   static absl::Status Accumulate(OpKernelContext* ctx, const Inputs& inputs,
                                  const AccumulateReport& report) {
-    const double scale = inputs.scale->dtype() == tensorflow::DT_DOUBLE
-                             ? inputs.scale->scalar<double>()()
-                             : inputs.scale->scalar<float>()();
+    const double scale = NumberOf(*inputs.scale);
     const bool overwrite = inputs.overwrite->scalar<bool>()();
     PoolExecutor executor(ctx);
     const auto items = inputs.DenseItems();

@@ -33,6 +33,11 @@ absl::Status RequireScalar(OpKernelContext* ctx, const char* name, const Tensor*
   return CheckScalar(name, (*scalar)->shape());
 }
 
+double NumberOf(const Tensor& scalar) {
+  return scalar.dtype() == tensorflow::DT_DOUBLE ? scalar.scalar<double>()()
+                                                 : scalar.scalar<float>()();
+}
+
 absl::Status ReadOptionalFlag(OpKernelContext* ctx, const char* name, bool* flag) {
   OpInputList flags;
   TF_RETURN_IF_ERROR(ctx->input_list(name, &flags));

@@ -48,6 +48,9 @@ class ParallelKernel : public tensorflow::OpKernel {
 // Reads the input `name`, which must be a scalar.
 absl::Status RequireScalar(OpKernelContext* ctx, const char* name, const Tensor** scalar);
 
+// The value of a scalar of float or double in host memory.
+double NumberOf(const Tensor& scalar);
+
 // Reads the input `name`, a list of one flag in host memory or of none, which counts as true.
 absl::Status ReadOptionalFlag(OpKernelContext* ctx, const char* name, bool* flag);
 

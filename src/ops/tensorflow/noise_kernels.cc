@@ -9,11 +9,6 @@
 namespace accumops {
 namespace {
 
-double ToDouble(const Tensor& scalar) {
-  return scalar.dtype() == tensorflow::DT_DOUBLE ? scalar.scalar<double>()()
-                                                 : scalar.scalar<float>()();
-}
-
 // The inputs that lie beside the variables.
 struct Group {
   const Tensor *norms, *share, *starts;
@@ -29,14 +24,14 @@ struct End {
 // The launchers of a device.
 struct Cpu {
   static absl::Status Add(OpKernelContext*, const Group& group, double* window) {
-    AddNoiseGroupCpu(group.norms->flat<double>().data(), group.count(), ToDouble(*group.share),
+    AddNoiseGroupCpu(group.norms->flat<double>().data(), group.count(), NumberOf(*group.share),
                      group.starts->scalar<bool>()(), window);
     return absl::OkStatus();
   }
   static absl::Status Finish(OpKernelContext*, const End& end, NoiseEnding ending,
                              const NoiseStatistics& statistics) {
-    ending.shares = ToDouble(*end.shares);
-    ending.scale = ToDouble(*end.scale);
+    ending.shares = NumberOf(*end.shares);
+    ending.scale = NumberOf(*end.scale);
     ending.applies = end.applies->scalar<bool>()();
     EndNoiseWindowCpu(end.values(), ending, statistics);
     return absl::OkStatus();
