@@ -274,6 +274,8 @@ class GradientAccumulateModel(ConfiguredWrapper):
         self._untracked.check.restart()
         self._untracked.flush = None
 
+    # As in Keras's `fit`: AutoGraph would look at all that a step calls.
+    @tf.autograph.experimental.do_not_convert
     def train_step(self, data: Any) -> dict[str, Any]:
         """Runs one micro-batch, or with `micro_batch_size` one window.
 
@@ -299,6 +301,7 @@ class GradientAccumulateModel(ConfiguredWrapper):
         step: TrainingStep = self._untracked.step
         return step
 
+    @tf.autograph.experimental.do_not_convert
     def test_step(self, data: Any) -> dict[str, Any]:
         """Evaluates a batch, as `evaluate` gives it, and returns the metrics by name."""
         return self._untracked.step.evaluate(data)

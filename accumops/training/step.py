@@ -132,14 +132,15 @@ class TrainingStep:
         samples = count_samples(*keras.utils.unpack_x_y_sample_weight(data)[:2])
         self._samples_of_window = (samples,)
         try:
-            if self._window_loss is not None:
-                with within_window(self._window(samples, samples)):
-                    self._accumulate_window(data, size, self._window_loss)
-            elif self._layerwise is not None:
-                with within_window(self._window(samples, samples)):
-                    self._accumulate_layerwise(data, size, self._layerwise)
-            else:
-                self._accumulate_slices(data, size)
+            with self._model.optimizer.accumulator.state.filling():
+                if self._window_loss is not None:
+                    with within_window(self._window(samples, samples)):
+                        self._accumulate_window(data, size, self._window_loss)
+                elif self._layerwise is not None:
+                    with within_window(self._window(samples, samples)):
+                        self._accumulate_layerwise(data, size, self._layerwise)
+                else:
+                    self._accumulate_slices(data, size)
         finally:
             self._samples_of_window = ()
 
@@ -176,7 +177,6 @@ class TrainingStep:
         for each in scalars:
             count_scalars(model, each, seen)
 
-    @tf.autograph.experimental.do_not_convert
     def _accumulate_window(self, data: Any, size: int, window_loss: WindowLoss) -> None:
         model, optimizer = self._model, self._model.optimizer
         optimizer.accumulator.reset()  # as above
@@ -187,7 +187,6 @@ class TrainingStep:
         count(passed.slices, tf.ones([], self._share_dtype()) + tf.cast(passed.left, self._share_dtype()))
         loss_tracker(model).update_state(self._mean_loss(passed.loss, passed.samples), sample_weight=passed.samples)
 
-    @tf.autograph.experimental.do_not_convert
     def _accumulate_layerwise(self, data: Any, size: int, layerwise: LayerwiseStep) -> None:
         model, state = self._model, self._model.optimizer.accumulator.state
         model.optimizer.accumulator.reset()  # as above
@@ -225,7 +224,6 @@ class TrainingStep:
         for each in sums["scalars"]:
             count_scalars(model, each, seen)
 
-    @tf.autograph.experimental.do_not_convert
     def whole_inputs(self, data: Any) -> list[tf.Tensor]:
         """The inputs that each micro-batch gets whole.
 
@@ -378,13 +376,10 @@ class TrainingStep:
             model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
         return stack(model, scalars, samples, self._share_dtype())
 
-    # Python decides here, also where a function around the step is converted by AutoGraph.
-    @tf.autograph.experimental.do_not_convert
     def _sums(self) -> bool:
         """Whether losses are sums over samples, and not means."""
         return bool(self._model.optimizer.accumulator.reduction == "sum")
 
-    @tf.autograph.experimental.do_not_convert
     def _share_dtype(self) -> tf.DType:
         """Float64 for models with float64 variables, whose gradients shares scale, else float32."""
         dtypes = {tf.as_dtype(variable.dtype) for variable in self._model.trainable_variables}

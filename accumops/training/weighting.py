@@ -111,7 +111,6 @@ class _Divisor(NamedTuple):
         return tf.reduce_sum(counted if weights is None else _of_one_rank(weights, counted))
 
 
-@tf.autograph.experimental.do_not_convert
 def common_divisor(calls: Sequence[LossCall], dtype: tf.DType) -> tf.Tensor | None:
     """What all losses divide by; None if they divide by samples."""
     divisors = [_divisor_of(call) for call in calls]

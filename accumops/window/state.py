@@ -27,6 +27,7 @@ from accumops.adapters.untracked import Untracked
 from accumops.arguments import Schedule, check_reduction, name_of
 from accumops.window import replicas
 from accumops.window.buckets import in_buckets
+from accumops.window.cleared_sums import ClearedSums
 from accumops.window.connected_variables import Connected, Connections
 from accumops.window.counters import Counters
 from accumops.window.members import Members
@@ -67,7 +68,7 @@ class WindowState(tf.Module):
         self.last_slice = LastSliceReport()
         self.built = False
         self._owner = owner
-        self._untracked = Untracked(members=Members(owner), strategy=None, parts=set())
+        self._untracked = Untracked(members=Members(owner), strategy=None, parts=set(), cleared=ClearedSums())
 
     def build(
         self,
@@ -237,6 +238,11 @@ class WindowState(tf.Module):
                 self.touched_rows.set_all()
         return found.norms if self.strategy is None else None
 
+    def filling(self) -> contextlib.AbstractContextManager[None]:
+        """Encloses the `add_slice` or `add_part` of all of a window."""
+        cleared: ClearedSums = self._untracked.cleared
+        return cleared.within(self.accumulators) if self.built else contextlib.nullcontext()
+
     def count(self, steps: int | tf.Tensor, weight: tf.Tensor) -> None:
         """Opens a window that `add_slice` has filled: with this many micro-batches, and this sum of shares."""
         self.connections.count_slices()
@@ -252,9 +258,13 @@ class WindowState(tf.Module):
         only_if: tf.Tensor | None = None,
     ) -> Found:
         """Adds the gradients at some positions to their accumulators; with `only_if` where it is true."""
-        groups = in_buckets(positions, batch.gradients, self.accumulators)
+        cleared: ClearedSums = self._untracked.cleared
         return together(
-            [self._add_to(self.accumulators, batch, group, batch.weight, norms, only_if) for group in groups]
+            [
+                self._add_to(self.accumulators, batch, group, batch.weight, overwrite, norms, only_if)
+                for chosen, overwrite in cleared.split(batch, list(positions))
+                for group in in_buckets(chosen, batch.gradients, self.accumulators)
+            ]
         )
 
     def _add_to(
@@ -263,13 +273,21 @@ class WindowState(tf.Module):
         batch: MicroBatch,
         positions: Sequence[int],
         scale: tf.Tensor,
+        overwrite: bool | tf.Tensor,
         norms: bool | tf.Tensor,
         only_if: tf.Tensor | None = None,
     ) -> Found:
         """As `sum_gradients`, in one operation."""
         check_finite = self.nonfinite.policy == "drop"
         return add_gradients(
-            accumulators, batch, positions, scale, check_finite=check_finite, norms=norms, only_if=only_if
+            accumulators,
+            batch,
+            positions,
+            scale,
+            overwrite=overwrite,
+            check_finite=check_finite,
+            norms=norms,
+            only_if=only_if,
         )
 
     def _sum_on_replica(self, strategy: tf.distribute.Strategy, batch: MicroBatch) -> Found:
@@ -279,7 +297,8 @@ class WindowState(tf.Module):
         # samples are 0 / 0; its share is 0.
         factor = strategy.num_replicas_in_sync if self.reduction == "mean" else 1
         norms = self.notes.noise is not None
-        found = self._add_to(accumulators, batch, range(len(accumulators)), batch.weight * factor, norms)
+        every = range(len(accumulators))
+        found = self._add_to(accumulators, batch, every, batch.weight * factor, batch.starts, norms)
         if found.norms is None:
             return found
         report = found.norms.report * tf.constant([[factor**2], [1]], tf.float64)

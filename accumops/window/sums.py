@@ -34,6 +34,7 @@ def add_gradients(
     positions: Sequence[int],
     scale: tf.Tensor,
     *,
+    overwrite: bool | tf.Tensor,
     check_finite: bool,
     norms: bool | tf.Tensor,
     only_if: tf.Tensor | None = None,
@@ -45,6 +46,7 @@ def add_gradients(
         batch: The micro-batch.
         positions: The positions.
         scale: The factor for the gradients.
+        overwrite: Whether the accumulators' own values count for nothing.
         check_finite: Whether to look if the gradients are finite.
         norms: Whether to report squared norms.
         only_if: Whether to add anything, as for `ops.accumulate`.
@@ -57,7 +59,7 @@ def add_gradients(
             for i, gradient in zip(positions, gradients, strict=True)
         ],
         scale=scale,
-        overwrite=batch.starts,
+        overwrite=overwrite,
         touched_rows=[batch.touched_rows[i] for i in positions],
         check_finite=check_finite,
         squared_norms=norms,

@@ -1,5 +1,6 @@
 """The parts of the scripts in benchmarks/gpu that can be tried without a GPU."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from tensorflow.tsl.profiler.protobuf import xplane_pb2
 HERE = Path(__file__).parents[2] / "benchmarks" / "gpu"
 sys.path.insert(0, str(HERE))
 
+import compile_for_gpu  # noqa: E402
+import count_xla_kernels  # noqa: E402
 import repeat  # noqa: E402
 import trace_steps  # noqa: E402
 
@@ -78,3 +81,49 @@ def test_without_a_gpu_there_is_nothing_to_check(script, tmp_path):
     run = subprocess.run([str(HERE / script), str(tmp_path)], env=environment, capture_output=True, text=True)
     assert run.returncode == 2
     assert "GPU" in run.stderr or "not found" in run.stderr
+
+
+PROGRAM = """\
+%gemm_fusion_computation (parameter_0: f32[8,4], parameter_1: f32[8,6], parameter_2: f32[4,6]) -> f32[4,6] {
+  %parameter_0 = f32[8,4]{1,0} parameter(0)
+  %dot.1 = f32[4,6]{1,0} dot(%parameter_0, %parameter_1), lhs_contracting_dims={0}
+  ROOT %add.1 = f32[4,6]{1,0} add(%parameter_2, %dot.1), metadata={op_name="while/AccumOps>Accumulate"}
+}
+
+%fused_add (param_0: f32[6], param_1: f32[6]) -> f32[6] {
+  %param_0 = f32[6]{0} parameter(0)
+  ROOT %add.2 = f32[6]{0} add(%param_0, %param_1), metadata={op_name="while/AccumOps>Accumulate"}
+}
+
+%body.3 (arg: (s32[], f32[4,6], f32[6])) -> (s32[], f32[4,6], f32[6]) {
+  %arg = (s32[], f32[4,6]{1,0}, f32[6]{0}) parameter(0)
+  %weights = f32[4,6]{1,0} get-tuple-element(%arg), index=1
+  %gemm_fusion = f32[4,6]{1,0} fusion(%x, %y, %weights), kind=kCustom, calls=%gemm_fusion_computation
+  %loop_add_fusion = f32[6]{0} fusion(%bias, %z), kind=kLoop, calls=%fused_add
+  %reduced = (f32[6]{0}, s8[64]{0}) custom-call(%y), custom_call_target="something"
+  ROOT %tuple = (s32[], f32[4,6]{1,0}, f32[6]{0}) tuple(%i, %gemm_fusion, %loop_add_fusion)
+}
+
+ENTRY %main (p0: f32[4,6]) -> f32[4,6] {
+  %p0 = f32[4,6]{1,0} parameter(0)
+  %copy.1 = f32[4,6]{1,0} copy(%p0)
+  %while.1 = (s32[], f32[4,6]{1,0}, f32[6]{0}) while(%tuple.1), condition=%less, body=%body.3
+  ROOT %result = f32[4,6]{1,0} get-tuple-element(%while.1), index=1
+}
+"""
+
+
+def test_kernels_of_a_program_are_counted():
+    assert count_xla_kernels.count(PROGRAM) == (3, 1, 6 * 4)
+
+
+def test_operations_that_stablehlo_lacks_are_left_out():
+    line = "%171 = mhlo.copy %170 : tensor<2048x8xf32> loc(#loc2)"
+    wanted = "%171 = stablehlo.reshape %170 : (tensor<2048x8xf32>) -> tensor<2048x8xf32> loc(#loc2)"
+    assert compile_for_gpu.without_copies(line) == wanted
+
+
+def test_what_compiling_for_a_gpu_needs_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install --no-deps jax-cuda12-plugin"):
+        compile_for_gpu.compile_program("", triton=True)

@@ -719,3 +719,16 @@ def test_a_batch_without_samples(eager):
 def test_called_with_an_array():
     model = GradientAccumulateModel(keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)]), accum_steps=2)
     assert model(np.ones((2, 3), "float32")).shape == (2, 1)
+
+
+@pytest.mark.parametrize("mode", [{"accum_steps": 2}, {"micro_batch_size": 4}], ids=lambda mode: next(iter(mode)))
+def test_a_function_of_ones_own_around_the_step(mode, caplog):
+    """AutoGraph finds nothing to convert in it, or to warn of."""
+    model = GradientAccumulateModel(keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)]), **mode)
+    model.compile("sgd", "mse")
+    step = tf.function(model.train_step)
+    x, y = tf.ones([8, 3]), tf.ones([8, 1])
+    losses = [float(step((x, y))["loss"]) for _ in range(4)]
+    assert losses[-1] < losses[0]
+    assert int(model.optimizer.iterations) == (2 if "accum_steps" in mode else 4)
+    assert "AutoGraph" not in caplog.text

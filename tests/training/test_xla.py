@@ -119,6 +119,21 @@ def test_nothing_calls_back_to_the_host(mode):
         assert word not in text
 
 
+@pytest.mark.parametrize("loss_over", cross(["micro_batch", "window"], default=lambda each: each == "micro_batch"))
+def test_no_choice_between_product_and_addition(loss_over):
+    """XLA then makes one operation of them on a GPU: nothing chooses whether an accumulator is overwritten."""
+    keras.utils.set_random_seed(1)
+    net = keras.Sequential([keras.Input((12,)), keras.layers.Dense(37, "tanh"), keras.layers.Dense(3)])
+    model = GradientAccumulateModel(net, micro_batch_size=8, loss_over=loss_over)
+    model.compile("sgd", "mse", jit_compile=True)
+    fit(model, "micro_batch_size", 32)
+    batch = tuple(tf.constant(each[:32]) for each in data())
+    program = tf.function(model.train_step, jit_compile=True).experimental_get_compiler_ir(batch)("optimized_hlo")
+    of_weights = [line for line in program.splitlines() if "f32[12,37]" in line.split(", metadata")[0]]
+    assert any(" add(" in line and "Accumulate" in line for line in of_weights)
+    assert not [line for line in of_weights if " select(" in line]
+
+
 @pytest.mark.parametrize("mode", cross(MODES, default=lambda mode: mode == "micro_batch_size"))
 def test_a_layer_that_xla_cannot_compile(mode):
     with pytest.warns(UserWarning, match="doesn't support `jit_compile=True`"):
