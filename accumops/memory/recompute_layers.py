@@ -23,7 +23,7 @@ from accumops.sizes import bytes_from, readable
 
 # The times of each graph's calls: measured once, so that a lower goal never gets segments that take more.
 _SECONDS: weakref.WeakKeyDictionary[keras.Function, list[list[float]]] = weakref.WeakKeyDictionary()
-_SAMPLE = 2  # the batch that sizes are compared for where no goal is given
+_SAMPLE = 32  # the batch that sizes are compared for where no goal is given
 
 
 @explains_renamed
@@ -103,7 +103,7 @@ def _planned(
     batch_size: int | None,
     segments: Any,
 ) -> list[list[Segment]]:
-    calls, costs = without_strategy(lambda: measured(model, regions, batch_size or _SAMPLE))
+    calls, costs = without_strategy(lambda: measured(model, regions, batch_size if memory is not None else None))
     if memory is None:
         if segments is not None:
             return plan_of_count(costs, int(segments) - 1).segments
@@ -121,11 +121,20 @@ def _planned(
 
 
 def measured(
-    model: keras.Model, regions: Sequence[Region], batch_size: int
+    model: keras.Model, regions: Sequence[Region], batch_size: int | None
 ) -> tuple[list[list[CallCosts]], list[Costs]]:
-    """Returns what the calls of each region cost, and what segments of them cost."""
+    """Returns what the calls of each region cost, and what segments of them cost.
+
+    Args:
+        model: The model.
+        regions: Its regions.
+        batch_size: Samples a batch. None compares activations alone. The gradients of weights take as much whatever is
+            recomputed, and with few samples they would hide how much activations take.
+    """
     graph = graph_of(model)
-    calls = costs_of(graph, regions, batch_size)
+    calls = costs_of(graph, regions, _SAMPLE if batch_size is None else batch_size)
+    if batch_size is None:
+        calls = [[call._replace(weight_gradients=0) for call in of_region] for of_region in calls]
     if graph not in _SECONDS:
         _SECONDS[graph] = seconds_of(regions, 1)
     return calls, costs_by_region(regions, calls, _SECONDS[graph])

@@ -45,9 +45,33 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-def without_copies(program: str) -> str:
-    """The program without an operation of TensorFlow's that StableHLO does not have, and that computes nothing."""
-    return re.sub(r"mhlo\.copy (%[\w#]+) : (tensor<[^>]*>)", r"stablehlo.reshape \1 : (\2) -> \2", program)
+_BARRIER = re.compile(
+    r"(%\w+) = stablehlo\.custom_call @accumops_barrier\(([^)]*)\).* : \((.*)\) -> tuple<.*>(?= loc|$)"
+)
+
+
+def as_for_a_gpu(program: str) -> str:
+    """What a program would be if TensorFlow had written it for a GPU.
+
+    - TensorFlow copies results with an operation that StableHLO does not have.
+    - accumops's barrier is XLA's own on a GPU, and a call that XLA does not know on a CPU.
+    """
+    program = re.sub(r"mhlo\.copy (%[\w#]+) : (tensor<[^>]*>)", r"stablehlo.reshape \1 : (\2) -> \2", program)
+    lines = program.splitlines()
+    results: dict[str, int] = {}
+    for i, line in enumerate(lines):
+        if barrier := _BARRIER.search(line):
+            name, operands, types = barrier.groups()
+            results[name] = number = operands.count(",") + 1
+            several = f":{number}" if number > 1 else ""
+            lines[i] = f"{name}{several} = stablehlo.optimization_barrier {operands} : {types}"
+        elif (
+            item := re.search(r"(%\w+) = stablehlo\.get_tuple_element (%\w+)\[(\d+)\] .* -> (.*?)(?= loc|$)", line)
+        ) and (number := results.get(item[2])):
+            name, barrier_name, index, dtype = item.groups()
+            result = f"{barrier_name}#{index}" if number > 1 else barrier_name
+            lines[i] = f"{name} = stablehlo.reshape {result} : ({dtype}) -> {dtype}"
+    return "\n".join(lines)
 
 
 def compile_program(program: str, *, triton: bool) -> tuple[str, int]:
@@ -71,7 +95,7 @@ def compile_program(program: str, *, triton: bool) -> tuple[str, int]:
 
     [device] = get_topology_desc("", "cuda", target_config=H100, topology="1x1x1").devices
     with mlir.make_ir_context():
-        module = ir.Module.parse(without_copies(program))
+        module = ir.Module.parse(as_for_a_gpu(program))
         compiled = device.client.compile(module, xla_client.DeviceList((device,)), xla_client.CompileOptions())
     [made] = compiled.hlo_modules()
     return made.to_string(), compiled.get_compiled_memory_stats().temp_size_in_bytes
