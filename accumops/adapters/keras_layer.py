@@ -1,7 +1,7 @@
 """What accumops uses of Keras's layers beyond their public interface."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -38,6 +38,34 @@ def layers_within(layer: keras.Layer, *, include_self: bool = True, recursive: b
         recursive: Whether to look into the layers that are found, too.
     """
     return list(layer._flatten_layers(include_self=include_self, recursive=recursive))
+
+
+_WITH_ACTIVATION = (
+    *(keras.layers.Dense, keras.layers.EinsumDense, keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D),
+    *(keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D),
+    *(keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose),
+)
+
+
+def activation_of(layer: Any) -> Callable[[tf.Tensor], tf.Tensor] | None:
+    """The function that a layer of Keras's own applies last, to its product; None if there is no such function.
+
+    An activation that is a layer itself does not count.
+    """
+    activation = layer.activation if type(layer) in _WITH_ACTIVATION else None
+    return None if activation is keras.activations.linear or isinstance(activation, keras.Layer) else activation
+
+
+@contextlib.contextmanager
+def with_activation(layer: keras.Layer, activation: Callable[[tf.Tensor], tf.Tensor]) -> Iterator[None]:
+    """Has a layer apply another function last, within a block."""
+    before = layer.activation
+    # Not `setattr`: Keras would look at what is set.
+    object.__setattr__(layer, "activation", activation)
+    try:
+        yield
+    finally:
+        object.__setattr__(layer, "activation", before)
 
 
 class ExtraCheckpointState(keras.Layer):

@@ -36,6 +36,22 @@ def with_mask(tensor: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
     return tensor
 
 
+def logits_of(tensor: tf.Tensor) -> tf.Tensor | None:
+    """What Keras's softmax and sigmoid have made a tensor from, or None.
+
+    Keras's losses take it in place of probabilities, whose logarithm is cut off at 1e-7. A tensor need not have the
+    attribute, as with masks.
+    """
+    return getattr(tensor, "_keras_logits", None)
+
+
+def with_logits(tensor: tf.Tensor, logits: tf.Tensor | None) -> tf.Tensor:
+    """Tells Keras's losses what a tensor was made from, as Keras's softmax and sigmoid do, and returns the tensor."""
+    if logits is not None:
+        tensor._keras_logits = logits
+    return tensor
+
+
 @relies_on(
     "<a compiled model>._convert_input_args",
     "<a compiled model>._allow_non_tensor_positional_args",

@@ -105,26 +105,27 @@ class Costs:
         """The time from one position to another."""
 
     def without_products(self, calls: Sequence[CallCosts], saved: Sequence[int]) -> "Costs":
-        """The costs of segments in which the outputs of some calls are kept, and without other calls with products.
+        """The costs of segments in which the products of some calls are kept, and without other calls with products.
 
         Args:
             calls: The costs of the calls.
-            saved: The positions of the calls whose outputs are kept.
+            saved: The positions of the calls whose products are kept.
         """
         result = copy.copy(self)
         result.keep, result.peak = self.keep.copy(), self.peak.copy()
         for i, call in enumerate(calls):
             if i in saved:
-                # A segment that holds the call and ends where the output is not used keeps it beside its own outputs.
-                unused = np.arange(self.count + 1) > max(self.last_use[i], i)
+                # A segment that holds the call keeps the product beside its own outputs, unless it is one of them.
+                unused = np.arange(self.count + 1) > (i if call.activates else max(self.last_use[i], i))
                 for p in range(i + 1):
                     result.keep[p, unused] += call.outputs[0][1]
                     result.peak[p, i + 1 :] += np.where(unused[i + 1 :], call.outputs[0][1], 0)
             elif call.products:
                 result.peak[: i + 1, i + 1 :] = np.inf
-        # Nothing is gained by a segment of such calls alone.
+        # Nothing is gained by a segment of calls that compute no more than their products.
         positions = np.arange(self.count + 1)
-        before = np.concatenate([[0], np.cumsum([i in saved for i in range(self.count)])])
+        products = [i in saved and not call.activates for i, call in enumerate(calls)]
+        before = np.concatenate([[0], np.cumsum(products)])
         result.peak[before[None, :] - before[:, None] == positions[None, :] - positions[:, None]] = np.inf
         times = self.times.copy()
         times[list(saved)] = 0
@@ -365,14 +366,15 @@ def _step_back(costs: Costs, table: np.ndarray, goal: float, k: int, point: int)
 def cheap_plan(costs: Sequence[Costs], calls: Sequence[Sequence[CallCosts]]) -> list[list[Segment]]:
     """Returns segments in which no convolution or matrix product is computed again, with about the smallest peak.
 
-    The output of a call with one product is kept, if nothing behind the product but its output is. A call with others,
-    such as attention, is not recomputed at all.
+    The product of a call is kept, if the call has one: its output, if nothing behind the product but its output is
+    kept for gradients, or what it gives its activation function. A call with several products, such as attention, is
+    not recomputed at all.
 
     Args:
         costs: Those of each region.
         calls: The costs of the calls of each region.
     """
-    saved = [[i for i, call in enumerate(of_region) if _keeps_only_its_product(i, call)] for of_region in calls]
+    saved = [[i for i, call in enumerate(of_region) if _product_can_be_kept(i, call)] for of_region in calls]
     cheap = [
         each.without_products(of_region, positions)
         for each, of_region, positions in zip(costs, calls, saved, strict=True)
@@ -388,9 +390,9 @@ def cheap_plan(costs: Sequence[Costs], calls: Sequence[Sequence[CallCosts]]) -> 
     return result
 
 
-def _keeps_only_its_product(position: int, call: CallCosts) -> bool:
-    own = [each for each in call.kept.values() if each.behind_product and each.wanted_by <= position]
-    return call.products == 1 and not own and len(call.outputs) == 1
+def _product_can_be_kept(position: int, call: CallCosts) -> bool:
+    behind = [each for each in call.kept.values() if each.behind_product and each.wanted_by <= position]
+    return call.products == 1 and len(call.outputs) == 1 and (call.activates or not behind)
 
 
 def _last_uses(region: Region) -> list[int]:

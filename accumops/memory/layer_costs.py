@@ -13,11 +13,19 @@ import keras
 import tensorflow as tf
 
 from accumops.adapters.keras_functional import Node, call_node
-from accumops.adapters.keras_layer import StateRecorder
+from accumops.adapters.keras_layer import StateRecorder, activation_of
 from accumops.memory.segments import Region
 from accumops.memory.training_trace import CallKey, TrainingTrace, root, size, spec_of
 
-_PRODUCTS = ("BatchMatMul", "BatchMatMulV2", "Conv2D", "Conv3D", "DepthwiseConv2dNative", "Einsum", "MatMul")
+# The heavy operations of a forward pass. To TensorFlow a transposed convolution is the gradient of another one. Loops are
+# those of recurrent layers.
+_PRODUCTS = frozenset(
+    (
+        *("BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum", "MatMul", "SparseTensorDenseMatMul"),
+        *("Conv2D", "Conv3D", "Conv2DBackpropInput", "Conv3DBackpropInputV2", "DepthwiseConv2dNative"),
+        *("CudnnRNN", "CudnnRNNV2", "CudnnRNNV3", "StatelessWhile", "While"),
+    )
+)
 ELSEWHERE = 1 << 30
 
 
@@ -41,6 +49,8 @@ class CallCosts(NamedTuple):
     """The name and the bytes of each output."""
     products: int
     """How many convolutions and matrix products it computes."""
+    activates: bool = False
+    """Whether all that it computes behind its product is a function that can be computed by itself."""
     forward: int = 0
     """The most bytes of its own results that its forward pass has at a time."""
     arriving: int = 0
@@ -82,6 +92,7 @@ def costs_of(graph: keras.Function, regions: Sequence[Region], batch_size: int) 
             kept,
             [(root(tensor).name, size(root(tensor))) for tensor in trace.calls[key].outputs],
             products=sum(operation.type in _PRODUCTS for operation in forward),
+            activates=activation_of(region.nodes[key[1] - region.begin].operation) is not None,
             forward=trace.most_at_a_time(forward, {}),
             arriving=sum(arriving[key].values()),
             backward=trace.most_at_a_time(backward, arriving[key]),

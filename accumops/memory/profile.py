@@ -258,7 +258,8 @@ def _layers(
             else:
                 is_last = position == around.end - 1
                 now = each.keep[around.begin - each.region.begin, i + 1] if is_last else 0.0
-                now += sum(size for _, size in of_region[i].outputs) if position in around.saved and not is_last else 0
+                keeps_product = position in around.saved and (of_region[i].activates or not is_last)
+                now += sum(size for _, size in of_region[i].outputs) if keeps_product else 0
             found.append(LayerMemory(node.operation.name, each.plain[i] / batch_size, float(now) / batch_size))
     return tuple(found)
 

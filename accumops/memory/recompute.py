@@ -14,7 +14,7 @@ import keras
 import tensorflow as tf
 
 from accumops.adapters.keras_layer import StateRecorder, values_of
-from accumops.adapters.keras_model import mask_of, with_mask
+from accumops.adapters.keras_model import logits_of, mask_of, with_logits, with_mask
 from accumops.adapters.tensorflow import xla_compiles_this
 from accumops.memory.replay import Run, Stretch
 from accumops.normalization.layer_calls import collects_moments
@@ -198,7 +198,9 @@ def with_value(computed: tf.Tensor, value: tf.Tensor) -> Any:
 
 
 class Leaves:
-    """A structure of arguments or results, and the tensors in it: masks, and the parts of composite tensors, included.
+    """A structure of arguments or results, and the tensors in it.
+
+    Masks, the logits of probabilities, and the parts of composite tensors are among the tensors.
 
     Args:
         structure: Any structure. What is no tensor or variable in it stays as it is.
@@ -211,7 +213,7 @@ class Leaves:
         for leaf in keras.tree.flatten(self._structure):
             if tf.is_tensor(leaf):
                 self.tensors += tf.nest.flatten(leaf, expand_composites=True)
-                self.tensors += [] if mask_of(leaf) is None else [mask_of(leaf)]
+                self.tensors += [each for each in (mask_of(leaf), logits_of(leaf)) if each is not None]
 
     def filled(self, tensors: Sequence[tf.Tensor]) -> Any:
         """Returns the structure with other tensors."""
@@ -222,7 +224,8 @@ class Leaves:
                 return leaf
             parts = [next(rest) for _ in tf.nest.flatten(leaf, expand_composites=True)]
             packed = tf.nest.pack_sequence_as(leaf, parts, expand_composites=True)
-            return with_mask(packed, None if mask_of(leaf) is None else next(rest))
+            with_mask(packed, None if mask_of(leaf) is None else next(rest))
+            return with_logits(packed, None if logits_of(leaf) is None else next(rest))
 
         return keras.tree.map_structure(fill, self._structure)
 
@@ -232,7 +235,8 @@ class Leaves:
         def describe(leaf: Any) -> str:
             if not tf.is_tensor(leaf):
                 return repr(leaf)
-            return f"{type(leaf).__name__} {leaf.dtype.name} {mask_of(leaf) is not None}"
+            beside = mask_of(leaf) is not None, logits_of(leaf) is not None
+            return f"{type(leaf).__name__} {leaf.dtype.name} {beside}"
 
         return str(keras.tree.map_structure(describe, self._structure))
 

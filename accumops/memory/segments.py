@@ -2,12 +2,14 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import keras
+import tensorflow as tf
 
 from accumops.adapters.keras_functional import Node, call_node, graph_of, nodes_of, run_of, set_run
+from accumops.adapters.keras_layer import activation_of, with_activation
 from accumops.memory.recompute import Recomputation, with_value
 
 
@@ -31,7 +33,7 @@ class Segment(NamedTuple):
     """The position behind its last call."""
     recomputed: bool
     saved: tuple[int, ...] = ()
-    """The positions of calls in it whose outputs are kept all the same: they are not computed again."""
+    """The positions of calls in it whose products are kept all the same: they are not computed again."""
 
 
 def regions_of(graph: keras.Function) -> list[Region]:
@@ -173,19 +175,30 @@ class _Part:
         Args:
             values: The inputs.
             settings: What the graph was called with besides.
-            saved: The outputs to keep, of the first run; None in the first run.
+            saved: The products to keep, of the first run; None in the first run.
 
         Returns:
-            The outputs that later calls use, and the outputs to keep.
+            The outputs that later calls use, and the products to keep.
         """
         values = dict(values)
         kept: list[Any] = []
         rest = iter(saved or ())
+
+        def keep(product: tf.Tensor) -> tf.Tensor:
+            kept.append(product if saved is None else with_value(product, next(rest)))
+            return kept[-1]
+
         for i, node in enumerate(self.nodes):
-            call_node(node, values, settings)
-            if i in self._saved:
-                for each in node.outputs:
-                    if saved is not None:
-                        values[each] = with_value(values[each], next(rest))
-                    kept.append(values[each])
+            if i not in self._saved:
+                call_node(node, values, settings)
+            elif activation := activation_of(node.operation):
+                with with_activation(node.operation, _composed(keep, activation)):
+                    call_node(node, values, settings)
+            else:
+                call_node(node, values, settings)
+                values.update({each: keep(values[each]) for each in node.outputs})
         return {each: values[each] for each in self._outputs if each in values}, kept
+
+
+def _composed(first: Callable[[tf.Tensor], tf.Tensor], second: Callable[[tf.Tensor], tf.Tensor]) -> Any:
+    return lambda tensor: second(first(tensor))

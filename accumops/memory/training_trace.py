@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from accumops.adapters.keras_functional import RunGraph, call_node, inputs_of, nodes_of, run_of, set_run
-from accumops.adapters.keras_layer import StateRecorder
+from accumops.adapters.keras_layer import StateRecorder, layers_within
 from accumops.memory.segments import Region
 
 CallKey = tuple[int, int]
@@ -262,6 +262,12 @@ class _Step(NamedTuple):
 
 def _traced(graph: keras.Function, regions: Sequence[Region], batch_size: int) -> _Step:
     calls: dict[CallKey, TracedCall] = {}
+    specs = [spec_of(tensor, batch_size) for tensor in graph.inputs]
+    if not all(layer.built for layer in layers_within(graph)):  # layers within layers may wait for their first call
+        call = tf.function(
+            lambda tensors: graph(keras.tree.pack_sequence_as(inputs_of(graph), tensors)), autograph=False
+        )
+        call.get_concrete_function(specs)
     trainable = {id(variable) for variable in graph.trainable_variables}
     traced: dict[str, Any] = {}
 
@@ -279,7 +285,6 @@ def _traced(graph: keras.Function, regions: Sequence[Region], batch_size: int) -
         gradients = [each for each in tape.gradient(results, weights, output_gradients=upstream) if each is not None]
         traced.update(gradients=tf.nest.flatten(gradients, expand_composites=True))
 
-    specs = [spec_of(tensor, batch_size) for tensor in graph.inputs]
     of_variables = [tf.TensorSpec(variable.shape, variable.dtype) for variable in graph.variables]
     concrete = tf.function(step, autograph=False).get_concrete_function(specs, of_variables)
     return _Step(concrete.graph.get_operations(), calls=calls, **traced)

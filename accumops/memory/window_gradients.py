@@ -21,7 +21,7 @@ import keras
 import tensorflow as tf
 
 from accumops.adapters.keras_layer import regularization_losses
-from accumops.adapters.keras_model import mask_of, with_mask
+from accumops.adapters.keras_model import logits_of, mask_of, with_logits, with_mask
 from accumops.arguments import check_count
 from accumops.memory.replay import State, Stretch
 from accumops.memory.slices import Slices
@@ -34,7 +34,7 @@ class _Kept(NamedTuple):
     """What is kept of the micro-batches before the last."""
 
     outputs: list[tf.Tensor]
-    """Each output, and after them each mask that one has, of all their samples."""
+    """Each output, and after them each mask and the logits that one has, of all their samples."""
     losses: tf.Tensor
     """The sum of the losses that layers have added, each times the samples of its micro-batch."""
     state: State
@@ -52,8 +52,8 @@ class WindowPasses:
         self._layer = layer
         self._call_of_layer = call
         self._stretch = Stretch(layer, self._call)
-        self._outputs: tuple[Any, list[bool]] = None, []
-        """The structure of the outputs, and which of them have masks, as of the last call."""
+        self._outputs: Any = None
+        """The outputs, with their masks and logits, of the last call."""
         self._specs: dict[str, list[tf.TensorSpec]] = {}
 
     def run(
@@ -107,18 +107,17 @@ class WindowPasses:
         return carried
 
     def _call(self, x: Any) -> list[tf.Tensor]:
-        """Calls the layer. Returns its outputs as a list, and after them each mask that one has."""
-        outputs = self._call_of_layer(x)
-        flat = keras.tree.flatten(outputs)
-        masks = [mask_of(each) for each in flat]
-        self._outputs = outputs, [mask is not None for mask in masks]
+        """Calls the layer. Returns its outputs as a list, and after them what is in `_Kept`."""
+        self._outputs = self._call_of_layer(x)
+        flat = keras.tree.flatten(self._outputs)
         for each in flat:
             if not isinstance(each, tf.Tensor) or each.shape.rank == 0:
                 raise ValueError(
                     "A loss over the window needs outputs that are dense tensors with a row for each sample. "
                     f"Received: {each}"
                 )
-        return [*flat, *(mask for mask in masks if mask is not None)]
+        beside = [of(each) for of in (mask_of, logits_of) for each in flat]
+        return [*flat, *(each for each in beside if each is not None)]
 
     def _check(self, x: Any) -> list[tf.TensorSpec]:
         """Returns the specs of what `_call` returns for a micro-batch. Each shape of one is checked once."""
@@ -177,19 +176,19 @@ class WindowPasses:
         return tf.while_loop(lambda i, *_: i < count, body, first, parallel_iterations=1)[2]
 
     def _window_outputs(self, kept: Sequence[tf.Tensor], last: Sequence[tf.Tensor], before_last: tf.Tensor) -> Any:
-        """The outputs of the whole window, in the layer's structure, with their masks."""
-        structure, masked = self._outputs
+        """The outputs of the whole window, in the layer's structure, with their masks and logits."""
         rows = list(last)
         if kept:
             rows = [
                 tf.concat(each, 0) if each[0].shape[1:].is_fully_defined() else _joined(*each, before_last)
                 for each in zip(kept, last, strict=True)
             ]
-        flat, masks = rows[: len(masked)], iter(rows[len(masked) :])
-        for output, has_mask in zip(flat, masked, strict=True):
-            if has_mask:
-                with_mask(output, next(masks))
-        return keras.tree.pack_sequence_as(structure, flat)
+        of_last = keras.tree.flatten(self._outputs)
+        outputs, beside = rows[: len(of_last)], iter(rows[len(of_last) :])
+        for of, given_to in ((mask_of, with_mask), (logits_of, with_logits)):
+            for one, output in zip(of_last, outputs, strict=True):
+                given_to(output, None if of(one) is None else next(beside))
+        return keras.tree.pack_sequence_as(self._outputs, outputs)
 
 
 def window_gradients(

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from accumops.adapters.keras_layer import regularization_losses
 from accumops.adapters.keras_losses import following
-from accumops.adapters.keras_model import mask_of, with_mask
+from accumops.adapters.keras_model import logits_of, mask_of, with_logits, with_mask
 from accumops.memory.slices import Slices
 from accumops.memory.window_gradients import Carried, Gradients, WindowPasses
 from accumops.training.layerwise_step import LayerwiseStep
@@ -97,10 +97,10 @@ def _of_all_replicas(structure: Any) -> Any:
             return None
         gathered = context.all_gather(tensor, axis=0)
         gathered.set_shape([None, *tensor.shape[1:]])
-        mask = mask_of(tensor)
+        mask, logits = mask_of(tensor), logits_of(tensor)
         if mask is not None:
             with_mask(gathered, tf.cast(context.all_gather(tf.cast(mask, tf.int32), axis=0), tf.bool))
-        return gathered
+        return with_logits(gathered, None if logits is None else gather(logits))
 
     return keras.tree.map_structure(gather, structure)
 

@@ -50,3 +50,20 @@ def test_replicas_see_the_outputs_of_all(replicas, weighted):
     np.testing.assert_allclose(got, wanted, rtol=1e-3)
     check_replicas_are_equal(inner.trainable_variables)
     assert tf.distribute.get_strategy() is not model.distribute_strategy
+
+
+def test_losses_see_the_logits_of_the_probabilities_of_all_replicas():
+    x, labels = np.random.default_rng(0).normal(size=(24, 6)).astype("float32"), np.arange(24) % 5
+
+    def train(wrap):
+        keras.utils.set_random_seed(0)
+        large = keras.initializers.RandomNormal(stddev=30.0)
+        model = wrap(keras.Sequential([keras.Input((6,)), keras.layers.Dense(5, "softmax", kernel_initializer=large)]))
+        model.compile(keras.optimizers.SGD(0.5), "sparse_categorical_crossentropy")
+        model.fit(x, labels, batch_size=24, shuffle=False, verbose=0)
+        return model.get_weights()
+
+    with mirrored(2).scope():
+        found = train(lambda net: accumops.GradientAccumulateModel(net, micro_batch_size=4, loss_over="window"))
+    for mine, its in zip(found, train(lambda net: net), strict=True):
+        np.testing.assert_allclose(mine, its, atol=1e-4)

@@ -26,7 +26,7 @@ def _sums_in_their_order():
 def operation(rng, seed, one, other, shared):
     """The output of some layer or operation."""
     kinds = (
-        lambda: L.Dense(6)(one),
+        lambda: L.Dense(6, activation=(None, "gelu", "relu")[seed % 3])(one),
         lambda: L.BatchNormalization()(one),
         lambda: L.Dropout(0.5, seed=seed)(one),
         lambda: L.Add()([one, other]),
@@ -192,12 +192,17 @@ def kept_bytes(model, batch_size):
 
 def convolutions(model):
     """How many convolutions a training step runs, its gradients' own ones apart, as TensorFlow optimizes the graph."""
+    return run_by(model, ("Conv2D", "_FusedConv2D"))
+
+
+def run_by(model, kinds):
+    """How many operations of some kinds a training step runs, as TensorFlow optimizes the graph."""
 
     @tf.function
     def step(x):
         with tf.GradientTape() as tape:
             outputs = model(x, training=True)
-        return tape.gradient(outputs, [variable.value for variable in model.trainable_variables])
+        return outputs, tape.gradient(outputs, [variable.value for variable in model.trainable_variables])
 
     context.context().enable_graph_collection()
     try:
@@ -206,7 +211,7 @@ def convolutions(model):
     finally:
         context.context().disable_graph_collection()
     nodes = [node for graph in graphs for node in graph.post_optimization_graph.node]
-    return sum(node.op in ("Conv2D", "_FusedConv2D") for node in nodes)
+    return sum(node.op in kinds for node in nodes)
 
 
 def test_less_is_kept_and_no_product_computed_again():
@@ -217,6 +222,86 @@ def test_less_is_kept_and_no_product_computed_again():
     all_of_it = kept_bytes(plain, 8)
     assert kept_bytes(cut, 8) < all_of_it / 2.5
     assert kept_bytes(cheap, 8) < all_of_it / 1.5
+
+
+class OwnDense(L.Dense):
+    """Not known to apply its activation last."""
+
+
+PRODUCTS = ("Conv2D", "Conv2DBackpropInput", "DepthwiseConv2dNative", "Einsum", "MatMul")
+PRODUCTS += tuple(f"_Fused{kind}" for kind in PRODUCTS)
+WITH_ACTIVATION = {
+    "dense": ((48,), lambda: L.Dense(48, "gelu")),
+    "einsum": ((6, 8), lambda: L.EinsumDense("abc,cd->abd", (6, 8), activation="silu")),
+    "convolution": ((6, 6, 8), lambda: L.Conv2D(8, 3, padding="same", activation="gelu")),
+    "transposed": ((6, 6, 8), lambda: L.Conv2DTranspose(8, 3, padding="same", activation="silu")),
+    "depthwise": ((6, 6, 8), lambda: L.DepthwiseConv2D(3, padding="same", activation="gelu")),
+}
+
+
+def stack(shape, layer, blocks=6):
+    """Blocks of a layer, normalization and dropout, the first of which is called twice."""
+    keras.utils.set_random_seed(0)
+    first = layer()
+    x = inputs = keras.Input(shape)
+    for each in (first, first, *(layer() for _ in range(blocks - 2))):
+        x = L.Dropout(0.1, seed=3)(L.LayerNormalization()(each(x)))
+    return keras.Model(inputs, L.Dense(2)(L.Flatten()(x)))
+
+
+@pytest.mark.parametrize("kind", cross(WITH_ACTIVATION, default=lambda kind: kind in ("dense", "convolution")))
+def test_activations_within_layers_are_computed_again_without_their_products(kind):
+    shape, layer = WITH_ACTIVATION[kind]
+    plain, cheap = stack(shape, layer), accumops.recompute_layers(stack(shape, layer), policy="cheap")
+    assert kept_bytes(cheap, 8) < kept_bytes(plain, 8) / 1.8
+    assert run_by(cheap, PRODUCTS) == run_by(plain, PRODUCTS)
+    x = np.random.default_rng(0).standard_normal((4, *shape)).astype("float32")
+    assert_same(results(cheap, x, tf.function), results(plain, x, tf.function))
+    activations = [[getattr(each, "activation", None) for each in model.layers] for model in (cheap, plain)]
+    assert activations[0] == activations[1]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: OwnDense(48, "gelu"),
+        lambda: L.Dense(48, activation=L.PReLU()),
+        lambda: keras.Sequential([L.Reshape((8, 6)), L.GRU(48)]),
+    ],
+    ids=["a class of one's own", "an activation with weights", "a loop"],
+)
+def test_activations_that_stay_with_their_product(layer):
+    plain, cheap = stack((48,), layer), accumops.recompute_layers(stack((48,), layer), policy="cheap")
+    assert run_by(cheap, (*PRODUCTS, "While")) == run_by(plain, (*PRODUCTS, "While"))
+    x = np.random.default_rng(0).standard_normal((4, 48)).astype("float32")
+    assert_same(results(cheap, x, tf.function), results(plain, x, tf.function))
+
+
+@pytest.mark.parametrize("how", ["segments", "layer"])
+def test_losses_see_the_logits_of_probabilities(how):
+    """Keras's losses would cut off the logarithms of probabilities below 1e-7."""
+
+    def train(how=None):
+        keras.utils.set_random_seed(0)
+        last = L.Dense(5, "softmax", kernel_initializer=keras.initializers.RandomNormal(stddev=30.0))
+        last = accumops.Recompute(last) if how == "layer" else last
+        net = keras.Sequential([keras.Input((6,)), L.Dense(16, "gelu"), last, L.Activation("linear")])
+        if how == "segments":
+            accumops.recompute_layers(net, segments=lambda layer: True)
+        net.compile(keras.optimizers.SGD(0.5), "sparse_categorical_crossentropy", jit_compile=False)
+        x = np.random.default_rng(0).standard_normal((32, 6)).astype("float32")
+        net.fit(x, np.arange(32) % 5, batch_size=16, shuffle=False, verbose=0)
+        return [each.numpy() for each in net.trainable_variables]
+
+    assert_same(train(how), train(), tolerance=1e-6)
+
+
+def test_weights_do_not_hide_activations():
+    """Gradients of weights take as much wherever the model is cut."""
+    keras.utils.set_random_seed(0)
+    net = keras.Sequential([keras.Input((256,)), *(L.Dense(256, "gelu") for _ in range(12))])
+    all_of_it = kept_bytes(net, 4)
+    assert kept_bytes(accumops.recompute_layers(net, segments=4), 4) < all_of_it / 2.5
 
 
 @pytest.mark.parametrize("kind", ["accum_steps", pytest.param("micro_batch_size", marks=pytest.mark.exhaustive)])

@@ -402,3 +402,25 @@ def test_the_model_is_saved_with_what_its_loss_sees(tmp_path):
     model = window(keras.Sequential([keras.Input((5,)), keras.layers.Dense(2)]), 8)
     model.save(tmp_path / "model.keras")
     assert keras.models.load_model(tmp_path / "model.keras").loss_over == "window"
+
+
+@pytest.mark.parametrize(
+    ("activation", "loss"), [("softmax", "sparse_categorical_crossentropy"), ("sigmoid", "binary_crossentropy")]
+)
+def test_losses_see_the_logits_of_probabilities(activation, loss):
+    """Keras's losses would cut off the logarithms of probabilities below 1e-7."""
+    x, units = RNG.standard_normal((32, 6)), 5 if activation == "softmax" else 1
+
+    def train(wrap):
+        keras.utils.set_random_seed(0)
+        large = keras.initializers.RandomNormal(stddev=30.0)
+        last = keras.layers.Dense(units, activation, kernel_initializer=large)
+        model = wrap(keras.Sequential([keras.Input((6,)), keras.layers.Dense(16, "tanh"), last]))
+        model.compile(keras.optimizers.SGD(0.5), loss, jit_compile=False)
+        model.fit(x, np.arange(32) % (units + (units == 1)), batch_size=32, epochs=2, shuffle=False, verbose=0)
+        return model.get_weights()
+
+    wanted = train(lambda net: net)
+    found = train(lambda net: accumops.GradientAccumulateModel(net, micro_batch_size=12, loss_over="window"))
+    for mine, its in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(mine, its, atol=1e-4)
