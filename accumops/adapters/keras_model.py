@@ -37,19 +37,34 @@ def with_mask(tensor: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
 
 
 def logits_of(tensor: tf.Tensor) -> tf.Tensor | None:
-    """What Keras's softmax and sigmoid have made a tensor from, or None.
+    """What a softmax or sigmoid has made a tensor from, or None.
 
-    Keras's losses take it in place of probabilities, whose logarithm is cut off at 1e-7. A tensor need not have the
-    attribute, as with masks.
+    Keras's losses take it in place of probabilities, whose logarithm is cut off at 1e-7. Keras's functions note it in
+    an attribute; where TensorFlow's were called, losses look at the operation in the graph.
     """
-    return getattr(tensor, "_keras_logits", None)
+    logits = getattr(tensor, "_keras_logits", None)
+    if logits is None and isinstance(tensor, tf.Tensor) and tf.is_symbolic_tensor(tensor):
+        logits = tensor.op.inputs[0] if tensor.op.type in _PROBABILITIES else None
+    return logits
 
 
-def with_logits(tensor: tf.Tensor, logits: tf.Tensor | None) -> tf.Tensor:
-    """Tells Keras's losses what a tensor was made from, as Keras's softmax and sigmoid do, and returns the tensor."""
-    if logits is not None:
+_PROBABILITIES = {"Softmax": tf.nn.softmax, "Sigmoid": tf.nn.sigmoid}
+
+
+def with_logits(tensor: tf.Tensor, logits: tf.Tensor | None, like: tf.Tensor) -> tf.Tensor:
+    """Returns a tensor for Keras's losses, made from logits in the way of another one.
+
+    Args:
+        tensor: The tensor.
+        logits: What it was made from, or None.
+        like: A tensor whose `logits_of` says how.
+    """
+    if logits is None:
+        return tensor
+    if hasattr(like, "_keras_logits"):
         tensor._keras_logits = logits
-    return tensor
+        return tensor
+    return with_mask(_PROBABILITIES[like.op.type](logits), mask_of(tensor))
 
 
 @relies_on(

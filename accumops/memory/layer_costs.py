@@ -17,8 +17,8 @@ from accumops.adapters.keras_layer import StateRecorder, activation_of
 from accumops.memory.segments import Region
 from accumops.memory.training_trace import CallKey, TrainingTrace, root, size, spec_of
 
-# The heavy operations of a forward pass. To TensorFlow a transposed convolution is the gradient of another one. Loops are
-# those of recurrent layers.
+# The heavy operations of a forward pass. Among them are the loops of recurrent layers, and the gradients of convolutions,
+# which transposed convolutions are.
 _PRODUCTS = frozenset(
     (
         *("BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum", "MatMul", "SparseTensorDenseMatMul"),

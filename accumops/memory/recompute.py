@@ -225,7 +225,7 @@ class Leaves:
             parts = [next(rest) for _ in tf.nest.flatten(leaf, expand_composites=True)]
             packed = tf.nest.pack_sequence_as(leaf, parts, expand_composites=True)
             with_mask(packed, None if mask_of(leaf) is None else next(rest))
-            return with_logits(packed, None if logits_of(leaf) is None else next(rest))
+            return with_logits(packed, None if logits_of(leaf) is None else next(rest), leaf)
 
         return keras.tree.map_structure(fill, self._structure)
 

@@ -56,8 +56,8 @@ def recompute_layers(
             possible is recomputed for it.
         batch_size: Samples a batch, for `memory`.
         segments: How many segments there may be; they are chosen for the smallest peak of activations. Or the names of
-            the layers behind which to cut. Or a function that takes a layer and returns whether to cut behind it. The last segment
-            is not recomputed: its gradient follows at once. 0 ends recompute.
+            the layers behind which to cut. Or a function that takes a layer and returns whether to cut behind it. The
+            last segment is not recomputed: its gradient follows at once. 0 ends recompute.
         policy: `"cheap"`: no convolution or matrix product is computed again, only normalization, activations, dropout
             and sums. An activation that a layer of Keras's own applies to its product counts as one of these.
 

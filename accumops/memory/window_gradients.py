@@ -185,9 +185,12 @@ class WindowPasses:
             ]
         of_last = keras.tree.flatten(self._outputs)
         outputs, beside = rows[: len(of_last)], iter(rows[len(of_last) :])
-        for of, given_to in ((mask_of, with_mask), (logits_of, with_logits)):
-            for one, output in zip(of_last, outputs, strict=True):
-                given_to(output, None if of(one) is None else next(beside))
+        for one, output in zip(of_last, outputs, strict=True):
+            with_mask(output, None if mask_of(one) is None else next(beside))
+        outputs = [
+            with_logits(output, None if logits_of(one) is None else next(beside), one)
+            for one, output in zip(of_last, outputs, strict=True)
+        ]
         return keras.tree.pack_sequence_as(self._outputs, outputs)
 
 

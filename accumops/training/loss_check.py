@@ -221,7 +221,7 @@ def _examine_part(subject: Subject, split: int) -> Finding:
     if used < rows:
         subject = subject._replace(arguments=cut(arguments, 0, used, rows, subject.whole))
         split = used // 2
-    y_pred = keras.tree.map_structure(_in_full_precision, subject.arguments["y_pred"])
+    y_pred = keras.tree.map_structure(_as_compared, subject.arguments["y_pred"])
     return examine(subject._replace(arguments=subject.arguments | {"y_pred": y_pred}), split)
 
 
@@ -234,11 +234,12 @@ def _are_rows(structure: Any, rows: int, *, broadcast: bool = False) -> bool:
     )
 
 
-def _in_full_precision(leaf: Any) -> Any:
-    """Half-precision predictions as float32: sums of theirs would be too far off to compare."""
-    if not isinstance(leaf, tf.Tensor) or leaf.dtype not in (tf.float16, tf.bfloat16):
+def _as_compared(leaf: Any) -> Any:
+    """Predictions in float32, as sums in half precision would be too far off; and without logits, which no part has."""
+    if not isinstance(leaf, tf.Tensor):
         return leaf
-    return with_mask(tf.cast(leaf, tf.float32), mask_of(leaf))
+    half = leaf.dtype in (tf.float16, tf.bfloat16)
+    return with_mask(tf.cast(leaf, tf.float32) if half else tf.identity(leaf), mask_of(leaf))
 
 
 def _joined(*parts: Any) -> Any:

@@ -100,7 +100,7 @@ def _of_all_replicas(structure: Any) -> Any:
         mask, logits = mask_of(tensor), logits_of(tensor)
         if mask is not None:
             with_mask(gathered, tf.cast(context.all_gather(tf.cast(mask, tf.int32), axis=0), tf.bool))
-        return with_logits(gathered, None if logits is None else gather(logits))
+        return with_logits(gathered, None if logits is None else gather(logits), tensor)
 
     return keras.tree.map_structure(gather, structure)
 

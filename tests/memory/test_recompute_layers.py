@@ -277,13 +277,15 @@ def test_activations_that_stay_with_their_product(layer):
     assert_same(results(cheap, x, tf.function), results(plain, x, tf.function))
 
 
-@pytest.mark.parametrize("how", ["segments", "layer"])
-def test_losses_see_the_logits_of_probabilities(how):
+@pytest.mark.parametrize(
+    ("how", "activation"), [("segments", "softmax"), ("layer", "softmax"), ("segments", tf.nn.softmax)]
+)
+def test_losses_see_the_logits_of_probabilities(how, activation):
     """Keras's losses would cut off the logarithms of probabilities below 1e-7."""
 
     def train(how=None):
         keras.utils.set_random_seed(0)
-        last = L.Dense(5, "softmax", kernel_initializer=keras.initializers.RandomNormal(stddev=30.0))
+        last = L.Dense(5, activation, kernel_initializer=keras.initializers.RandomNormal(stddev=30.0))
         last = accumops.Recompute(last) if how == "layer" else last
         net = keras.Sequential([keras.Input((6,)), L.Dense(16, "gelu"), last, L.Activation("linear")])
         if how == "segments":

@@ -115,6 +115,17 @@ def _critic(y_true, y_pred):
     return ops.sign(y_true) * y_pred
 
 
+@pytest.mark.parametrize("mode", [{"accum_steps": 2}, {"micro_batch_size": 4}], ids=lambda mode: next(iter(mode)))
+def test_probabilities_near_zero_pass(mode):
+    """Keras's losses compute with the logits that a softmax was given, and with probabilities where they have none."""
+    large = keras.initializers.RandomNormal(stddev=300.0, seed=0)
+    net = keras.Sequential([keras.Input((6,)), keras.layers.Dense(5, "softmax", kernel_initializer=large)])
+    model = GradientAccumulateModel(net, **mode)
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    model.fit(np.random.default_rng(0).normal(size=(16, 6)), np.arange(16) % 5, batch_size=8, epochs=1, verbose=0)
+    assert int(model.optimizer.iterations) == 16 // 8 // mode.get("accum_steps", 1)
+
+
 def test_terms_that_cancel_pass():
     signs = np.tile([1.0, -1.0], 500).astype("float32")[:, None]
     assert kind_of(Function(_critic), signs, np.full((1000, 1), 0.1, "float32")) == "splits"
