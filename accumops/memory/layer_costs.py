@@ -17,8 +17,8 @@ from accumops.adapters.keras_layer import StateRecorder, activation_of
 from accumops.memory.segments import Region
 from accumops.memory.training_trace import CallKey, TrainingTrace, root, size, spec_of
 
-# The heavy operations of a forward pass. Among them are the loops of recurrent layers, and the gradients of convolutions,
-# which transposed convolutions are.
+# The heavy operations of a forward pass. Among them are the loops of recurrent layers, and gradients of convolutions:
+# transposed convolutions are such gradients.
 _PRODUCTS = frozenset(
     (
         *("BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum", "MatMul", "SparseTensorDenseMatMul"),

@@ -46,7 +46,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 _BARRIER = re.compile(
-    r"(%\w+) = stablehlo\.custom_call @accumops_barrier\(([^)]*)\).* : \((.*)\) -> tuple<.*>(?= loc|$)"
+    r"(%\w+) = stablehlo\.custom_call @accumops_barrier\(([^)]*)\).* : \((.*)\) -> (?:tuple<.*>|!\w+)(?= loc|$)"
 )
 
 

@@ -1,10 +1,11 @@
 """Counts the kernels that XLA makes of a step of `micro_batch_size`, compiled for a GPU that is not there.
 
-    python benchmarks/gpu/count_xla_kernels.py [MODEL...] [--jax PYTHON]
+    python benchmarks/gpu/count_xla_kernels.py [MODEL...] [--recompute] [--jax PYTHON]
 
 For each model: the kernels of a micro-batch, those of the rest of a window, how large the accumulators are, how many of
 these bytes are added to by kernels that compute no product, and the memory that the program needs beside arguments and
-results. `compile_for_gpu.py` compiles; PYTHON is one that has what it needs.
+results. With `--recompute`, how many products forward and backward compute, and their memory, with activations that are
+computed again and without. `compile_for_gpu.py` compiles; PYTHON is one that has what it needs.
 """
 
 import argparse
@@ -15,9 +16,9 @@ import subprocess
 import sys
 import tempfile
 import unittest.mock
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["KERAS_BACKEND"] = "tensorflow"
@@ -141,12 +142,42 @@ def count(text: str) -> Counts:
     return Counts(len(micro_batch), len(list(kernels(by_name["ENTRY"]))), apart)
 
 
+def pass_of(model: keras.Model, how: dict[str, Any] | None) -> str:
+    """Forward and backward over 64 samples, with activations that are computed again or not."""
+    if how is not None:
+        accumops.recompute_layers(model, **how)
+
+    def run(x: tf.Tensor, y: tf.Tensor) -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            loss = count_launches.LOSS(y, model(x, training=True))
+        return tape.gradient(loss, model.trainable_variables)
+
+    x = tf.zeros((64, *model.inputs[0].shape[1:]), model.inputs[0].dtype)
+    function = tf.function(run, jit_compile=True, autograph=False)
+    return function.experimental_get_compiler_ir(x, tf.zeros([64], tf.int32))(stage="stablehlo")
+
+
+def count_recompute(models: Sequence[str], python: str) -> None:
+    """Prints a table of what recompute does to a pass."""
+    print("| model | recompute | products and convolutions | memory beside arguments and results |\n|---|---|---|---|")
+    for name in models:
+        for how in (None, {"segments": 6}, {"policy": "cheap"}):
+            text, extra = compiled(pass_of(MODELS[name](), how), python)
+            products = len(re.findall(r" dot\(|__cublas|custom_call_target=\"__cudnn", text))
+            argument = "none" if how is None else ", ".join(f"`{key}={value!r}`" for key, value in how.items())
+            print(f"| {name} | {argument} | {products} | {extra / 1e6:.1f} MB |", flush=True)
+
+
 def main() -> None:
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", choices=[*MODELS, []], help="by default all")
     parser.add_argument("--jax", default=sys.executable, metavar="PYTHON", help="by default this one")
+    parser.add_argument("--recompute", action="store_true", help="count what recompute does to forward and backward")
     arguments = parser.parse_args()
+    if arguments.recompute:
+        count_recompute(arguments.models or list(MODELS), arguments.jax)
+        return
     print(
         "| model | products by | kernels of a micro-batch | other kernels | accumulators | added apart | other memory |"
     )

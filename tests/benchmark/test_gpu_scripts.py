@@ -117,10 +117,22 @@ def test_kernels_of_a_program_are_counted():
     assert count_xla_kernels.count(PROGRAM) == (3, 1, 6 * 4)
 
 
-def test_operations_that_stablehlo_lacks_are_left_out():
-    line = "%171 = mhlo.copy %170 : tensor<2048x8xf32> loc(#loc2)"
-    wanted = "%171 = stablehlo.reshape %170 : (tensor<2048x8xf32>) -> tensor<2048x8xf32> loc(#loc2)"
-    assert compile_for_gpu.without_copies(line) == wanted
+def test_a_program_is_written_as_for_a_gpu():
+    program = """\
+%1 = mhlo.copy %0 : tensor<2048x8xf32> loc(#loc2)
+%2 = stablehlo.custom_call @accumops_barrier(%0, %1) {xla_shape = "(f32[4])"} : (tensor<4xf32>, tensor<f32>) -> !tuple
+%3 = stablehlo.get_tuple_element %2[0] : (!tuple) -> tensor<4xf32> loc(#loc2)
+%4 = stablehlo.custom_call @accumops_barrier(%0) {config = ""} : (tensor<4xf32>) -> tuple<tensor<4xf32>> loc(#loc)
+%5 = stablehlo.get_tuple_element %4[0] : (tuple<tensor<4xf32>>) -> tensor<4xf32>
+%6 = stablehlo.get_tuple_element %other[0] : (tuple<tensor<4xf32>>) -> tensor<4xf32>"""
+    assert compile_for_gpu.as_for_a_gpu(program).splitlines() == [
+        "%1 = stablehlo.reshape %0 : (tensor<2048x8xf32>) -> tensor<2048x8xf32> loc(#loc2)",
+        "%2:2 = stablehlo.optimization_barrier %0, %1 : tensor<4xf32>, tensor<f32>",
+        "%3 = stablehlo.reshape %2#0 : (tensor<4xf32>) -> tensor<4xf32>",
+        "%4 = stablehlo.optimization_barrier %0 : tensor<4xf32>",
+        "%5 = stablehlo.reshape %4 : (tensor<4xf32>) -> tensor<4xf32>",
+        "%6 = stablehlo.get_tuple_element %other[0] : (tuple<tensor<4xf32>>) -> tensor<4xf32>",
+    ]
 
 
 def test_what_compiling_for_a_gpu_needs_is_named(monkeypatch):
