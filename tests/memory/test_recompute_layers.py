@@ -239,7 +239,7 @@ WITH_ACTIVATION = {
 }
 
 
-def stack(shape, layer, blocks=6):
+def stack(shape, layer, blocks=4):
     """Blocks of a layer, normalization and dropout, the first of which is called twice."""
     keras.utils.set_random_seed(0)
     first = layer()
@@ -253,7 +253,7 @@ def stack(shape, layer, blocks=6):
 def test_activations_within_layers_are_computed_again_without_their_products(kind):
     shape, layer = WITH_ACTIVATION[kind]
     plain, cheap = stack(shape, layer), accumops.recompute_layers(stack(shape, layer), policy="cheap")
-    assert kept_bytes(cheap, 8) < kept_bytes(plain, 8) / 1.8
+    assert kept_bytes(cheap, 8) < kept_bytes(plain, 8) / 1.6
     assert run_by(cheap, PRODUCTS) == run_by(plain, PRODUCTS)
     x = np.random.default_rng(0).standard_normal((4, *shape)).astype("float32")
     assert_same(results(cheap, x, tf.function), results(plain, x, tf.function))
@@ -271,7 +271,7 @@ def test_activations_within_layers_are_computed_again_without_their_products(kin
     ids=["a class of one's own", "an activation with weights", "a loop"],
 )
 def test_activations_that_stay_with_their_product(layer):
-    plain, cheap = stack((48,), layer), accumops.recompute_layers(stack((48,), layer), policy="cheap")
+    plain, cheap = stack((48,), layer, 2), accumops.recompute_layers(stack((48,), layer, 2), policy="cheap")
     assert run_by(cheap, (*PRODUCTS, "While")) == run_by(plain, (*PRODUCTS, "While"))
     x = np.random.default_rng(0).standard_normal((4, 48)).astype("float32")
     assert_same(results(cheap, x, tf.function), results(plain, x, tf.function))
