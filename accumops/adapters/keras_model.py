@@ -1,5 +1,8 @@
 """What accumops uses of Keras's models beyond their public interface."""
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -36,19 +39,35 @@ def with_mask(tensor: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
     return tensor
 
 
-def logits_of(tensor: tf.Tensor) -> tf.Tensor | None:
+_PROBABILITIES = {"Softmax": tf.nn.softmax, "Sigmoid": tf.nn.sigmoid}
+_SEES_OPERATIONS = contextvars.ContextVar("sees_operations", default=True)
+
+
+def logits_of(tensor: tf.Tensor, *, operations: bool = False) -> tf.Tensor | None:
     """What a softmax or sigmoid has made a tensor from, or None.
 
     Keras's losses take it in place of probabilities, whose logarithm is cut off at 1e-7. Keras's functions note it in
     an attribute; where TensorFlow's were called, losses look at the operation in the graph.
+
+    Args:
+        tensor: The tensor.
+        operations: Whether to look at the operation, too.
     """
     logits = getattr(tensor, "_keras_logits", None)
-    if logits is None and isinstance(tensor, tf.Tensor) and tf.is_symbolic_tensor(tensor):
+    sees = operations and _SEES_OPERATIONS.get()
+    if logits is None and sees and isinstance(tensor, tf.Tensor) and tf.is_symbolic_tensor(tensor):
         logits = tensor.op.inputs[0] if tensor.op.type in _PROBABILITIES else None
     return logits
 
 
-_PROBABILITIES = {"Softmax": tf.nn.softmax, "Sigmoid": tf.nn.sigmoid}
+@contextlib.contextmanager
+def standing_for(eagerly: bool) -> Iterator[None]:
+    """Has a trace stand for a run that may be executed eagerly, where losses see no operations."""
+    token = _SEES_OPERATIONS.set(not eagerly and _SEES_OPERATIONS.get())
+    try:
+        yield
+    finally:
+        _SEES_OPERATIONS.reset(token)
 
 
 def with_logits(tensor: tf.Tensor, logits: tf.Tensor | None, like: tf.Tensor) -> tf.Tensor:

@@ -150,7 +150,7 @@ class Recomputation:
             outputs, to_save = self._function(*args, saved=saved, **kwargs)
         else:
             outputs, to_save = self._function(*args, **kwargs), []
-        self._returned, self._save_count = Leaves(outputs), len(to_save)
+        self._returned, self._save_count = Leaves(outputs, operations=True), len(to_save)
         return [*self._returned.tensors, *to_save]
 
     def _stretch(self, arguments: "Leaves") -> Stretch:
@@ -204,16 +204,18 @@ class Leaves:
 
     Args:
         structure: Any structure. What is no tensor or variable in it stays as it is.
+        operations: Whether to find the logits of TensorFlow's own softmax and sigmoid, too.
     """
 
-    def __init__(self, structure: Any) -> None:
+    def __init__(self, structure: Any, *, operations: bool = False) -> None:
+        self._logits_of = functools.partial(logits_of, operations=operations)
         self._structure = keras.tree.map_structure(_tensor_or_same, structure)
         self.tensors: list[tf.Tensor] = []
         """The tensors, in the order in which `filled` takes them."""
         for leaf in keras.tree.flatten(self._structure):
             if tf.is_tensor(leaf):
                 self.tensors += tf.nest.flatten(leaf, expand_composites=True)
-                self.tensors += [each for each in (mask_of(leaf), logits_of(leaf)) if each is not None]
+                self.tensors += [each for each in (mask_of(leaf), self._logits_of(leaf)) if each is not None]
 
     def filled(self, tensors: Sequence[tf.Tensor]) -> Any:
         """Returns the structure with other tensors."""
@@ -225,7 +227,7 @@ class Leaves:
             parts = [next(rest) for _ in tf.nest.flatten(leaf, expand_composites=True)]
             packed = tf.nest.pack_sequence_as(leaf, parts, expand_composites=True)
             with_mask(packed, None if mask_of(leaf) is None else next(rest))
-            return with_logits(packed, None if logits_of(leaf) is None else next(rest), leaf)
+            return with_logits(packed, None if self._logits_of(leaf) is None else next(rest), leaf)
 
         return keras.tree.map_structure(fill, self._structure)
 
@@ -235,7 +237,7 @@ class Leaves:
         def describe(leaf: Any) -> str:
             if not tf.is_tensor(leaf):
                 return repr(leaf)
-            beside = mask_of(leaf) is not None, logits_of(leaf) is not None
+            beside = mask_of(leaf) is not None, self._logits_of(leaf) is not None
             return f"{type(leaf).__name__} {leaf.dtype.name} {beside}"
 
         return str(keras.tree.map_structure(describe, self._structure))

@@ -26,7 +26,7 @@ import keras
 import tensorflow as tf
 
 from accumops.adapters.keras_layer import StateRecorder, layer_that_added, layers_within, values_of, without_autocast
-from accumops.adapters.keras_model import own_metrics
+from accumops.adapters.keras_model import own_metrics, standing_for
 from accumops.adapters.tensorflow import is_recorded, operations_within, without_strategy
 from accumops.normalization.layer_calls import collecting_moments
 
@@ -147,7 +147,8 @@ class Stretch:
                 for variables in (self.variables, self.trainable)
             ]
         function = tf.function(trace, autograph=False)
-        concrete = without_strategy(lambda: function.get_concrete_function(*specs, args, kwargs))
+        with standing_for(eagerly=tf.executing_eagerly()):
+            concrete = without_strategy(lambda: function.get_concrete_function(*specs, args, kwargs))
         for tensor, _ in concrete.graph.captures:
             if tensor.dtype != tf.resource and is_recorded(tensor):
                 raise ValueError(

@@ -26,6 +26,7 @@ from accumops.arguments import check_count
 from accumops.memory.replay import State, Stretch
 from accumops.memory.slices import Slices
 
+_logits_of = functools.partial(logits_of, operations=True)
 Gradients = Sequence[tf.Tensor | None]
 Carried = Sequence[tf.Tensor]
 
@@ -116,7 +117,7 @@ class WindowPasses:
                     "A loss over the window needs outputs that are dense tensors with a row for each sample. "
                     f"Received: {each}"
                 )
-        beside = [of(each) for of in (mask_of, logits_of) for each in flat]
+        beside = [*map(mask_of, flat), *map(_logits_of, flat)]
         return [*flat, *(each for each in beside if each is not None)]
 
     def _check(self, x: Any) -> list[tf.TensorSpec]:
@@ -188,7 +189,7 @@ class WindowPasses:
         for one, output in zip(of_last, outputs, strict=True):
             with_mask(output, None if mask_of(one) is None else next(beside))
         outputs = [
-            with_logits(output, None if logits_of(one) is None else next(beside), one)
+            with_logits(output, None if _logits_of(one) is None else next(beside), one)
             for one, output in zip(of_last, outputs, strict=True)
         ]
         return keras.tree.pack_sequence_as(self._outputs, outputs)

@@ -97,7 +97,7 @@ def _of_all_replicas(structure: Any) -> Any:
             return None
         gathered = context.all_gather(tensor, axis=0)
         gathered.set_shape([None, *tensor.shape[1:]])
-        mask, logits = mask_of(tensor), logits_of(tensor)
+        mask, logits = mask_of(tensor), logits_of(tensor, operations=True)
         if mask is not None:
             with_mask(gathered, tf.cast(context.all_gather(tf.cast(mask, tf.int32), axis=0), tf.bool))
         return with_logits(gathered, None if logits is None else gather(logits), tensor)

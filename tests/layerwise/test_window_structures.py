@@ -240,14 +240,15 @@ def test_random_graphs(seed):
 
 
 @pytest.mark.parametrize("model", [{}, {"loss_over": "window"}], ids=["each micro-batch", "the window"])
-def test_losses_see_the_logits_of_probabilities(model):
+@pytest.mark.parametrize("run", ["graph", pytest.param("eager", marks=pytest.mark.exhaustive)])
+def test_losses_see_the_logits_of_probabilities(model, run):
     """Keras's losses would cut off the logarithms of probabilities below 1e-7."""
     keras.utils.set_random_seed(1)
     last = L.Dense(4, "softmax", kernel_initializer=keras.initializers.RandomNormal(stddev=30.0))
-    net = keras.Sequential([keras.Input((5,)), L.Dense(4), BN(), last])
+    net = keras.Sequential([keras.Input((5,)), L.Dense(4, tf.nn.sigmoid), BN(), last])
     data = {"x": X, "y": np.arange(len(X)) % 4}
-    wanted = train(net, data, loss="sparse_categorical_crossentropy")
-    check_same(train(net, data, micro=5, model=model, loss="sparse_categorical_crossentropy"), wanted)
+    wanted = train(net, data, run=run, loss="sparse_categorical_crossentropy")
+    check_same(train(net, data, micro=5, run=run, model=model, loss="sparse_categorical_crossentropy"), wanted)
 
 
 def test_a_sequential_model_that_its_data_builds():

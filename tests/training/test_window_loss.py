@@ -405,23 +405,27 @@ def test_the_model_is_saved_with_what_its_loss_sees(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("activation", "loss"),
+    ("activation", "loss", "run_eagerly"),
     [
-        ("softmax", "sparse_categorical_crossentropy"),
-        (tf.nn.softmax, "sparse_categorical_crossentropy"),
-        ("sigmoid", "binary_crossentropy"),
+        ("softmax", "sparse_categorical_crossentropy", False),
+        (tf.nn.softmax, "sparse_categorical_crossentropy", False),
+        ("sigmoid", "binary_crossentropy", True),
+        (tf.nn.sigmoid, "binary_crossentropy", True),
     ],
 )
-def test_losses_see_the_logits_of_probabilities(activation, loss):
-    """Keras's losses would cut off the logarithms of probabilities below 1e-7."""
-    x, units = RNG.standard_normal((32, 6)), 1 if activation == "sigmoid" else 5
+def test_losses_see_the_logits_of_probabilities(activation, loss, run_eagerly):
+    """Keras's losses would cut off the logarithms of probabilities below 1e-7.
+
+    They do where TensorFlow's functions are called in eager execution.
+    """
+    x, units = RNG.standard_normal((32, 6)), 1 if loss == "binary_crossentropy" else 5
 
     def train(wrap):
         keras.utils.set_random_seed(0)
         large = keras.initializers.RandomNormal(stddev=30.0)
         last = keras.layers.Dense(units, activation, kernel_initializer=large)
         model = wrap(keras.Sequential([keras.Input((6,)), keras.layers.Dense(16, "tanh"), last]))
-        model.compile(keras.optimizers.SGD(0.5), loss, jit_compile=False)
+        model.compile(keras.optimizers.SGD(0.5), loss, jit_compile=False, run_eagerly=run_eagerly)
         model.fit(x, np.arange(32) % (units + (units == 1)), batch_size=32, epochs=2, shuffle=False, verbose=0)
         return model.get_weights()
 
