@@ -105,7 +105,7 @@ def _folder_of(package: str) -> str | None:
     """The folder of an installed package, or None."""
     try:
         found = importlib.util.find_spec(package)
-    except ModuleNotFoundError:  # of the package that it is part of
+    except ModuleNotFoundError:  # not even the package around it is installed
         return None
     return None if found is None else next(iter(found.submodule_search_locations or []), None)
 
