@@ -48,7 +48,7 @@ _WITH_ACTIVATION = (
 
 
 def activation_of(layer: Any) -> Callable[[tf.Tensor], tf.Tensor] | None:
-    """The function that a layer of Keras's own applies last, to its product; None if there is no such function.
+    """The function that a layer of Keras's own applies last, to its product and bias; None if there is none.
 
     An activation that is a layer itself does not count.
     """

@@ -62,7 +62,13 @@ def logits_of(tensor: tf.Tensor, *, operations: bool = False) -> tf.Tensor | Non
 
 @contextlib.contextmanager
 def standing_for(eagerly: bool) -> Iterator[None]:
-    """Has a trace stand for a run that may be executed eagerly, where losses see no operations."""
+    """Has `logits_of` look at attributes alone within a block that traces what is to be executed eagerly.
+
+    Keras's losses see no operations there.
+
+    Args:
+        eagerly: Whether it is to be executed eagerly.
+    """
     token = _SEES_OPERATIONS.set(not eagerly and _SEES_OPERATIONS.get())
     try:
         yield

@@ -122,10 +122,10 @@ class Costs:
                     result.peak[p, i + 1 :] += np.where(unused[i + 1 :], call.outputs[0][1], 0)
             elif call.products:
                 result.peak[: i + 1, i + 1 :] = np.inf
-        # Nothing is gained by a segment of calls that compute no more than their products.
+        # Nothing is gained by a segment of calls whose outputs are kept.
         positions = np.arange(self.count + 1)
-        products = [i in saved and not call.activates for i, call in enumerate(calls)]
-        before = np.concatenate([[0], np.cumsum(products)])
+        kept = [i in saved and not call.activates for i, call in enumerate(calls)]
+        before = np.concatenate([[0], np.cumsum(kept)])
         result.peak[before[None, :] - before[:, None] == positions[None, :] - positions[:, None]] = np.inf
         times = self.times.copy()
         times[list(saved)] = 0
@@ -366,9 +366,9 @@ def _step_back(costs: Costs, table: np.ndarray, goal: float, k: int, point: int)
 def cheap_plan(costs: Sequence[Costs], calls: Sequence[Sequence[CallCosts]]) -> list[list[Segment]]:
     """Returns segments in which no convolution or matrix product is computed again, with about the smallest peak.
 
-    The product of a call is kept, if the call has one: its output, if nothing behind the product but its output is
-    kept for gradients, or what it gives its activation function. A call with several products, such as attention, is
-    not recomputed at all.
+    Of a call with one product, a tensor behind the product is kept. It is what the activation function gets, if there
+    is one, and else the output. Without an activation function, a call whose gradient reads other tensors behind the
+    product is not recomputed. Nor is a call with several products, such as attention.
 
     Args:
         costs: Those of each region.

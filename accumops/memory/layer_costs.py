@@ -50,7 +50,7 @@ class CallCosts(NamedTuple):
     products: int
     """How many convolutions and matrix products it computes."""
     activates: bool = False
-    """Whether all that it computes behind its product is a function that can be computed by itself."""
+    """Whether its layer applies an activation function that can be computed by itself."""
     forward: int = 0
     """The most bytes of its own results that its forward pass has at a time."""
     arriving: int = 0

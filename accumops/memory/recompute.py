@@ -186,15 +186,19 @@ class Recomputation:
         return list(found.values())
 
 
-@tf.custom_gradient
-def with_value(computed: tf.Tensor, value: tf.Tensor) -> Any:
-    """The value, with the gradient of what computes it again. A graph need not compute it then.
+def with_value(computed: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
+    """The value, with the gradient and the mask of what computes it again. A graph need not compute it then.
 
     Args:
         computed: What computes the value again.
         value: The value.
     """
-    return tf.identity(value), lambda upstream: (upstream, None)
+    return with_mask(_with_gradient(value, computed), mask_of(computed))
+
+
+@tf.custom_gradient
+def _with_gradient(value: tf.Tensor, computed: tf.Tensor) -> Any:
+    return tf.identity(value), lambda upstream: (None, upstream)
 
 
 class Leaves:

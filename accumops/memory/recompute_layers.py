@@ -59,7 +59,8 @@ def recompute_layers(
             the layers behind which to cut. Or a function that takes a layer and returns whether to cut behind it. The
             last segment is not recomputed: its gradient follows at once. 0 ends recompute.
         policy: `"cheap"`: no convolution or matrix product is computed again, only normalization, activations, dropout
-            and sums. An activation that a layer of Keras's own applies to its product counts as one of these.
+            and sums. So is an activation function that Keras's `Dense`, `EinsumDense` or a convolution was given as an
+            argument, but not those of separable convolutions and of classes that inherit from these layers.
 
     Returns:
         The model.

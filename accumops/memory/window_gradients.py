@@ -108,7 +108,7 @@ class WindowPasses:
         return carried
 
     def _call(self, x: Any) -> list[tf.Tensor]:
-        """Calls the layer. Returns its outputs as a list, and after them what is in `_Kept`."""
+        """Calls the layer. Returns its outputs as a list, after them their masks, and then their logits."""
         self._outputs = self._call_of_layer(x)
         flat = keras.tree.flatten(self._outputs)
         for each in flat:

@@ -179,6 +179,11 @@ class TrainingStep:
 
     def _accumulate_window(self, data: Any, size: int, window_loss: WindowLoss) -> None:
         model, optimizer = self._model, self._model.optimizer
+        if not optimizer.accumulator.built:
+            raise ValueError(
+                f"loss_over='window' needs the weights of '{model.name}' before the first step. Call the model that it "
+                "wraps with a batch, or give it to `model.build`, before it is wrapped."
+            )
         optimizer.accumulator.reset()  # as above
         passed = window_loss.train(data, size, self.whole_inputs(data), self._share_dtype())
         # Gradients of parts of one loss are added, and not averaged.

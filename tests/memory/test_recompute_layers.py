@@ -298,6 +298,22 @@ def test_losses_see_the_logits_of_probabilities(how, activation):
     assert_same(train(how), train(), tolerance=1e-6)
 
 
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_masks_go_through_products_that_are_kept(activation):
+    def network():
+        keras.utils.set_random_seed(0)
+        x = inputs = keras.Input((7, 6))
+        x = L.LayerNormalization()(L.Masking()(x))
+        for units in (64, 32):
+            x = L.LayerNormalization()(L.Activation("gelu")(L.Dense(units, activation)(x)))
+        return keras.Model(inputs, L.Dense(2)(L.GlobalAveragePooling1D()(x)))
+
+    x = np.random.default_rng(0).standard_normal((16, 7, 6)).astype("float32")
+    x[::2, 3:] = 0
+    cheap = accumops.recompute_layers(network(), policy="cheap")
+    assert_same(results(cheap, x, tf.function), results(network(), x, tf.function))
+
+
 def test_weights_do_not_hide_activations():
     """Gradients of weights take as much wherever the model is cut."""
     keras.utils.set_random_seed(0)

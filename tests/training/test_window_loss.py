@@ -433,3 +433,26 @@ def test_losses_see_the_logits_of_probabilities(activation, loss, run_eagerly):
     found = train(lambda net: accumops.GradientAccumulateModel(net, micro_batch_size=12, loss_over="window"))
     for mine, its in zip(found, wanted, strict=True):
         np.testing.assert_allclose(mine, its, atol=1e-4)
+
+
+def test_a_model_whose_weights_come_late_is_refused():
+    class Late(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(1)
+
+        def call(self, inputs):
+            return self.dense(inputs)
+
+    x, y = RNG.standard_normal((8, 3)), RNG.standard_normal((8, 1))
+    late, built = Late(), Late()
+    built(x)
+    for net in (late, built):
+        model = accumops.GradientAccumulateModel(net, micro_batch_size=4, loss_over="window")
+        model.compile("sgd", "mse")
+        if net is late:
+            with pytest.raises(ValueError, match="Call the model that it wraps with a batch"):
+                model.fit(x, y, batch_size=8, verbose=0)
+        else:
+            model.fit(x, y, batch_size=8, verbose=0)
+            assert int(model.optimizer.iterations) == 1
