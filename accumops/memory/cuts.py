@@ -366,9 +366,9 @@ def _step_back(costs: Costs, table: np.ndarray, goal: float, k: int, point: int)
 def cheap_plan(costs: Sequence[Costs], calls: Sequence[Sequence[CallCosts]]) -> list[list[Segment]]:
     """Returns segments in which no convolution or matrix product is computed again, with about the smallest peak.
 
-    Of a call with one product, a tensor behind the product is kept. It is what the activation function gets, if there
-    is one, and else the output. Without an activation function, a call whose gradient reads other tensors behind the
-    product is not recomputed. Nor is a call with several products, such as attention.
+    A call with one product keeps a tensor behind it: what the activation function gets if there is one, and else the
+    output. Without an activation function, a call whose gradient reads other tensors behind the product is not
+    recomputed. Nor is a call with several products, such as attention.
 
     Args:
         costs: Those of each region.

@@ -261,34 +261,24 @@ class WindowState(tf.Module):
         cleared: ClearedSums = self._untracked.cleared
         return together(
             [
-                self._add_to(self.accumulators, batch, group, batch.weight, overwrite, norms, only_if)
+                add_gradients(
+                    self.accumulators,
+                    batch,
+                    group,
+                    batch.weight,
+                    overwrite=overwrite,
+                    check_finite=self._checks_finite,
+                    norms=norms,
+                    only_if=only_if,
+                )
                 for chosen, overwrite in cleared.split(batch, list(positions))
                 for group in in_buckets(chosen, batch.gradients, self.accumulators)
             ]
         )
 
-    def _add_to(
-        self,
-        accumulators: Sequence[tf.Variable | keras.Variable],
-        batch: MicroBatch,
-        positions: Sequence[int],
-        scale: tf.Tensor,
-        overwrite: bool | tf.Tensor,
-        norms: bool | tf.Tensor,
-        only_if: tf.Tensor | None = None,
-    ) -> Found:
-        """As `sum_gradients`, in one operation."""
-        check_finite = self.nonfinite.policy == "drop"
-        return add_gradients(
-            accumulators,
-            batch,
-            positions,
-            scale,
-            overwrite=overwrite,
-            check_finite=check_finite,
-            norms=norms,
-            only_if=only_if,
-        )
+    @property
+    def _checks_finite(self) -> bool:
+        return self.nonfinite.policy == "drop"
 
     def _sum_on_replica(self, strategy: tf.distribute.Strategy, batch: MicroBatch) -> Found:
         accumulators = [replicas.own(accumulator) for accumulator in self.accumulators]
@@ -297,8 +287,15 @@ class WindowState(tf.Module):
         # samples are 0 / 0; its share is 0.
         factor = strategy.num_replicas_in_sync if self.reduction == "mean" else 1
         norms = self.notes.noise is not None
-        every = range(len(accumulators))
-        found = self._add_to(accumulators, batch, every, batch.weight * factor, batch.starts, norms)
+        found = add_gradients(
+            accumulators,
+            batch,
+            range(len(accumulators)),
+            batch.weight * factor,
+            overwrite=batch.starts,
+            check_finite=self._checks_finite,
+            norms=norms,
+        )
         if found.norms is None:
             return found
         report = found.norms.report * tf.constant([[factor**2], [1]], tf.float64)
@@ -409,7 +406,7 @@ class WindowState(tf.Module):
         latest = {i: batch.gradients[i] for i in batch.present if not isinstance(batch.gradients[i], tf.IndexedSlices)}
         with Recording() as accumulation:
             finite = self.sum_gradients(batch, (i for i in range(len(self.accumulators)) if i not in latest)).finite
-            if self.nonfinite.policy == "drop":
+            if self._checks_finite:
                 others = ops.all_finite(list(latest.values()))
                 finite = others if finite is None else finite & others
             nonfinite = self.nonfinite.with_next(batch.share, finite, batch.starts)
